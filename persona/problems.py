@@ -1,0 +1,52 @@
+"""Every reason for a refusal and every kind of error, each with the code that it keeps everywhere.
+
+The same code appears in HTTP problem documents, socket replies, journal fields, PAM messages and
+``--json`` output.  Codes are only ever added, never renamed: dashboards and scripts match on them.
+"""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a request was denied, or why an answer could not be given (which is a denial too)."""
+
+    NO_MATCHING_POLICY = "no_matching_policy"
+    INVALID_PERSONA = "invalid_persona"
+    LOAD_EXCEEDS_THRESHOLD = "load_exceeds_threshold"
+    LOAD_UNKNOWN = "load_unknown"
+    OUTSIDE_HOURS = "outside_hours"
+    VM_UNHEALTHY = "vm_unhealthy"
+    DEPENDENCY_MISSING = "dependency_missing"
+    PROGRAM_NOT_TRUSTED = "program_not_trusted"
+    PROGRAM_UNREADABLE = "program_unreadable"
+    ARGV_TOO_LONG = "argv_too_long"
+    BROKER_UNREACHABLE = "broker_unreachable"
+    BROKER_MISBEHAVED = "broker_misbehaved"
+    AGENT_STOPPING = "agent_stopping"
+    AGENT_OVERLOADED = "agent_overloaded"
+    SESSION_REVOKED = "session_revoked"
+    SESSION_UNKNOWN = "session_unknown"
+
+
+class Fault(StrEnum):
+    """What was wrong with a call itself, as opposed to what it asked for."""
+
+    BAD_DOCUMENT = "bad_document"
+    BAD_REQUEST = "bad_request"
+    TOO_LARGE = "too_large"
+    UNAUTHENTICATED = "unauthenticated"
+    NOT_YOUR_VM = "not_your_vm"
+    NOT_FOUND = "not_found"
+    CONFLICT = "conflict"
+    NOT_READY = "not_ready"
+    OVERLOADED = "overloaded"
+    INTERNAL = "internal"
+
+
+class PersonaError(Exception):
+    """Base of every error raised on purpose: a stable code and one sentence for a person."""
+
+    def __init__(self, code: Reason | Fault, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
