@@ -1,0 +1,1 @@
+"""The agent's link to the broker: questions, the event stream, records."""

@@ -1,0 +1,1 @@
+"""Pure decisions of the agent: values in, values out, no I/O."""

@@ -1,0 +1,88 @@
+"""The binary packets between pam_persona.so and the agent: docs/protocol.md, "PAM module, binary"."""
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+MAGIC = 0x314E5350
+PACKET_MAX = 8192
+_STRING_MAX = 255
+_GROUPS_MAX = 128
+_MESSAGE_MAX = 1023
+_HEAD = struct.Struct("=IHH")
+_UID = struct.Struct("=I")
+
+
+class Op(IntEnum):
+    """What the module asks."""
+
+    ACCOUNT = 1
+    OPEN = 2
+    LISTENER = 3
+    PRESENT = 4
+    CLOSE = 5
+
+
+class Verdict(IntEnum):
+    """What the agent answers."""
+
+    PASS = 0
+    GATE = 1
+    DENY = 2
+    DONE = 3
+
+
+class Caller(NamedTuple):
+    """Who logs in by which service."""
+
+    uid: int
+    service: str
+    user: str
+    remote: str
+    shell: str
+    groups: tuple[str, ...]
+
+
+class WireError(ValueError):
+    """A packet that is not one of ours."""
+
+
+def parse(packet: bytes) -> tuple[Op, Caller | None]:
+    """Raises ``WireError`` for anything that is not exactly one well-formed packet."""
+    if not _HEAD.size <= len(packet) <= PACKET_MAX:
+        raise WireError(f"packet of {len(packet)} bytes")
+    magic, op_number, count = _HEAD.unpack_from(packet)
+    if magic != MAGIC:
+        raise WireError("wrong magic")
+    try:
+        op = Op(op_number)
+    except ValueError:
+        raise WireError(f"unknown op {op_number}") from None
+    body = packet[_HEAD.size :]
+    if op in (Op.LISTENER, Op.PRESENT):
+        if body or count:
+            raise WireError(f"{op.name} has no body")
+        return op, None
+    if count > _GROUPS_MAX or len(body) < _UID.size:
+        raise WireError("bad length")
+    (uid,) = _UID.unpack_from(body)
+    strings = body[_UID.size :].split(b"\0")
+    if len(strings) != 4 + count + 1 or strings.pop():
+        raise WireError("wrong number of strings")
+    if any(len(string) > _STRING_MAX for string in strings):
+        raise WireError("a string over 255 bytes")
+    try:
+        service, user, remote, shell, *groups = (string.decode() for string in strings)
+    except UnicodeDecodeError:
+        raise WireError("a string that is not UTF-8") from None
+    if not user:
+        raise WireError("no user")
+    return op, Caller(uid, service, user, remote, shell, tuple(groups))
+
+
+def reply(verdict: Verdict, message: str = "", instructions: bytes = b"") -> bytes:
+    """One reply packet; a message over 1023 bytes is cut."""
+    text = message.encode("utf-8", "replace")[:_MESSAGE_MAX].decode("utf-8", "ignore").encode()
+    return (
+        _HEAD.pack(MAGIC, verdict, len(instructions) // 8) + instructions + text.replace(b"\0", b"?") + b"\0"
+    )

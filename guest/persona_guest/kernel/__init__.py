@@ -1,0 +1,1 @@
+"""Thin wrappers of kernel facilities, named as their man pages name them."""

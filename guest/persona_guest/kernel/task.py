@@ -1,0 +1,191 @@
+"""A waiting task as /proc shows it, and files as that task would find them: proc(5), openat2(2), pidfd_open(2).
+
+Everything is relative to a descriptor of /proc/TID, so that a reused thread id is an error
+(ESRCH, ENOENT) and never another task.
+"""
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+_SYS_OPENAT2 = 437  # the same on every architecture since it was added
+_SYS_PIDFD_GETFD = 438
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
+_RESOLVE_IN_ROOT = 0x10
+_RACES = 8  # openat2(2): EAGAIN while a rename or mount anywhere races with '..'; retry, but not for ever
+_O_PATH = os.O_PATH | os.O_CLOEXEC
+_O_PATH_DIRECTORY = _O_PATH | os.O_DIRECTORY
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+
+
+def _how(resolve: int) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(struct.pack("=QQQ", _O_PATH, 0, resolve), 24)
+
+
+_IN_ROOT = _how(_RESOLVE_IN_ROOT)
+_PLAIN = _how(_RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS)
+
+
+def _openat2(directory: int, path: bytes, how: ctypes.Array[ctypes.c_char]) -> int:
+    for _ in range(_RACES):
+        fd: int = _syscall(_SYS_OPENAT2, directory, path, how, 24)
+        if fd >= 0:
+            return fd
+        number = ctypes.get_errno()
+        if number != errno.EAGAIN:
+            break
+    raise OSError(number, os.strerror(number), path)
+
+
+class Credentials(NamedTuple):
+    """Real, effective, saved and file system user ids of a task, its parent's pid and its thread group."""
+
+    uids: tuple[int, int, int, int]
+    ppid: int
+    tgid: int
+
+
+class Task:
+    """One thread, pinned by a descriptor of its /proc directory; close it after use."""
+
+    __slots__ = ("fd", "tid")
+
+    def __init__(self, tid: int) -> None:
+        self.tid = tid
+        self.fd = os.open(f"/proc/{tid}", _O_PATH_DIRECTORY)
+
+    def close(self) -> None:
+        """Releases the descriptor."""
+        os.close(self.fd)
+
+    def open_program(self, path: bytes) -> int:
+        """An O_PATH descriptor of what ``path`` means to this task: its root, its mounts, its cwd.
+
+        Raises ``OSError`` with the errno that execve would give; ELOOP also for magic links that
+        cannot be resolved on the task's behalf, which fails the exec and is meant to.
+        """
+        own = _own_link(path)
+        if own is not None:
+            return os.open(own, _O_PATH, dir_fd=self.fd)
+        if path.startswith(b"/"):
+            root = os.open("root", _O_PATH_DIRECTORY, dir_fd=self.fd)
+            try:
+                return _openat2(root, path, _IN_ROOT)
+            finally:
+                os.close(root)
+        return self._open_below("cwd", path)
+
+    def open_program_at(self, dirfd: int, path: bytes) -> int:
+        """The same for execveat(2): ``path`` relative to the task's descriptor ``dirfd``; empty = that file."""
+        if not path:
+            return os.open(f"fd/{dirfd}", _O_PATH, dir_fd=self.fd)
+        return self._open_below(f"fd/{dirfd}", path)
+
+    def _open_below(self, link: str, path: bytes) -> int:
+        if not path:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        directory = os.open(link, _O_PATH_DIRECTORY, dir_fd=self.fd)
+        try:
+            return _openat2(directory, path, _PLAIN)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EXDEV):
+                raise
+        finally:
+            os.close(directory)
+        # A symlink or '..' on the way may lead out of the directory: walk from the task's root.
+        root = os.readlink(b"root", dir_fd=self.fd)
+        here = os.readlink(os.fsencode(link), dir_fd=self.fd)
+        if root != b"/":
+            if not here.startswith(root + b"/") and here != root:
+                raise OSError(errno.ENOENT, "the directory is outside the task's root", path)
+            here = here[len(root) :] or b"/"
+        return self.open_program(here.rstrip(b"/") + b"/" + path)
+
+    def running(self) -> tuple[int, int]:
+        """(device, inode) of the program that the task runs now.  Raises ``OSError`` when it is gone."""
+        status = os.stat("exe", dir_fd=self.fd)
+        return status.st_dev, status.st_ino
+
+    def command_line(self, limit: int) -> bytes:
+        """The task's argv as it stands in memory, each argument ended by NUL; at most ``limit`` bytes."""
+        return self._read("cmdline", limit)
+
+    def credentials(self) -> Credentials:
+        """Uids, parent and thread group, of one consistent reading."""
+        found: dict[bytes, bytes] = {}
+        for line in self._read("status", 4096).splitlines():
+            key, _, value = line.partition(b":")
+            found[key] = value
+        real, effective, saved, file_system = (int(word) for word in found[b"Uid"].split())
+        return Credentials((real, effective, saved, file_system), int(found[b"PPid"]), int(found[b"Tgid"]))
+
+    def audit_session(self) -> int | None:
+        """The audit session id, unique to a login and inherited; ``None`` where there is none."""
+        try:
+            value = int(self._read("sessionid", 32))
+        except (OSError, ValueError):
+            return None
+        return None if value == 0xFFFFFFFF else value
+
+    def working_directory(self) -> str:
+        """Where the task is, as a path for people; empty where it cannot be told."""
+        try:
+            return os.readlink("cwd", dir_fd=self.fd)
+        except OSError:
+            return ""
+
+    def _read(self, name: str, limit: int) -> bytes:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            return os.read(fd, limit)
+        finally:
+            os.close(fd)
+
+
+def _own_link(path: bytes) -> str | None:
+    """The name below /proc/TID of a path through /proc/self and the like, which means the *caller's* own."""
+    for prefix, below in ((b"/proc/self/", ""), (b"/proc/thread-self/", ""), (b"/dev/fd/", "fd/")):
+        if path.startswith(prefix):
+            name = path[len(prefix) :]
+            if below == "" and name == b"exe":
+                return "exe"
+            if below == "" and name.startswith(b"fd/"):
+                name, below = name[3:], "fd/"
+            if below == "fd/" and name.isdigit():
+                return f"fd/{int(name)}"
+            raise OSError(errno.ELOOP, "a path through /proc that is neither exe nor fd/N", path)
+    return None
+
+
+@contextmanager
+def pinned(tid: int) -> Iterator[Task]:
+    """A task that is closed at the end of the block."""
+    task = Task(tid)
+    try:
+        yield task
+    finally:
+        task.close()
+
+
+def duplicate_descriptor(pid: int, fd: int) -> int:
+    """pidfd_getfd(2): our own copy of another process's descriptor, so that it cannot be swapped.
+
+    Raises ``OSError``; EINVAL where ``pid`` is not a thread group leader.
+    """
+    pidfd = os.pidfd_open(pid)
+    try:
+        copy: int = _syscall(_SYS_PIDFD_GETFD, pidfd, fd, 0)
+    finally:
+        os.close(pidfd)
+    if copy < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return copy

@@ -1,0 +1,178 @@
+"""The agent's settings: one frozen value, read once from guest.toml; each default with its reason.
+
+Unknown keys and wrong types are refused by name: a misspelt key must not silently mean its default.
+"""
+
+import os
+import re
+import socket
+import tomllib
+from dataclasses import MISSING, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from persona.problems import Fault, PersonaError
+
+
+class Mode(StrEnum):
+    """complain: everything is decided and recorded, nothing is stopped; enforce: no persona, no command."""
+
+    COMPLAIN = "complain"
+    ENFORCE = "enforce"
+
+
+class SettingsError(PersonaError):
+    """guest.toml says something that is not understood; the message names file and key."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Fault.BAD_DOCUMENT, message)
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """What this machine is called when the broker is asked."""
+
+    name: str = field(default_factory=lambda: socket.gethostname().partition(".")[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Broker:
+    """Where decisions come from."""
+
+    url: str = ""  # https://host:8443 or unix:/path; empty = no broker yet, which denies in enforce
+    events_url: str = ""  # the stream is a process, and so a port, of its own
+    ca_file: str = "/etc/persona/ca.pem"
+    token_file: str = "/etc/persona/token"  # noqa: S105 - a file's name, not a token
+    timeout_s: float = 2.0  # a person waits for this at the prompt: longer is a hang, shorter flaps
+    grace_s: float = 0.0  # how long a lease outlives its end while the broker is away; 0 = closed
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Who is gated, and what a program must be to be run."""
+
+    uid_min: int = 1000  # login.defs UID_MIN on Debian: below are system users
+    break_glass_group: str = "persona-break-glass"  # shipped empty
+    # The directories of Debian's ENV_SUPATH: where a bare name in a pattern is looked for.
+    secure_path: tuple[str, ...] = (
+        "/usr/local/sbin",
+        "/usr/local/bin",
+        "/usr/sbin",
+        "/usr/bin",
+        "/sbin",
+        "/bin",
+    )
+    # Programs that are many programs: argv[0] says which.
+    multicall: tuple[str, ...] = ("busybox", "toybox", "coreutils")
+    # Below these a program need not be root-owned and unwritable for others.
+    trusted_writable: tuple[str, ...] = ()
+    # What the session's own machinery starts (user manager, sshd's environment hooks) before and
+    # beside any command.  Each is root-owned and everything it starts is gated again.
+    plumbing: tuple[str, ...] = (
+        "/usr/lib/systemd/systemd",
+        "/usr/lib/systemd/systemd-executor",
+        "/usr/lib/systemd/user-environment-generators/*",
+        "/usr/lib/systemd/user-generators/*",
+        "/usr/bin/dbus-daemon",
+        "/usr/bin/dbus-update-activation-environment",
+        "/usr/bin/systemd-tmpfiles",
+    )
+    greeting: bool = True  # one line at an interactive login that names the persona
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where the agent keeps its sockets and its state; a trial moves them to a private directory."""
+
+    runtime_dir: str = "/run/persona"
+    state_dir: str = "/var/lib/persona"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All of guest.toml."""
+
+    mode: Mode = Mode.COMPLAIN  # a fresh install must never lock anybody out
+    vm: Vm = field(default_factory=Vm)
+    broker: Broker = field(default_factory=Broker)
+    gate: Gate = field(default_factory=Gate)
+    paths: Paths = field(default_factory=Paths)
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def load(path: Path) -> Settings:
+    """Reads guest.toml; a missing file is all defaults.  Raises ``SettingsError``."""
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: {error}") from error
+    return parse(document, str(path))
+
+
+def parse(document: dict[str, Any], source: str) -> Settings:
+    """The settings of a parsed document.  Raises ``SettingsError`` naming ``source`` and the key."""
+    try:
+        settings = _table(Settings, document, "")
+    except SettingsError as error:
+        raise SettingsError(f"{source}: {error.message}") from None
+    for key, ok, want in (
+        ("vm.name", bool(_NAME.fullmatch(settings.vm.name)), "letters, digits, '.', '_', '-'; at most 64"),
+        ("broker.timeout_s", 0.1 <= settings.broker.timeout_s <= 30, "0.1 to 30 seconds"),
+        ("broker.grace_s", 0 <= settings.broker.grace_s <= 86400, "0 to 86400 seconds"),
+        ("broker.url", _is_url(settings.broker.url), "https://HOST:PORT or unix:/PATH"),
+        ("broker.events_url", _is_url(settings.broker.events_url), "https://HOST:PORT or unix:/PATH"),
+        ("gate.uid_min", 1 <= settings.gate.uid_min <= 0x7FFFFFFF, "1 or more"),
+        ("gate.secure_path", all(map(os.path.isabs, settings.gate.secure_path)), "absolute directories"),
+        ("gate.break_glass_group", bool(_NAME.fullmatch(settings.gate.break_glass_group)), "a group name"),
+    ):
+        if not ok:
+            raise SettingsError(f"{source}: {key}: expected {want}")
+    return settings
+
+
+def _is_url(url: str) -> bool:
+    return not url or bool(re.fullmatch(r"https://[^/\s]+|unix:/\S+", url))
+
+
+def _table(kind: type[Any], document: object, prefix: str) -> Any:
+    if not isinstance(document, dict):
+        raise SettingsError(f"{prefix.rstrip('.')}: expected a table")
+    hints = get_type_hints(kind)
+    known = {item.name: item for item in fields(kind)}
+    unknown = sorted(set(document) - set(known))
+    if unknown:
+        raise SettingsError(f"{prefix}{unknown[0]}: unknown key; known here: {', '.join(sorted(known))}")
+    values = {key: _value(hints[key], value, prefix + key) for key, value in document.items()}
+    missing = [
+        name
+        for name, item in known.items()
+        if name not in values and item.default is MISSING and item.default_factory is MISSING
+    ]
+    if missing:
+        raise SettingsError(f"{prefix}{missing[0]}: missing")
+    return kind(**values)
+
+
+def _value(hint: Any, value: object, key: str) -> Any:
+    if hint is Mode:
+        if value not in list(Mode):
+            raise SettingsError(f"{key}: expected one of {', '.join(Mode)}, not {value!r}")
+        return Mode(value)
+    if hint is bool or hint is str:
+        if type(value) is not hint:
+            raise SettingsError(f"{key}: expected {'true or false' if hint is bool else 'a string'}")
+        return value
+    if hint is int or hint is float:
+        if type(value) not in (int, float) or (hint is int and type(value) is float):
+            raise SettingsError(f"{key}: expected a number")
+        return value
+    if hint == tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise SettingsError(f"{key}: expected a list of strings")
+        return tuple(value)
+    return _table(hint, value, key + ".")
