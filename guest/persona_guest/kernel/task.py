@@ -7,6 +7,7 @@ Everything is relative to a descriptor of /proc/TID, so that a reused thread id 
 import ctypes
 import errno
 import os
+import signal
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ class Task:
 
     def __init__(self, tid: int) -> None:
         self.tid = tid
-        self.fd = os.open(f"/proc/{tid}", _O_PATH_DIRECTORY)
+        # not O_PATH: pidfd_send_signal(2) takes a /proc/PID descriptor, but not an O_PATH one
+        self.fd = os.open(f"/proc/{tid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
         """Releases the descriptor."""
@@ -135,6 +137,13 @@ class Task:
             return None
         return None if value == 0xFFFFFFFF else value
 
+    def kill(self) -> None:
+        """SIGKILL to this very process, whatever has become of its pid; nothing where it is gone."""
+        try:
+            signal.pidfd_send_signal(self.fd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
     def working_directory(self) -> str:
         """Where the task is, as a path for people; empty where it cannot be told."""
         try:
@@ -173,6 +182,15 @@ def pinned(tid: int) -> Iterator[Task]:
         yield task
     finally:
         task.close()
+
+
+def is_leader(tid: int) -> bool:
+    """Whether a thread leads its thread group, so that its /proc/TID survives its exec."""
+    try:
+        os.close(os.pidfd_open(tid))
+    except OSError:  # EINVAL, since Linux 6.9 ENOENT: a thread that is no leader
+        return False
+    return True
 
 
 def duplicate_descriptor(pid: int, fd: int) -> int:

@@ -1,0 +1,336 @@
+"""The agent itself: what the PAM module and the users ask of it, put together from the parts.
+
+Everything here runs in the loop's thread.  A question to the broker comes back as a callback.
+"""
+
+import base64
+import contextlib
+import grp
+import json
+import logging
+import os
+import pwd
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from persona.codec import Record, encode_decision
+from persona.decisions import Decision, Denied, Granted, Subject
+from persona.problems import Fault, PersonaError, Reason
+from persona_guest.broker_client.events import Changed, Connected, Event, Lost
+from persona_guest.core.admission import Exemption, exemption
+from persona_guest.core.leases import LeaseBook
+from persona_guest.core.messages import admission_line, printable
+from persona_guest.core.pam_wire import Caller, Verdict, reply
+from persona_guest.core.sessions import Session, from_json, to_json
+from persona_guest.gate.supervisor import Gated, Supervisor
+from persona_guest.ipc.pam_socket import Reply
+from persona_guest.kernel import seccomp, systemd
+from persona_guest.kernel.task import pinned
+from persona_guest.questions import Admitted, Questions
+from persona_guest.settings import Mode, Settings
+
+log = logging.getLogger("persona.agent")
+
+
+class Agent:
+    """Sessions from their first packet to their last exec."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        supervisor: Supervisor,
+        leases: LeaseBook,
+        questions: Questions,
+        record: Callable[[Record], None],
+    ) -> None:
+        self.settings = settings
+        self.supervisor = supervisor
+        self.leases = leases
+        self.questions = questions
+        self.connection = "connecting"
+        self._record = record
+        self._filter = seccomp.gate_filter()
+        self._opening: dict[str, tuple[Session, Admitted | None]] = {}
+        self.base: dict[str, Admitted] = {}
+        self._directory = Path(settings.paths.runtime_dir) / "sessions"
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+
+    # --- the broker's push ------------------------------------------------------------------------
+
+    def event(self, event: Event) -> None:
+        """The event stream came, went or said something."""
+        if isinstance(event, Connected):
+            self.questions.streaming = True
+            self.connection = "connected"
+            log.info("the broker's event stream is up")
+        elif isinstance(event, Lost):
+            if self.questions.streaming:
+                log.warning("the broker's event stream is lost: %s; leases run out", event.detail)
+            self.questions.streaming = False
+            self.connection = "unreachable"
+        elif isinstance(event, Changed):
+            self.leases.advance(event.generation)
+
+    # --- the PAM module ---------------------------------------------------------------------------
+
+    def account(self, caller: Caller, pid: int, reply_to: Reply) -> None:
+        """May this user log in at all?"""
+        if self._exempt(caller, "account"):
+            reply_to(reply(Verdict.PASS))
+            return
+        session = self._session(caller, pid)
+
+        def answered(result: Admitted | Denied) -> None:
+            if isinstance(result, Admitted) or self.settings.mode is Mode.COMPLAIN:
+                reply_to(reply(Verdict.PASS))
+            else:
+                self._note_admission(session, result)
+                reply_to(reply(Verdict.DENY, admission_line(caller.user, self.settings.vm.name, result)))
+
+        self.questions.admit(session, answered, opening=False)
+
+    def open(self, caller: Caller, pid: int, reply_to: Reply) -> str | None:
+        """A session opens: pass, refuse, or gate it."""
+        if self._exempt(caller, "session"):
+            reply_to(reply(Verdict.PASS))
+            return None
+        session = self._session(caller, pid)
+        self._opening[session.id] = (session, None)
+
+        def answered(result: Admitted | Denied) -> None:
+            if session.id not in self._opening:
+                return  # the opener is gone
+            self._note_admission(session, result)
+            if isinstance(result, Admitted):
+                self._opening[session.id] = (session, result)
+            elif self.settings.mode is Mode.ENFORCE:
+                self._opening.pop(session.id)
+                reply_to(reply(Verdict.DENY, admission_line(caller.user, self.settings.vm.name, result)))
+                return
+            reply_to(reply(Verdict.GATE, instructions=self._filter))
+
+        self.questions.admit(session, answered, opening=True)
+        return session.id
+
+    def listener(self, session_id: str, fd: int, reply_to: Reply) -> None:
+        """The filter is in place; answer for it from now on."""
+        opening = self._opening.pop(session_id, None)
+        if opening is None:
+            os.close(fd)
+            reply_to(reply(Verdict.DENY, "persona: this session was not admitted"))
+            return
+        self._begin(opening[0], opening[1], fd)
+        reply_to(reply(Verdict.DONE))
+
+    def present(self, pid: int, session_id: str, reply_to: Reply) -> None:
+        """A session inside a session: it keeps the outer gate, if that is ours."""
+        self.abandoned(session_id)
+        if self.supervisor.find(pid) is not None:
+            reply_to(reply(Verdict.DONE))
+        else:
+            reply_to(reply(Verdict.DENY, "persona: another seccomp listener is in the way of the gate"))
+
+    def abandoned(self, session_id: str) -> None:
+        """An opened session whose listener will not come."""
+        opening = self._opening.pop(session_id, None)
+        if opening is not None and opening[1] is not None:
+            self.questions.closed(opening[0])
+
+    def close(self, caller: Caller, pid: int) -> None:
+        """PAM closed a session; the gate stays until its last process is gone, so nothing is done here."""
+
+    def _session(self, caller: Caller, pid: int) -> Session:
+        audit = None
+        with contextlib.suppress(OSError), pinned(pid) as task:
+            audit = task.audit_session()
+        return Session(
+            id="s-" + secrets.token_hex(8),
+            subject=Subject(caller.user, caller.groups, self.settings.vm.name),
+            uid=caller.uid,
+            service=caller.service,
+            remote=caller.remote,
+            shell=caller.shell,
+            monitor=pid,
+            audit=audit,
+            opened_at=time.time(),
+        )
+
+    def _exempt(self, caller: Caller, where: str) -> Exemption | None:
+        found = exemption(caller.uid, caller.groups, self.settings.gate)
+        if found is Exemption.BREAK_GLASS and where == "session":
+            log.critical("BREAK GLASS: %s logs in ungated by %s", printable(caller.user), caller.service)
+            self._record(self._login_record("", caller.user, "break_glass", None))
+        return found
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def _begin(self, session: Session, admitted: Admitted | None, fd: int) -> None:
+        path = self._directory / f"{session.id}.json"
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(to_json(session)))
+        systemd.store(session.id, fd)
+        if admitted is not None:
+            self.base[session.id] = admitted
+        self.supervisor.add(session, fd)
+        log.info("session %s of %s gated (%s)", session.id, printable(session.subject.user), session.service)
+
+    def ended(self, session: Session) -> None:
+        """The last process of a session is gone."""
+        (self._directory / f"{session.id}.json").unlink(missing_ok=True)
+        self.base.pop(session.id, None)
+        systemd.forget(session.id)
+        self.questions.closed(session)
+        self._record(self._login_record(session.id, session.subject.user, "session_end", None))
+        log.info("session %s ended", session.id)
+
+    def restore(self, listeners: dict[str, int]) -> None:
+        """Takes up the sessions of the agent before this one from what systemd kept."""
+        for path in self._directory.glob("s-*.json"):
+            fd = listeners.pop(path.stem, None)
+            try:
+                session = from_json(json.loads(path.read_text()))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.error("%s: %s; its session is refused everything", path, error)
+                continue  # its listener is closed below: execs there fail with ENOSYS
+            if fd is None:
+                path.unlink(missing_ok=True)
+            else:
+                self.supervisor.add(session, fd)
+        for fd in listeners.values():
+            os.close(fd)
+        self.supervisor.answer_left_over()
+
+    def _note_admission(self, session: Session, result: Admitted | Denied) -> None:
+        denied = result if isinstance(result, Denied) else None
+        self._record(self._login_record(session.id, session.subject.user, "admission", denied))
+
+    def _login_record(self, session: str, user: str, event: str, denied: Denied | None) -> Record:
+        return Record(
+            at=time.time(),
+            session=session,
+            user=user,
+            program="",
+            argv=(),
+            decision="denied" if denied else "granted",
+            reason=denied.reason if denied else None,
+            persona=None,
+            persona_version=None,
+            policy=denied.policy if denied else None,
+            event=event,
+            leased=False,
+            complain=self.settings.mode is Mode.COMPLAIN,
+        )
+
+    # --- what users ask ---------------------------------------------------------------------------
+
+    def greeting(self, session: Session) -> str | None:
+        """One line for an interactive login; ``None`` where the operator switched it off."""
+        if not self.settings.gate.greeting:
+            return None
+        base = self.base.get(session.id)
+        now = f"{base.persona.name} v{base.persona.version}" if base and base.persona else "none right now"
+        mode = "" if self.settings.mode is Mode.ENFORCE else " (complain mode: nothing is stopped)"
+        return f"persona: {now} on {self.settings.vm.name}{mode}; 'persona list' shows what you may run"
+
+    def status(self, gated: Gated | None, uid: int) -> dict[str, Any]:
+        """What ``persona status`` shows without asking the broker."""
+        session = gated.session if gated else None
+        current = self._current(gated)
+        return {
+            "ok": True,
+            "gated": gated is not None,
+            "mode": str(self.settings.mode),
+            "session": session.id if session else None,
+            "user": session.subject.user if session else user_name(uid),
+            "vm": self.settings.vm.name,
+            "persona": current[0],
+            "policy": current[1],
+            "limits": {},
+            "network": [],
+            "lease_s": self.leases.remaining(gated.holder, time.monotonic()) if gated else None,
+            "layers": {"seccomp": True, "bpf": False, "verify": True},
+            "broker": self.connection,
+            "generation": self.leases.generation,
+            "sessions": len(self.supervisor.sessions),
+        }
+
+    def _current(self, gated: Gated | None) -> tuple[dict[str, Any] | None, str | None]:
+        if gated is None:
+            return None, None
+        if gated.last is not None and gated.last.generation == self.leases.generation:
+            return _ref(gated.last), gated.last.policy
+        base = self.base.get(gated.session.id)
+        if base is None or base.persona is None:
+            return None, None
+        return {"name": base.persona.name, "version": base.persona.version}, base.policy
+
+    def open_from_shell(self, pid: int, uid: int, shell: str, reply_to: Callable[[dict[str, Any]], None]) -> str:
+        """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
+        caller = caller_of(uid, shell)
+        session = self._session(caller, pid)
+        self._opening[session.id] = (session, None)
+
+        def answered(result: Admitted | Denied) -> None:
+            if session.id not in self._opening:
+                return
+            self._note_admission(session, result)
+            if isinstance(result, Admitted):
+                self._opening[session.id] = (session, result)
+                self.base[session.id] = result
+            elif self.settings.mode is Mode.ENFORCE:
+                self._opening.pop(session.id)
+                line = admission_line(caller.user, self.settings.vm.name, result)
+                reply_to({"ok": False, "code": str(result.reason), "message": line})
+                return
+            reply_to(
+                {
+                    "ok": True,
+                    "verdict": "install",
+                    "filter": base64.b64encode(self._filter).decode(),
+                    "greeting": self.greeting(session),
+                }
+            )
+
+        self.questions.admit(session, answered, opening=True)
+        return session.id
+
+    def listener_from_shell(self, session_id: str, fd: int) -> None:
+        """The listener of ``persona-shell``.  Raises ``PersonaError`` where it was not admitted."""
+        opening = self._opening.pop(session_id, None)
+        if opening is None:
+            os.close(fd)
+            raise PersonaError(Reason.SESSION_UNKNOWN, "no gate was asked for, or the login was refused")
+        self._begin(opening[0], opening[1], fd)
+
+
+def caller_of(uid: int, shell: str = "") -> Caller:
+    """The user database's word on a uid.  Raises ``PersonaError`` for one that it does not know."""
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        raise PersonaError(Fault.NOT_FOUND, f"uid {uid} is in no user database") from None
+    groups = []
+    for gid in os.getgrouplist(entry.pw_name, entry.pw_gid):
+        with contextlib.suppress(KeyError):
+            groups.append(grp.getgrgid(gid).gr_name)
+    return Caller(uid, "persona-shell", entry.pw_name, "", shell or entry.pw_shell, tuple(groups))
+
+
+def user_name(uid: int) -> str:
+    """The login name of a uid, or the number."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _ref(granted: Granted) -> dict[str, Any]:
+    return {"name": granted.persona.name, "version": granted.persona.version}
+
+
+def decision_json(decision: Decision) -> dict[str, Any]:
+    """A decision as the sockets carry it."""
+    return encode_decision(decision)

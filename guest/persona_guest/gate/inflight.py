@@ -1,0 +1,52 @@
+"""The notifications that are received and not answered yet, in memory that outlives the agent.
+
+The kernel delivers a notification once.  An agent that dies in between would leave its task waiting
+for ever; so each is written to a memfd that systemd keeps (FDSTORE), and the next agent answers it.
+"""
+
+import mmap
+import os
+import struct
+
+from persona_guest.kernel.seccomp import NOTIF_SIZE
+
+SLOTS = 4096
+_NAME_SIZE = 40
+_SLOT = struct.Struct(f"=B7x{_NAME_SIZE}s{NOTIF_SIZE}s")
+
+
+class InFlight:
+    """A fixed table in shared memory; taking and clearing a slot is a copy, no system call."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        if fd is None:
+            fd = os.memfd_create("persona-inflight", os.MFD_CLOEXEC)
+            os.ftruncate(fd, SLOTS * _SLOT.size)
+        self.fd = fd
+        if os.fstat(fd).st_size != SLOTS * _SLOT.size:
+            raise ValueError("the table of notifications in flight has another size: another version's")
+        self._map = mmap.mmap(fd, SLOTS * _SLOT.size)
+        self._free = [slot for slot in range(SLOTS - 1, -1, -1) if not self._map[slot * _SLOT.size]]
+
+    def put(self, session: str, raw: bytes | bytearray) -> int:
+        """Remembers a raw struct seccomp_notif; the slot to clear, or -1 where the table is full."""
+        if not self._free:
+            return -1
+        slot = self._free.pop()
+        _SLOT.pack_into(self._map, slot * _SLOT.size, 1, session.encode(), bytes(raw))
+        return slot
+
+    def clear(self, slot: int) -> None:
+        """The notification of ``slot`` is answered."""
+        if slot >= 0:
+            self._map[slot * _SLOT.size] = 0
+            self._free.append(slot)
+
+    def left_over(self) -> list[tuple[int, str, bytes]]:
+        """(slot, session, raw struct) of everything that an earlier agent did not answer."""
+        found = []
+        for slot in range(SLOTS):
+            used, name, raw = _SLOT.unpack_from(self._map, slot * _SLOT.size)
+            if used:
+                found.append((slot, name.rstrip(b"\0").decode("ascii", "replace"), raw))
+        return found

@@ -1,0 +1,398 @@
+"""The gate: every execve of every gated session comes here, is decided, and goes on or fails.
+
+Received eagerly, decided from leases where they hold, asked of the broker otherwise; whatever
+prevents a decision is a denial.  In complain mode the same happens, is recorded, and goes on.
+"""
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from persona.codec import Record
+from persona.decisions import Decision, Denied, Granted, Request
+from persona.problems import Reason
+from persona_guest.core.leases import LeaseBook, Question
+from persona_guest.core.messages import denial_line, shown_name
+from persona_guest.core.sessions import Session
+from persona_guest.gate import attempt as attempts
+from persona_guest.gate.attempt import Attempt
+from persona_guest.gate.identity import Identifier, Image
+from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.terminal import tell
+from persona_guest.gate.verify import Expectation, Verifier
+from persona_guest.kernel import seccomp
+from persona_guest.kernel.task import Task, is_leader, pinned
+from persona_guest.loop import GONE, READABLE, Loop, Timer
+from persona_guest.settings import Mode, Settings
+
+Ask = Callable[[Request, Callable[[Decision], None]], None]
+
+_LINES_PER_SECOND = 20  # denial lines to one session: a loop of denied commands must not flood
+_ANCESTORS_MAX = 32
+
+
+@dataclass(slots=True)
+class Gated:
+    """A session with its listener, and what the gate needs at every exec."""
+
+    session: Session
+    listener: int
+    holder: int
+    shell: Image | None
+    lines: int = 0
+    lines_at: int = 0
+    last: Granted | None = None
+    timings: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Pending:
+    """An exec that is not answered yet."""
+
+    gated: Gated
+    ident: int
+    slot: int
+    task: Task
+    attempt: Attempt
+    stage: int = 0
+    denials: list[Denied] = field(default_factory=list)
+    leased: bool = True
+    timer: Timer | None = None
+
+
+class Supervisor:
+    """Owns the listeners; ``ask`` puts a question to the broker and calls back in the loop's thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: Loop,
+        identifier: Identifier,
+        leases: LeaseBook,
+        inflight: InFlight,
+        ask: Ask,
+        record: Callable[[Record], None],
+        ended: Callable[[Session], None],
+    ) -> None:
+        self.settings = settings
+        self.sessions: dict[str, Gated] = {}
+        self.released = False
+        self.verifier = Verifier(loop, time.monotonic)
+        self._loop = loop
+        self._identifier = identifier
+        self._leases = leases
+        self._inflight = inflight
+        self._ask = ask
+        self._record = record
+        self._ended = ended
+        self._buffer = bytearray(seccomp.NOTIF_SIZE)
+        self._holders: dict[object, int] = {}
+        self._waiting: dict[Question, list[Pending]] = {}
+        self.denied = 0
+        self.granted = 0
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def holder(self, session: Session) -> int:
+        """The number under which decisions for this session's subject are leased."""
+        return self._holders.setdefault(session.subject, len(self._holders) + 1)
+
+    def add(self, session: Session, listener: int) -> None:
+        """Takes over the listener of a session and answers for it from now on."""
+        seccomp.use_synchronous_wakeup(listener)
+        gated = Gated(session, listener, self.holder(session), self._shell_of(session))
+        self.sessions[session.id] = gated
+        self._loop.watch(listener, READABLE, lambda events: self._ready(gated, events))
+
+    def answer_left_over(self) -> None:
+        """Answers what an agent before this one received and did not answer."""
+        for slot, name, raw in self._inflight.left_over():
+            gated = self.sessions.get(name)
+            if gated is None:
+                self._inflight.clear(slot)
+            else:
+                self._handle(gated, seccomp.parse_notification(raw), slot)
+
+    def find(self, pid: int) -> Gated | None:
+        """The session that a process belongs to, by audit session id or by descent; ``None`` = none."""
+        try:
+            with pinned(pid) as task:
+                audit = task.audit_session()
+        except OSError:
+            return None
+        if audit is not None:
+            for gated in self.sessions.values():
+                if gated.session.audit == audit:
+                    return gated
+        monitors = {gated.session.monitor: gated for gated in self.sessions.values()}
+        for _ in range(_ANCESTORS_MAX * 4):
+            if pid in monitors:
+                return monitors[pid]
+            try:
+                with pinned(pid) as task:
+                    pid = task.credentials().ppid
+            except OSError:
+                return None
+            if pid <= 1:
+                return None
+        return None
+
+    def _shell_of(self, session: Session) -> Image | None:
+        try:
+            status = os.stat(session.shell)
+        except OSError:
+            return None
+        return Image(status.st_dev, status.st_ino)
+
+    def _end(self, gated: Gated) -> None:
+        self._loop.unwatch(gated.listener)
+        os.close(gated.listener)
+        self.sessions.pop(gated.session.id, None)
+        self._ended(gated.session)
+
+    # --- one exec ---------------------------------------------------------------------------------
+
+    def _ready(self, gated: Gated, events: int) -> None:
+        if events & READABLE:
+            notification = seccomp.receive(gated.listener, self._buffer)
+            if notification is not None:
+                slot = self._inflight.put(gated.session.id, self._buffer)
+                self._handle(gated, notification, slot)
+        elif events & GONE:
+            self._end(gated)
+
+    def _handle(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
+        if self.released:
+            self._go_on(gated, notification.id, slot)
+            return
+        try:
+            task = Task(notification.tid)
+        except OSError:  # killed meanwhile
+            self._fail(gated, notification.id, slot, errno.EACCES)
+            return
+        try:
+            attempt = attempts.read(task, notification, self._identifier)
+        except OSError as error:
+            task.close()
+            self._unreadable(gated, notification.id, slot, error)
+            return
+        if not seccomp.still_valid(gated.listener, notification.id):
+            task.close()  # what was read may have been another task's
+            self._inflight.clear(slot)
+            return
+        self._decide(Pending(gated, notification.id, slot, task, attempt))
+
+    def _unreadable(self, gated: Gated, ident: int, slot: int, error: OSError) -> None:
+        # The kernel reports these for the same call; answering them ourselves leaves no second reading.
+        if self.settings.mode is Mode.COMPLAIN:
+            self._go_on(gated, ident, slot)
+        else:
+            self._fail(gated, ident, slot, error.errno or errno.EACCES)
+
+    def _decide(self, pending: Pending) -> None:
+        """Goes through the stages; the first that is granted wins, a stage that must be asked ends the walk."""
+        gated, attempt = pending.gated, pending.attempt
+        while pending.stage < len(attempt.stages):
+            found, argv = attempt.stages[pending.stage]
+            question = attempt.question(pending.stage, gated.holder)
+            if not found.trusted:
+                pending.denials.append(_untrusted(found.program.path, found.visible))
+                pending.stage += 1
+                continue
+            decision = self._leases.lookup(question, time.monotonic())
+            if decision is None:
+                if self._is_login_shell(pending):
+                    self._allow(pending, None)
+                    return
+                pending.leased = False
+                self._enquire(pending, question, argv)
+                return
+            if isinstance(decision, Granted):
+                self._allow(pending, decision)
+                return
+            pending.denials.append(decision)
+            pending.stage += 1
+        if self._is_login_shell(pending) or self._is_plumbing(pending) or self._is_services_own(pending):
+            self._allow(pending, None)
+        else:
+            # A user's own script is its interpreter's start: then that is what was refused.
+            first = attempt.stages[0][0]
+            self._deny(pending, pending.denials[0 if first.trusted else -1])
+
+    def _enquire(self, pending: Pending, question: Question, argv: tuple[bytes, ...]) -> None:
+        waiting = self._waiting.get(question)
+        if waiting is not None:
+            waiting.append(pending)
+            return
+        self._waiting[question] = [pending]
+        session = pending.gated.session
+        request = Request(
+            subject=session.subject,
+            session=session.id,
+            program=question.program,
+            argv=tuple(os.fsdecode(argument) for argument in argv),
+            cwd=pending.task.working_directory(),
+            argv_complete=question.complete,
+        )
+        self._ask(request, lambda decision: self._told(question, decision))
+
+    def _told(self, question: Question, decision: Decision) -> None:
+        now = time.monotonic()
+        self._leases.keep(question, decision, now)
+        if isinstance(decision, Denied) and decision.reason in (
+            Reason.BROKER_UNREACHABLE,
+            Reason.BROKER_MISBEHAVED,
+        ):
+            decision = self._leases.within_grace(question, now) or decision
+        for pending in self._waiting.pop(question, ()):
+            if not seccomp.still_valid(pending.gated.listener, pending.ident):
+                self._drop(pending)
+            elif isinstance(decision, Granted):
+                self._allow(pending, decision)
+            else:
+                pending.denials.append(decision)
+                pending.stage += 1
+                self._decide(pending)
+
+    # --- the answers ------------------------------------------------------------------------------
+
+    def _allow(self, pending: Pending, granted: Granted | None) -> None:
+        gated, attempt, task = pending.gated, pending.attempt, pending.task
+        watched = is_leader(task.tid)
+        narrow = granted is not None and self._leases.is_narrow(attempt.question(pending.stage, gated.holder))
+        try:
+            before = Image(*task.running())
+            argv_before = task.command_line(65536) if narrow and before == attempt.final else None
+            if not watched:
+                tgid = task.credentials().tgid
+                task.close()
+                pending.task = task = Task(tgid)
+        except OSError:  # killed while it waited
+            self._drop(pending)
+            return
+        if self._go_on(gated, pending.ident, pending.slot):
+            argv = b"".join(argument + b"\0" for argument in attempt.final_argv) if narrow else None
+            expected = Expectation(before, attempt.final, argv, argv_before)
+            self.verifier.expect(task, expected, lambda found: self._caught(pending, found))
+        else:
+            task.close()
+        self.granted += 1
+        if granted is not None:
+            gated.last = granted
+        self._note(pending, "exec", granted)
+
+    def _deny(self, pending: Pending, denied: Denied) -> None:
+        gated = pending.gated
+        complain = self.settings.mode is Mode.COMPLAIN
+        self.denied += 1
+        self._note(pending, "exec", denied)
+        if complain:
+            self._go_on(gated, pending.ident, pending.slot)
+        else:
+            if self._may_speak(gated):
+                name = shown_name(pending.attempt.path, pending.attempt.argv)
+                try:
+                    tell(pending.task.credentials().tgid, denial_line(name, denied))
+                except OSError:
+                    pass  # killed meanwhile: nobody is there to be told
+            self._fail(gated, pending.ident, pending.slot, errno.EACCES)
+        pending.task.close()
+
+    def _drop(self, pending: Pending) -> None:
+        pending.task.close()
+        self._inflight.clear(pending.slot)
+
+    def _go_on(self, gated: Gated, ident: int, slot: int) -> bool:
+        alive = seccomp.respond_continue(gated.listener, ident)
+        self._inflight.clear(slot)
+        return alive
+
+    def _fail(self, gated: Gated, ident: int, slot: int, number: int) -> None:
+        seccomp.respond_error(gated.listener, ident, number)
+        self._inflight.clear(slot)
+
+    def _caught(self, pending: Pending, found: str) -> None:
+        denied = Denied(Reason.PROGRAM_NOT_TRUSTED, help=f"killed: what started was {found}")
+        self._note(pending, "killed", denied)
+
+    def _may_speak(self, gated: Gated) -> bool:
+        second = int(time.monotonic())
+        if gated.lines_at != second:
+            gated.lines_at, gated.lines = second, 0
+        gated.lines += 1
+        return gated.lines <= _LINES_PER_SECOND
+
+    def _note(self, pending: Pending, event: str, decision: Decision | None) -> None:
+        session = pending.gated.session
+        granted = decision if isinstance(decision, Granted) else None
+        denied = decision if isinstance(decision, Denied) else None
+        self._record(
+            Record(
+                at=time.time(),
+                session=session.id,
+                user=session.subject.user,
+                program=pending.attempt.stages[0][0].program.path,
+                argv=tuple(os.fsdecode(argument[:256]) for argument in pending.attempt.argv[:16]),
+                decision="denied" if denied else "granted",
+                reason=denied.reason if denied else None,
+                persona=granted.persona.name if granted else denied.persona if denied else None,
+                persona_version=granted.persona.version if granted else None,
+                policy=decision.policy if decision else None,
+                event=event,
+                leased=pending.leased,
+                complain=self.settings.mode is Mode.COMPLAIN,
+            )
+        )
+
+    # --- what a session starts by itself ----------------------------------------------------------
+
+    def _is_login_shell(self, pending: Pending) -> bool:
+        """Admission gives a shell: the user's login shell runs; what it starts is decided."""
+        found, argv = pending.attempt.stages[0]
+        shell = pending.gated.shell
+        if shell is None or found.image != shell or not found.trusted:
+            return False
+        name = os.path.basename(os.fsdecode(argv[0])).removeprefix("-") if argv else ""
+        return not found.multicall or name == os.path.basename(pending.gated.session.shell)
+
+    def _is_plumbing(self, pending: Pending) -> bool:
+        found = pending.attempt.stages[0][0]
+        return found.trusted and any(
+            fnmatchcase(found.program.path, pattern) for pattern in self.settings.gate.plumbing
+        )
+
+    def _is_services_own(self, pending: Pending) -> bool:
+        """What sshd, cron or su itself starts as root (motd, sshrc): root all the way up to the monitor.
+
+        A root process that the user got by sudo has the user's own processes above it; one that was
+        orphaned hangs below init: neither reaches the monitor.
+        """
+        monitor = pending.gated.session.monitor
+        pid = pending.task.tid
+        for _ in range(_ANCESTORS_MAX):
+            try:
+                with pinned(pid) as task:
+                    credentials = task.credentials()
+            except OSError:
+                return False
+            if any(credentials.uids):
+                return False
+            if credentials.tgid == monitor:
+                return True
+            pid = credentials.ppid
+            if pid <= 1:
+                return False
+        return False
+
+
+def _untrusted(path: str, visible: bool) -> Denied:
+    if not visible:
+        return Denied(
+            Reason.PROGRAM_NOT_TRUSTED, help="it is not a file of this machine that a whitelist could name"
+        )
+    return Denied(
+        Reason.PROGRAM_NOT_TRUSTED, help=f"others than root could change {path}, so no whitelist can vouch for it"
+    )

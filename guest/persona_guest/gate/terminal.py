@@ -1,0 +1,39 @@
+"""One line onto the terminal or pipe that a task has as its standard error, without trusting either.
+
+The user chooses what descriptor 2 is.  It is duplicated (never opened by path), must be writable for
+the user himself, must be a terminal or a pipe, and is written through a non-blocking description of
+our own, so that a stopped terminal or a full pipe cannot stop the agent.
+"""
+
+import fcntl
+import os
+import stat
+
+from persona_guest.kernel.task import duplicate_descriptor
+
+
+def tell(pid: int, line: str) -> bool:
+    """Writes ``line`` to the stderr of process ``pid``; false where that is not possible or not safe."""
+    try:
+        copy = duplicate_descriptor(pid, 2)
+    except OSError:
+        return False
+    try:
+        if fcntl.fcntl(copy, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            return False
+        terminal = os.isatty(copy)
+        if not terminal and not stat.S_ISFIFO(os.fstat(copy).st_mode):
+            return False
+        # A new description of the same file: O_NONBLOCK on the shared one would change the user's.
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        out = os.open(f"/proc/self/fd/{copy}", flags)
+        try:
+            text = line.encode("utf-8", "replace")
+            end = b"\r\n" if terminal else b"\n"
+            return os.write(out, text + end) > 0
+        finally:
+            os.close(out)
+    except OSError:
+        return False
+    finally:
+        os.close(copy)
