@@ -1,0 +1,39 @@
+"""Amounts as people write them: ``150%``, ``2GiB``, ``50MB``."""
+
+import re
+from typing import Any
+
+from persona.parsing import Bad
+
+_BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B|)", re.ASCII)
+_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(value: Any) -> int:
+    """Bytes: a number, or with a unit; KiB, MiB, ... and bare K, M, ... are powers of 1024, KB, MB, ... of 1000."""
+    if type(value) is int and value > 0:
+        return value
+    match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise Bad(f"expected an amount of bytes, not {value!r}", "like 2GiB, 512MiB or 50MB")
+    amount, prefix, suffix = match.groups()
+    size = int(float(amount) * (1000 if suffix == "B" and prefix else 1024) ** _POWER[prefix])
+    if not 0 < size < 1 << 60:
+        raise Bad(f"{value!r} is out of range")
+    return size
+
+
+def parse_cpu(value: Any) -> float:
+    """CPU in percent of one core: ``"150%"`` or cores, ``1.5`` and ``"1.5"``, both 150.0."""
+    number: float | None = None
+    if type(value) in (int, float):
+        number = float(value) * 100
+    elif isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", value.strip(), re.ASCII)
+        if match is not None:
+            number = float(match[1]) * (1 if match[2] else 100)
+    if number is None:
+        raise Bad(f"expected an amount of CPU, not {value!r}", 'like "150%" or 1.5 (cores)')
+    if not 1 <= number <= 102_400:
+        raise Bad(f"{value!r} is out of range: 1 % of a core to 1024 cores")
+    return number

@@ -1,0 +1,101 @@
+"""The JSON Schema of the documents: served by the broker, used by editors, and where the parser's field names come from.
+
+The parser is stricter than the schema where a schema cannot say it (patterns that can never match);
+never looser.
+"""
+
+from typing import Any
+
+NAME = r"^[A-Za-z][A-Za-z0-9._-]{0,63}$"
+
+_STRINGS = {"type": "array", "items": {"type": "string"}, "maxItems": 256}
+_AMOUNT = {"type": ["string", "integer"]}
+_THRESHOLD = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["below"],
+    "properties": {
+        "below": {"type": "number", "minimum": 1, "maximum": 100},
+        "again_below": {"type": "number", "minimum": 1, "maximum": 100},
+    },
+}
+
+PERSONA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["kind", "name", "command_whitelist"],
+    "properties": {
+        "kind": {"const": "Persona"},
+        "name": {"type": "string", "pattern": NAME},
+        "description": {"type": "string", "maxLength": 1000},
+        "command_whitelist": {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 1024},
+        "resource_limits": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "cpu": {"type": ["string", "number"]},
+                "memory": _AMOUNT,
+                "disk_io": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "read_bps": _AMOUNT,
+                        "write_bps": _AMOUNT,
+                        "read_iops": {"type": "integer", "minimum": 1},
+                        "write_iops": {"type": "integer", "minimum": 1},
+                    },
+                },
+                "pids": {"type": "integer", "minimum": 1, "maximum": 4194304},
+                "per": {"enum": ["session", "persona"]},
+            },
+        },
+        "network_access": _STRINGS,
+        "dependencies": _STRINGS,
+        "priority": {"type": "integer", "minimum": 0, "maximum": 1000},
+        "on_revoke": {"enum": ["finish", "freeze", "kill"]},
+    },
+}
+
+POLICY: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["kind", "name", "subjects", "persona"],
+    "properties": {
+        "kind": {"const": "Policy"},
+        "name": {"type": "string", "pattern": NAME},
+        "description": {"type": "string", "maxLength": 1000},
+        "subjects": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"users": _STRINGS, "groups": _STRINGS},
+        },
+        "commands": {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 1024},
+        "vms": _STRINGS,
+        "when": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "host_load": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {"cpu": _THRESHOLD, "memory": _THRESHOLD, "network": _THRESHOLD},
+                },
+                "hours": {"type": "string"},
+            },
+        },
+        "persona": {"type": "string", "pattern": NAME},
+    },
+}
+
+SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "Persona and Policy documents",
+    "oneOf": [PERSONA, POLICY],
+}
+
+
+def fields(schema: dict[str, Any], *path: str) -> tuple[str, ...]:
+    """The field names that a schema knows, of itself or of the object field at ``path``."""
+    for name in path:
+        schema = schema["properties"][name]
+    return tuple(schema["properties"])
