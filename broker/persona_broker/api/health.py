@@ -1,0 +1,34 @@
+"""For monitors: alive, ready, and the numbers.  No token needed, nothing secret said."""
+
+import sqlite3
+
+from flask import Blueprint, Response, jsonify
+
+from persona.problems import Fault, PersonaError
+from persona_broker import metrics
+from persona_broker.api.guests import state
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/healthz")
+def healthz() -> Response:
+    """The process answers."""
+    return jsonify(status="ok")
+
+
+@blueprint.get("/readyz")
+def readyz() -> Response:
+    """Decisions can be made: the record can be read."""
+    try:
+        view = state().current()
+    except sqlite3.Error as error:
+        raise PersonaError(Fault.NOT_READY, f"the record cannot be read: {error}") from None
+    return jsonify(status="ready", generation=view.generation, policies=len(view.snapshot.policies))
+
+
+@blueprint.get("/metrics")
+def numbers() -> Response:
+    """Prometheus text; counters are this worker's own, labelled with its process."""
+    view = state().current()
+    return Response(metrics.render(view, state().store.records_lost()), content_type="text/plain; version=0.0.4")

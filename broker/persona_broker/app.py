@@ -1,0 +1,43 @@
+"""The Flask applications: one for questions, one for the event streams."""
+
+import threading
+from pathlib import Path
+
+from flask import Flask
+
+from persona.codec import MAX_BODY
+from persona_broker import problems
+from persona_broker.api import decisions, documents, events, health
+from persona_broker.host.load import LoadSource, MachineSource, SetSource
+from persona_broker.state import State
+from persona_broker.store.sqlite import Store
+from persona_broker.watcher import Watcher
+
+
+def api(database: Path) -> Flask:
+    """Decisions, sessions, documents, health.  Call it in the process that will serve it."""
+    app = _base(Store(database))
+    for blueprint in (decisions.blueprint, documents.blueprint, health.blueprint):
+        app.register_blueprint(blueprint)
+    return app
+
+
+def streams(database: Path, load_source: str) -> Flask:
+    """The event streams, and the watcher that feeds them (with a connection to the record of its own)."""
+    app = _base(Store(database))
+    store = Store(database)
+    source: LoadSource = MachineSource() if load_source == "psutil" else SetSource(store.set_load)
+    watcher = Watcher(store, source)
+    threading.Thread(target=watcher.run, name="watcher", daemon=True).start()
+    app.extensions["watcher"] = watcher
+    app.register_blueprint(events.blueprint)
+    app.register_blueprint(health.blueprint)
+    return app
+
+
+def _base(store: Store) -> Flask:
+    app = Flask("persona_broker", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.extensions["persona"] = State(store)
+    problems.register(app)
+    return app

@@ -1,0 +1,1 @@
+"""Where the host's load comes from."""

@@ -1,0 +1,1 @@
+"""Evaluation: pure, no I/O; the state of the world is an argument."""

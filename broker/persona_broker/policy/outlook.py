@@ -1,0 +1,99 @@
+"""What holds right now: the conditions of all policies, judged once a change and not once a request."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from persona.conditions import Hours, Threshold, When
+from persona.problems import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The host's load, percent by metric, taken at ``at`` (Unix seconds) by ``source``."""
+
+    at: float
+    load: Mapping[str, float]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unmet:
+    """A condition that does not hold, with the sentence that a refused user reads."""
+
+    reason: Reason
+    detail: str
+
+
+Latches = frozenset[Threshold]
+
+
+def latch(previous: Latches, thresholds: Iterable[Threshold], sample: Sample) -> Latches:
+    """Which thresholds count as exceeded: reached ``below``, and not yet back under ``again_below``."""
+    return frozenset(
+        threshold
+        for threshold in thresholds
+        if (load := sample.load.get(threshold.metric)) is not None
+        and load >= (threshold.again_below if threshold in previous else threshold.below)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The inputs of every condition; ``max_age_s`` is how long a sample says anything."""
+
+    sample: Sample | None
+    latches: Latches
+    now: float  # Unix seconds
+    max_age_s: float
+
+
+def judge(when: When, world: World) -> Unmet | None:
+    """The first condition that does not hold, or ``None``.  Unknown load is not below anything."""
+    for threshold in when.host_load:
+        unmet = _judge_load(threshold, world)
+        if unmet is not None:
+            return unmet
+    if when.hours is not None and not _within(when.hours, world.now):
+        return Unmet(Reason.OUTSIDE_HOURS, f"it holds {when.hours.text}")
+    return None
+
+
+def _within(hours: Hours, now: float) -> bool:
+    return hours.contains(datetime.fromtimestamp(now, UTC))
+
+
+def _judge_load(threshold: Threshold, world: World) -> Unmet | None:
+    name = {"cpu": "CPU"}.get(threshold.metric, threshold.metric)
+    sample = world.sample
+    if sample is None or threshold.metric not in sample.load:
+        return Unmet(Reason.LOAD_UNKNOWN, f"the host's {name} load is not known")
+    age = world.now - sample.at
+    if not -5 <= age <= world.max_age_s:
+        return Unmet(Reason.LOAD_UNKNOWN, f"the host's {name} load was last measured {age:.0f} s ago")
+    if threshold in world.latches:
+        load = sample.load[threshold.metric]
+        again = f", again below {threshold.again_below:g} %" if threshold.again_below != threshold.below else ""
+        return Unmet(
+            Reason.LOAD_EXCEEDS_THRESHOLD,
+            f"the host's {name} load is {load:.0f} %, it holds below {threshold.below:g} %{again}",
+        )
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """Which policies' conditions do not hold, by policy name, as of ``generation``."""
+
+    generation: int
+    unmet: Mapping[str, Unmet]
+
+
+def look(conditions: Mapping[str, When], world: World, generation: int) -> Outlook:
+    """Judges every policy that has a condition."""
+    unmet = {
+        name: found
+        for name, when in conditions.items()
+        if (when.host_load or when.hours is not None) and (found := judge(when, world)) is not None
+    }
+    return Outlook(generation, unmet)

@@ -1,0 +1,51 @@
+"""Errors over HTTP: RFC 9457 problem documents with our stable codes."""
+
+from http import HTTPStatus
+
+from flask import Flask, Response, jsonify
+from werkzeug.exceptions import HTTPException
+
+from persona.problems import Fault, PersonaError
+
+_STATUS = {
+    Fault.BAD_REQUEST: HTTPStatus.BAD_REQUEST,
+    Fault.BAD_DOCUMENT: HTTPStatus.UNPROCESSABLE_ENTITY,
+    Fault.TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    Fault.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,
+    Fault.NOT_YOUR_VM: HTTPStatus.FORBIDDEN,
+    Fault.NOT_FOUND: HTTPStatus.NOT_FOUND,
+    Fault.CONFLICT: HTTPStatus.CONFLICT,
+    Fault.NOT_READY: HTTPStatus.SERVICE_UNAVAILABLE,
+    Fault.OVERLOADED: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+_CODE = {413: Fault.TOO_LARGE, 404: Fault.NOT_FOUND, 401: Fault.UNAUTHENTICATED, 405: Fault.BAD_REQUEST}
+
+
+def problem(status: int, code: str, detail: str) -> Response:
+    """One problem document."""
+    response = jsonify(
+        type="about:blank", title=HTTPStatus(status).phrase, status=status, code=str(code), detail=detail
+    )
+    response.status_code = status
+    response.content_type = "application/problem+json"
+    return response
+
+
+def register(app: Flask) -> None:
+    """Every error of the app becomes a problem; what is not ours says nothing of the inside."""
+
+    def ours(error: PersonaError) -> Response:
+        status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)  # type: ignore[call-overload]  # a Reason is no key
+        return problem(status, error.code, error.message)
+
+    def http(error: HTTPException) -> Response:
+        status = error.code or 500
+        return problem(status, _CODE.get(status, Fault.BAD_REQUEST), error.description or "")
+
+    def unexpected(error: Exception) -> Response:
+        app.logger.exception("unexpected error", exc_info=error)
+        return problem(500, Fault.INTERNAL, "the broker failed; its log says why")
+
+    app.register_error_handler(PersonaError, ours)
+    app.register_error_handler(HTTPException, http)
+    app.register_error_handler(Exception, unexpected)

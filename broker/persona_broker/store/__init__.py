@@ -1,0 +1,1 @@
+"""The record: documents and their versions, guests, sessions, decisions."""

@@ -1,0 +1,320 @@
+"""The record in one SQLite file (WAL): documents and versions, guests, sessions, decisions, what holds now.
+
+Every process opens its own; ``changed`` tells cheaply whether another wrote.  The generation is
+raised in the same transaction as the change that it announces.
+"""
+
+import hashlib
+import hmac
+import json
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona.codec import Record, encode_record
+from persona.conditions import Threshold
+from persona.decisions import Subject
+from persona.documents import Document, Persona, Policy, digest, parse_document, to_mapping
+from persona_broker.policy.engine import Snapshot, Versioned
+from persona_broker.policy.outlook import Latches, Sample
+
+RECORDS_KEPT = 200_000  # about 100 MB; the audit issue will stream them on
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS documents (kind TEXT, name TEXT, version INTEGER, digest TEXT NOT NULL,
+    body TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (kind, name, version)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS applied (position INTEGER PRIMARY KEY, kind TEXT, name TEXT, version INTEGER);
+CREATE TABLE IF NOT EXISTS guests (name TEXT PRIMARY KEY, token_sha256 TEXT NOT NULL UNIQUE) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, guest TEXT NOT NULL, user TEXT NOT NULL,
+    groups TEXT NOT NULL, service TEXT NOT NULL, remote TEXT NOT NULL, opened_at REAL NOT NULL,
+    revoked INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY AUTOINCREMENT, guest TEXT NOT NULL, body TEXT NOT NULL);
+INSERT OR IGNORE INTO meta VALUES ('generation', '1'), ('records_lost', '0');
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """A session that a guest opened and did not close yet."""
+
+    id: str
+    guest: str
+    subject: Subject
+    service: str
+    remote: str
+    opened_at: float
+    revoked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What ``apply`` changed, by kind and name."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    generation: int
+
+
+class Store:
+    """One connection behind a lock.  Raises ``sqlite3.Error`` where the file cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.executescript(_SCHEMA)
+        self._version = -1
+
+    def close(self) -> None:
+        """Ends the connection."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def changed(self) -> bool:
+        """Whether another connection wrote since the last call (PRAGMA data_version; microseconds)."""
+        with self._lock:
+            (version,) = self._db.execute("PRAGMA data_version").fetchone()
+        if version == self._version:
+            return False
+        self._version = version
+        return True
+
+    # --- generation and what holds now ------------------------------------------------------------
+
+    def generation(self) -> int:
+        """The number of the newest change that can change a decision."""
+        return int(self._rows("SELECT value FROM meta WHERE key = 'generation'")[0][0])
+
+    def raise_generation(self) -> int:
+        """Announces a change made elsewhere (a condition that began or ceased to hold)."""
+        with self._write() as db:
+            return _raise(db)
+
+    def sample(self) -> Sample | None:
+        """The host's last load sample."""
+        value = self._meta("sample")
+        return Sample(value["at"], value["load"], value["source"]) if value else None
+
+    def latches(self) -> Latches:
+        """The thresholds that count as exceeded."""
+        return frozenset(Threshold(*item) for item in self._meta("latches") or ())
+
+    def put_sample(self, sample: Sample, latches: Latches) -> None:
+        """Replaces both at once."""
+        state = {"at": sample.at, "load": dict(sample.load), "source": sample.source}
+        held = sorted([latch.metric, latch.below, latch.again_below] for latch in latches)
+        with self._write() as db:
+            _put(db, "sample", state)
+            _put(db, "latches", held)
+
+    def set_load(self) -> dict[str, float]:
+        """What the operator set with ``load set``."""
+        return dict(self._meta("load_set") or {})
+
+    def put_set_load(self, load: Mapping[str, float]) -> None:
+        """The load that the settable source will report."""
+        with self._write() as db:
+            _put(db, "load_set", dict(load))
+
+    def _meta(self, key: str) -> Any:
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
+        return json.loads(rows[0][0]) if rows else None
+
+    # --- documents --------------------------------------------------------------------------------
+
+    def apply(self, documents: Sequence[Document]) -> Applied:
+        """Replaces the whole set in one transaction; a version is new only where the content is."""
+        with self._write() as db:
+            before = {
+                (kind, name): version for kind, name, version in db.execute("SELECT kind, name, version FROM applied")
+            }
+            db.execute("DELETE FROM applied")
+            after: dict[tuple[str, str], int] = {}
+            for position, document in enumerate(documents):
+                kind, key = type(document).__name__, digest(document)
+                last = db.execute(
+                    "SELECT version, digest FROM documents WHERE kind = ? AND name = ? ORDER BY version DESC LIMIT 1",
+                    (kind, document.name),
+                ).fetchone()
+                version = last[0] if last and last[1] == key else (last[0] if last else 0) + 1
+                if not last or version != last[0]:
+                    body = json.dumps(to_mapping(document))
+                    row = (kind, document.name, version, key, body, time.time())
+                    db.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", row)
+                db.execute("INSERT INTO applied VALUES (?, ?, ?, ?)", (position, kind, document.name, version))
+                after[kind, document.name] = version
+            generation = _raise(db)
+        label = "{0[0]} {0[1]}".format
+        return Applied(
+            tuple(label(key) for key in after if key not in before),
+            tuple(label(key) for key in after if key in before and before[key] != after[key]),
+            tuple(label(key) for key in before if key not in after),
+            generation,
+        )
+
+    def documents(self) -> list[tuple[Document, int]]:
+        """The applied set in order, each with its version."""
+        rows = self._rows(
+            "SELECT d.body, d.version FROM applied a JOIN documents d USING (kind, name, version) ORDER BY a.position"
+        )
+        return [(parse_document(json.loads(body)), version) for body, version in rows]
+
+    def versions(self, kind: str, name: str) -> list[tuple[int, Document]]:
+        """Every version of a document, oldest first."""
+        query = "SELECT version, body FROM documents WHERE kind = ? AND name = ? ORDER BY version"
+        return [(version, parse_document(json.loads(body))) for version, body in self._rows(query, kind, name)]
+
+    def snapshot(self) -> tuple[Snapshot, int]:
+        """The applied set as an index, and the generation that it belongs to."""
+        with self._lock:
+            self._db.execute("BEGIN")
+            try:
+                return make_snapshot(self.documents()), self.generation()
+            finally:
+                self._db.execute("COMMIT")
+
+    # --- guests -----------------------------------------------------------------------------------
+
+    def add_guest(self, name: str, token: str | None = None) -> str:
+        """Registers a guest, or gives it a new token; returns the token, which is kept only as a hash."""
+        token = token or secrets.token_urlsafe(32)
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO guests VALUES (?, ?)", (name, _hash(token)))
+        return token
+
+    def remove_guest(self, name: str) -> bool:
+        """Whether there was one."""
+        with self._write() as db:
+            return db.execute("DELETE FROM guests WHERE name = ?", (name,)).rowcount > 0
+
+    def guests(self) -> list[str]:
+        """The names of all guests."""
+        return [name for (name,) in self._rows("SELECT name FROM guests ORDER BY name")]
+
+    def guest_of(self, token: str) -> str | None:
+        """Whose token this is."""
+        key = _hash(token)
+        for name, stored in self._rows("SELECT name, token_sha256 FROM guests WHERE token_sha256 = ?", key):
+            if hmac.compare_digest(stored, key):
+                return str(name)
+        return None
+
+    # --- sessions and records ---------------------------------------------------------------------
+
+    def open_session(self, session: SessionRow) -> bool:
+        """False where another guest has a session of that name."""
+        with self._write() as db:
+            row = db.execute("SELECT guest FROM sessions WHERE id = ?", (session.id,)).fetchone()
+            if row is not None and row[0] != session.guest:
+                return False
+            db.execute(
+                "INSERT OR IGNORE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
+                (
+                    session.id,
+                    session.guest,
+                    session.subject.user,
+                    json.dumps(session.subject.groups),
+                    session.service,
+                    session.remote,
+                    session.opened_at,
+                ),
+            )
+            return True
+
+    def session(self, ident: str) -> SessionRow | None:
+        """One open session."""
+        return next(iter(self._sessions("WHERE id = ?", ident)), None)
+
+    def sessions(self) -> list[SessionRow]:
+        """All open sessions, oldest first."""
+        return self._sessions("ORDER BY opened_at")
+
+    def _sessions(self, where: str, *values: Any) -> list[SessionRow]:
+        columns = "id, guest, user, groups, service, remote, opened_at, revoked"
+        rows = self._rows(f"SELECT {columns} FROM sessions {where}", *values)  # noqa: S608 - two constants
+        return [
+            SessionRow(i, g, Subject(u, tuple(json.loads(names)), g), s, r, at, bool(revoked))
+            for i, g, u, names, s, r, at, revoked in rows
+        ]
+
+    def end_session(self, ident: str, guest: str) -> bool:
+        """Whether the guest had such a session."""
+        with self._write() as db:
+            return db.execute("DELETE FROM sessions WHERE id = ? AND guest = ?", (ident, guest)).rowcount > 0
+
+    def revoke_session(self, ident: str) -> int | None:
+        """From now on everything that it asks is denied; the new generation, ``None`` without such a session."""
+        with self._write() as db:
+            if not db.execute("UPDATE sessions SET revoked = 1 WHERE id = ?", (ident,)).rowcount:
+                return None
+            return _raise(db)
+
+    def revoked(self) -> frozenset[str]:
+        """The sessions that are denied everything."""
+        return frozenset(ident for (ident,) in self._rows("SELECT id FROM sessions WHERE revoked = 1"))
+
+    def add_records(self, guest: str, records: Iterable[Record], lost: int) -> None:
+        """Appends; the oldest beyond RECORDS_KEPT go."""
+        rows = [(guest, json.dumps(encode_record(record))) for record in records]
+        with self._write() as db:
+            db.executemany("INSERT INTO records (guest, body) VALUES (?, ?)", rows)
+            db.execute("DELETE FROM records WHERE id <= (SELECT max(id) FROM records) - ?", (RECORDS_KEPT,))
+            if lost:
+                db.execute("UPDATE meta SET value = value + ? WHERE key = 'records_lost'", (lost,))
+
+    def records(self, after: int = 0, limit: int = 100) -> list[tuple[int, str, dict[str, Any]]]:
+        """(number, guest, RECORD) after a number, oldest first; the newest ``limit`` for ``after = 0``."""
+        if after:
+            rows = self._rows("SELECT id, guest, body FROM records WHERE id > ? ORDER BY id LIMIT ?", after, limit)
+        else:
+            rows = self._rows("SELECT id, guest, body FROM records ORDER BY id DESC LIMIT ?", limit)[::-1]
+        return [(ident, guest, json.loads(body)) for ident, guest, body in rows]
+
+    def records_lost(self) -> int:
+        """How many records guests could not keep."""
+        return int(self._meta("records_lost") or 0)
+
+
+def make_snapshot(documents: Iterable[tuple[Document, int]]) -> Snapshot:
+    """An index over documents and their versions, policies in the order given."""
+    documents = list(documents)
+    personas = {d.name: Versioned(d, version) for d, version in documents if isinstance(d, Persona)}
+    return Snapshot([d for d, _ in documents if isinstance(d, Policy)], personas)
+
+
+def _raise(db: sqlite3.Connection) -> int:
+    db.execute("UPDATE meta SET value = value + 1 WHERE key = 'generation'")
+    return int(db.execute("SELECT value FROM meta WHERE key = 'generation'").fetchone()[0])
+
+
+def _put(db: sqlite3.Connection, key: str, value: Any) -> None:
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
