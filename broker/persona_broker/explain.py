@@ -1,0 +1,60 @@
+"""What would be decided, and why each policy does or does not apply: the operator's dry run, without a guest."""
+
+import os
+from dataclasses import dataclass
+
+from persona.decisions import Decision, Program, Request, Subject
+from persona_broker.policy.engine import Entry, Snapshot
+from persona_broker.policy.outlook import Sample, World, latch, look
+
+
+@dataclass(frozen=True, slots=True)
+class Considered:
+    """One policy of the user, and what it says: ``applies``, or the first thing that keeps it from it."""
+
+    policy: str
+    persona: str
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The decision and the way to it."""
+
+    decision: Decision
+    considered: tuple[Considered, ...]
+
+
+def program_named(word: str) -> Program:
+    """A program as a guest would identify it, were it where its name says; usr-merge as in Debian 12."""
+    if word.startswith("/"):
+        for old in ("/bin/", "/sbin/", "/lib/"):
+            word = "/usr" + word if word.startswith(old) else word
+        return Program(word, (os.path.basename(word),), (word,))
+    return Program(f"/usr/bin/{word}", (word,), (f"/usr/bin/{word}",))
+
+
+def explain(snapshot: Snapshot, subject: Subject, argv: tuple[str, ...], load: dict[str, float], now: float) -> Explanation:
+    """Pure: the world is the load and the time given, with no latch held from before."""
+    sample = Sample(now, load, "explain")
+    thresholds = {t for when in snapshot.conditions.values() for t in when.host_load}
+    world = World(sample, latch(frozenset(), thresholds, sample), now, 1.0)
+    outlook = look(snapshot.conditions, world, 0)
+    program = program_named(argv[0])
+    decision = snapshot.decide(Request(subject, "", program, argv, "/"), outlook)
+    considered = tuple(_consider(entry, program, argv) for entry in snapshot.entries(subject, outlook))
+    return Explanation(decision, considered)
+
+
+def _consider(entry: Entry, program: Program, argv: tuple[str, ...]) -> Considered:
+    if entry.versioned is None:
+        verdict = "its persona does not exist"
+    elif not entry.policy.commands.allows(program, argv):
+        verdict = "does not speak for this command"
+    elif not entry.versioned.persona.command_whitelist.allows(program, argv):
+        verdict = "its persona does not allow this command"
+    elif entry.unmet is not None:
+        verdict = f"does not hold: {entry.unmet.detail}"
+    else:
+        verdict = "applies"
+    return Considered(entry.policy.name, entry.policy.persona, verdict)
