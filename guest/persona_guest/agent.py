@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from persona.codec import Record, encode_decision
-from persona.decisions import Decision, Denied, Granted, Subject
+from persona.codec import Record
+from persona.decisions import Denied, Granted, Subject
 from persona.problems import Fault, PersonaError, Reason
 from persona_guest.broker_client.events import Changed, Connected, Event, Lost
 from persona_guest.core.admission import Exemption, exemption
@@ -267,7 +267,9 @@ class Agent:
             return None, None
         return {"name": base.persona.name, "version": base.persona.version}, base.policy
 
-    def open_from_shell(self, pid: int, uid: int, shell: str, reply_to: Callable[[dict[str, Any]], None]) -> str:
+    def open_from_shell(
+        self, pid: int, uid: int, shell: str, reply_to: Callable[[dict[str, Any]], None]
+    ) -> str:
         """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
         caller = caller_of(uid, shell)
         session = self._session(caller, pid)
@@ -329,8 +331,3 @@ def user_name(uid: int) -> str:
 
 def _ref(granted: Granted) -> dict[str, Any]:
     return {"name": granted.persona.name, "version": granted.persona.version}
-
-
-def decision_json(decision: Decision) -> dict[str, Any]:
-    """A decision as the sockets carry it."""
-    return encode_decision(decision)

@@ -133,7 +133,9 @@ def _problem(answer: Answer) -> Denied:
 
 
 def _misbehaved(what: str) -> Denied:
-    return Denied(Reason.BROKER_MISBEHAVED, help=f"the broker's answer is no decision: {what}", lease=_NO_ANSWER)
+    return Denied(
+        Reason.BROKER_MISBEHAVED, help=f"the broker's answer is no decision: {what}", lease=_NO_ANSWER
+    )
 
 
 def _unleased(decision: Decision) -> Decision:
@@ -143,5 +145,3 @@ def _unleased(decision: Decision) -> Decision:
     return Denied(
         decision.reason, decision.policy, decision.persona, decision.help, _NO_ANSWER, decision.generation
     )
-
-

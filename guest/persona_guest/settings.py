@@ -52,6 +52,7 @@ class Broker:
 class Gate:
     """Who is gated, and what a program must be to be run."""
 
+    never_gate_root: bool = True  # a trial run by root sets this to false; a machine must not
     uid_min: int = 1000  # login.defs UID_MIN on Debian: below are system users
     break_glass_group: str = "persona-break-glass"  # shipped empty
     # The directories of Debian's ENV_SUPATH: where a bare name in a pattern is looked for.
@@ -126,7 +127,7 @@ def parse(document: dict[str, Any], source: str) -> Settings:
         ("broker.grace_s", 0 <= settings.broker.grace_s <= 86400, "0 to 86400 seconds"),
         ("broker.url", _is_url(settings.broker.url), "https://HOST:PORT or unix:/PATH"),
         ("broker.events_url", _is_url(settings.broker.events_url), "https://HOST:PORT or unix:/PATH"),
-        ("gate.uid_min", 1 <= settings.gate.uid_min <= 0x7FFFFFFF, "1 or more"),
+        ("gate.uid_min", 0 <= settings.gate.uid_min <= 0x7FFFFFFF, "0 or more"),
         ("gate.secure_path", all(map(os.path.isabs, settings.gate.secure_path)), "absolute directories"),
         ("gate.break_glass_group", bool(_NAME.fullmatch(settings.gate.break_glass_group)), "a group name"),
     ):

@@ -15,9 +15,9 @@ class Exemption(StrEnum):
 
 def exemption(uid: int, groups: tuple[str, ...], gate: Gate) -> Exemption | None:
     """root's own logins, system users and the break-glass group; ``None`` = gated like anyone."""
-    if uid == 0:
+    if uid == 0 and gate.never_gate_root:
         return Exemption.ROOT
-    if uid < gate.uid_min:
+    if uid != 0 and uid < gate.uid_min:
         return Exemption.SYSTEM_USER
     if gate.break_glass_group in groups:
         return Exemption.BREAK_GLASS

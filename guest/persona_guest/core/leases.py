@@ -31,9 +31,7 @@ class LeaseBook:
     def __init__(self, grace_s: float = 0.0) -> None:
         self._grace_s = grace_s
         self._wide: dict[tuple[int, tuple[int, int], bytes], tuple[Decision, float]] = {}
-        self._narrow: dict[
-            tuple[int, tuple[int, int], tuple[bytes, ...], bool], tuple[Decision, float]
-        ] = {}
+        self._narrow: dict[tuple[int, tuple[int, int], tuple[bytes, ...], bool], tuple[Decision, float]] = {}
         self.generation = 0
 
     def lookup(self, question: Question, now: float) -> Decision | None:

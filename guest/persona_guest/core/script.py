@@ -41,9 +41,7 @@ def parse_head(head: bytes) -> Shebang | Format:
     return Shebang(interpreter, argument or None)
 
 
-def interpreter_argv(
-    script: bytes, shebang: Shebang, argv: tuple[bytes, ...]
-) -> tuple[bytes, ...]:
+def interpreter_argv(script: bytes, shebang: Shebang, argv: tuple[bytes, ...]) -> tuple[bytes, ...]:
     """The command line that the kernel makes for a script: interpreter, its argument, the script, the rest."""
     middle = (shebang.argument,) if shebang.argument is not None else ()
     return (shebang.interpreter, *middle, script, *argv[1:])

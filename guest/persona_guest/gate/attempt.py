@@ -73,7 +73,20 @@ def read(task: Task, notification: seccomp.Notification, identifier: Identifier)
     else:
         fd = task.open_program_at(dirfd, path)
     shown = path or b"/dev/fd/%d" % dirfd
-    return Attempt(shown, argv, complete, _stages(task, fd, shown, argv, identifier))
+    return look(task, fd, shown, argv, identifier, complete=complete)
+
+
+def look(
+    task: Task,
+    fd: int,
+    path: bytes,
+    argv: tuple[bytes, ...],
+    identifier: Identifier,
+    *,
+    complete: bool = True,
+) -> Attempt:
+    """The attempt to start the program behind ``fd``, which this closes.  Raises ``OSError`` as ``read``."""
+    return Attempt(path, argv, complete, _stages(task, fd, path, argv, identifier))
 
 
 def _stages(

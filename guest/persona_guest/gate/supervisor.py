@@ -19,7 +19,7 @@ from persona_guest.core.messages import denial_line, shown_name
 from persona_guest.core.sessions import Session
 from persona_guest.gate import attempt as attempts
 from persona_guest.gate.attempt import Attempt
-from persona_guest.gate.identity import Identifier, Image
+from persona_guest.gate.identity import Identified, Identifier, Image
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.terminal import tell
 from persona_guest.gate.verify import Expectation, Verifier
@@ -45,7 +45,6 @@ class Gated:
     lines: int = 0
     lines_at: int = 0
     last: Granted | None = None
-    timings: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -199,7 +198,7 @@ class Supervisor:
             found, argv = attempt.stages[pending.stage]
             question = attempt.question(pending.stage, gated.holder)
             if not found.trusted:
-                pending.denials.append(_untrusted(found.program.path, found.visible))
+                pending.denials.append(untrusted(found))
                 pending.stage += 1
                 continue
             decision = self._leases.lookup(question, time.monotonic())
@@ -370,6 +369,8 @@ class Supervisor:
         A root process that the user got by sudo has the user's own processes above it; one that was
         orphaned hangs below init: neither reaches the monitor.
         """
+        if pending.gated.session.uid == 0:  # a trial by root: there, root is the user
+            return False
         monitor = pending.gated.session.monitor
         pid = pending.task.tid
         for _ in range(_ANCESTORS_MAX):
@@ -388,11 +389,10 @@ class Supervisor:
         return False
 
 
-def _untrusted(path: str, visible: bool) -> Denied:
-    if not visible:
-        return Denied(
-            Reason.PROGRAM_NOT_TRUSTED, help="it is not a file of this machine that a whitelist could name"
-        )
-    return Denied(
-        Reason.PROGRAM_NOT_TRUSTED, help=f"others than root could change {path}, so no whitelist can vouch for it"
-    )
+def untrusted(found: Identified) -> Denied:
+    """Why a program cannot be on any whitelist, whatever it says."""
+    if not found.visible:
+        why = "it is not a file of this machine that a whitelist could name"
+    else:
+        why = f"others than root could change {found.program.path}, so no whitelist can vouch for it"
+    return Denied(Reason.PROGRAM_NOT_TRUSTED, help=why)

@@ -1,0 +1,195 @@
+"""``persona-agent``: the root daemon that answers the gate.  Wiring only; it alone reads the environment.
+
+Exit codes: 0 ended as asked, 1 could not start, 2 usage.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from persona.codec import Record
+from persona.decisions import Decision, Request
+from persona.problems import PersonaError
+from persona_guest import settings as configuration
+from persona_guest.agent import Agent
+from persona_guest.broker_client.events import Connected, Event, Stream
+from persona_guest.broker_client.link import Link
+from persona_guest.broker_client.recorder import Recorder
+from persona_guest.core.leases import LeaseBook
+from persona_guest.gate.identity import Identifier
+from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.supervisor import Supervisor
+from persona_guest.ipc.pam_socket import PamSocket
+from persona_guest.ipc.user_socket import UserSocket
+from persona_guest.kernel import systemd
+from persona_guest.loop import Loop
+from persona_guest.questions import Questions
+from persona_guest.settings import Settings
+from persona_guest.shell.client import AgentError, Client
+from persona_guest.users import Users
+
+CONFIG = "/etc/persona/guest.toml"
+_INFLIGHT = "inflight"
+
+log = logging.getLogger("persona.agent")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="persona-agent", description="answers the exec gate of this machine"
+    )
+    parser.add_argument("--config", default=CONFIG, help=f"settings, TOML (default {CONFIG})")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=["run", "check-config", "release"],
+        default="run",
+        help="release: let every gated session go on ungated, before the package is removed",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        settings = configuration.load(Path(arguments.config))
+    except PersonaError as error:
+        print(f"persona-agent: {error.message}", file=sys.stderr)
+        return 1
+    if arguments.command == "check-config":
+        print(f"{arguments.config}: mode {settings.mode}, VM {settings.vm.name}")
+        return 0
+    if arguments.command == "release":
+        return _release(settings)
+    return run(settings)
+
+
+def _release(settings: Settings) -> int:
+    try:
+        with Client(f"{settings.paths.runtime_dir}/agent.sock") as client:
+            client.call("release")
+    except AgentError as error:
+        print(f"persona-agent: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(settings: Settings) -> int:
+    """Serves until SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    runtime = Path(settings.paths.runtime_dir)
+    runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+    kept = systemd.inherited()
+    inflight = _take_inflight(kept)
+    loop = Loop()
+    leases = LeaseBook(settings.broker.grace_s)
+    identifier = Identifier(settings.gate)
+    link = Link(settings.broker, loop.deliver)
+    questions = Questions(link, leases)
+    recorder = Recorder(settings.broker, _journal)
+
+    def ask(request: Request, done: Callable[[Decision], None]) -> None:
+        questions.decide(request, done)
+
+    supervisor = Supervisor(
+        settings, loop, identifier, leases, inflight, ask, recorder.add, lambda session: agent.ended(session)
+    )
+    agent = Agent(settings, supervisor, leases, questions, recorder.add)
+
+    def release() -> None:
+        log.warning("released: %d sessions go on ungated", len(supervisor.sessions))
+        supervisor.released = True
+        _gate_state(settings).unlink(missing_ok=True)
+        loop.call_every(1.0, lambda: None if supervisor.sessions else loop.stop())
+
+    users = Users(agent, identifier, release)
+    _write_gate_state(settings)
+    pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
+    socket = UserSocket(loop, runtime / "agent.sock", users.handle)
+    agent.restore(kept)
+
+    def heard(event: Event) -> None:
+        if isinstance(event, Connected):
+            link.reachable()
+        agent.event(event)
+
+    stream = Stream(settings.broker, lambda event: loop.deliver(lambda: heard(event)))
+    loop.call_every(1.0, lambda: identifier.refresh(time.monotonic()))
+    loop.call_every(0.25, lambda: link.sweep(time.monotonic()))
+    interval = systemd.watchdog_interval()
+    if interval is not None:
+        loop.call_every(interval, lambda: _alive())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: loop.deliver(loop.stop))
+    systemd.notify(f"READY=1\nSTATUS={settings.mode} mode, VM {settings.vm.name}")
+    log.info("ready: %s mode, %d sessions taken up", settings.mode, len(supervisor.sessions))
+    loop.run()
+    systemd.notify("STOPPING=1")
+    pam.close()
+    socket.close()
+    stream.close()
+    link.close()
+    recorder.close()
+    return 0
+
+
+def _alive() -> None:
+    systemd.notify("WATCHDOG=1")
+
+
+def _take_inflight(kept: dict[str, int]) -> InFlight:
+    fd = kept.pop(_INFLIGHT, None)
+    if fd is not None:
+        try:
+            return InFlight(fd)
+        except (OSError, ValueError) as error:
+            log.error("what was in flight cannot be taken up: %s", error)
+            systemd.forget(_INFLIGHT)
+    table = InFlight()
+    systemd.store(_INFLIGHT, table.fd)
+    return table
+
+
+def _gate_state(settings: Settings) -> Path:
+    return Path(settings.paths.state_dir) / "gate.state"
+
+
+def _write_gate_state(settings: Settings) -> None:
+    """What the PAM module goes by while there is no agent; written whole, then renamed."""
+    path = _gate_state(settings)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    gate = settings.gate
+    new.write_text(f"mode={settings.mode}\nuid_min={gate.uid_min}\nbreak_glass={gate.break_glass_group}\n")
+    new.chmod(0o644)
+    new.replace(path)
+
+
+def _journal(record: Record) -> None:
+    if record.event == "exec" and record.decision == "granted":
+        return  # the broker's record has every grant; the journal would be nothing else
+    what = " ".join(record.argv) or record.program
+    text = f"{record.event}: {record.user}: {record.decision}"
+    if record.reason:
+        text += f", {record.reason}"
+    systemd.journal(
+        f"{text}: {json.dumps(what)[:300]}",
+        {
+            "PERSONA_EVENT": record.event,
+            "PERSONA_SESSION": record.session,
+            "PERSONA_USER": record.user,
+            "PERSONA_PROGRAM": record.program,
+            "PERSONA_DECISION": record.decision,
+            "PERSONA_REASON": str(record.reason or ""),
+            "PERSONA_NAME": record.persona or "",
+            "PERSONA_POLICY": record.policy or "",
+            "PERSONA_COMPLAIN": str(int(record.complain)),
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Puts the gate on this very process where PAM did not: no_new_privs, the agent's filter, the listener handed over."""
+
+import base64
+import os
+from dataclasses import dataclass
+
+from persona_guest.kernel import seccomp
+from persona_guest.shell.client import AgentError, Client
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """How it went: the greeting to show, and whether the filter was installed here."""
+
+    greeting: str | None
+    installed: bool
+
+
+def install(path: str, shell: str) -> Gated:
+    """Asks the agent at ``path`` and does what it says.
+
+    Raises ``AgentError`` where the login is refused or the gate cannot be put up: then nothing may run.
+    """
+    with Client(path) as client:
+        answer = client.call("gate", shell=shell, interactive=os.isatty(0))
+        greeting = answer.get("greeting")
+        text = greeting if isinstance(greeting, str) else None
+        if answer.get("verdict") != "install":
+            return Gated(text, installed=False)
+        try:
+            seccomp.set_no_new_privs()
+            listener = seccomp.install_listener(base64.b64decode(str(answer["filter"]), validate=True))
+        except (OSError, ValueError) as error:
+            raise AgentError("gate_failed", f"the gate cannot be put up: {error}") from None
+        try:
+            client.call("listener", fd=listener)
+        finally:
+            os.close(listener)  # a copy left here would let the session answer itself
+        return Gated(text, installed=True)

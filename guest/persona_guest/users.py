@@ -1,0 +1,181 @@
+"""What a user may ask the agent over its open socket; who asks is the kernel's word, never the caller's."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from persona.codec import encode_decision, encode_program
+from persona.decisions import Decision, Denied, Request
+from persona.problems import Fault, PersonaError, Reason
+from persona_guest.agent import Agent, caller_of
+from persona_guest.core.admission import exemption
+from persona_guest.gate import attempt as attempts
+from persona_guest.gate.attempt import Attempt
+from persona_guest.gate.identity import Identifier
+from persona_guest.gate.supervisor import Gated, untrusted
+from persona_guest.ipc.user_socket import Answer, Call
+from persona_guest.kernel.task import pinned
+
+ARGUMENTS_MAX = 1024
+
+
+class Users:
+    """Handles each ``op``; ``release`` is root's."""
+
+    def __init__(self, agent: Agent, identifier: Identifier, release: Callable[[], None]) -> None:
+        self._agent = agent
+        self._identifier = identifier
+        self._release = release
+        self._opening: dict[int, str] = {}  # pid of a persona-shell -> session whose listener is to come
+        self._ops: dict[str, Callable[[Call, Answer], None]] = {
+            "status": self._status,
+            "list": self._list,
+            "greeting": self._greeting,
+            "explain": self._explain,
+            "gate": self._gate,
+            "listener": self._listener,
+            "release": self._release_all,
+        }
+
+    def handle(self, call: Call, answer: Answer) -> None:
+        """Raises ``PersonaError`` for what is refused."""
+        op = self._ops.get(call.op)
+        if op is None:
+            raise PersonaError(Fault.BAD_REQUEST, f"op: unknown; known: {', '.join(sorted(self._ops))}")
+        op(call, answer)
+
+    def _own(self, call: Call) -> Gated | None:
+        """The caller's session; only root sees one of another user."""
+        gated = self._agent.supervisor.find(call.pid)
+        return gated if gated is not None and call.uid in (0, gated.session.uid) else None
+
+    def _must_own(self, call: Call) -> Gated:
+        gated = self._own(call)
+        if gated is None:
+            raise PersonaError(
+                Reason.SESSION_UNKNOWN, "this process is in no gated session: nothing is decided here"
+            )
+        return gated
+
+    def _status(self, call: Call, answer: Answer) -> None:
+        call.only()
+        gated = self._own(call)
+        status = self._agent.status(gated, call.uid)
+        if gated is None or status["persona"] is None:
+            answer(status)
+            return
+
+        def received(entries: list[Any] | Denied) -> None:
+            for entry in entries if isinstance(entries, list) else ():
+                if isinstance(entry, dict) and entry.get("policy") == status["policy"]:
+                    persona = entry.get("persona") or {}
+                    status["limits"] = persona.get("resource_limits", {})
+                    status["network"] = persona.get("network_access", [])
+            answer(status)
+
+        self._agent.questions.entries(gated.session, received)
+
+    def _list(self, call: Call, answer: Answer) -> None:
+        call.only()
+        gated = self._must_own(call)
+
+        def received(entries: list[Any] | Denied) -> None:
+            if isinstance(entries, Denied):
+                answer({"ok": False, "code": str(entries.reason), "message": entries.help})
+            else:
+                answer({"ok": True, "entries": entries})
+
+        self._agent.questions.entries(gated.session, received)
+
+    def _greeting(self, call: Call, answer: Answer) -> None:
+        call.only()
+        gated = self._own(call)
+        answer({"ok": True, "greeting": self._agent.greeting(gated.session) if gated else None})
+
+    def _explain(self, call: Call, answer: Answer) -> None:
+        """The program comes as a descriptor: what the caller cannot reach, he cannot ask about."""
+        call.only("argv", "path", "cwd")
+        gated = self._must_own(call)
+        argv = call.fields.get("argv")
+        if (
+            not isinstance(argv, list)
+            or not 0 < len(argv) <= ARGUMENTS_MAX
+            or not all(isinstance(argument, str) for argument in argv)
+        ):
+            raise PersonaError(Fault.BAD_REQUEST, f"argv: expected a list of 1 to {ARGUMENTS_MAX} strings")
+        if len(call.fds) != 1:
+            raise PersonaError(Fault.BAD_REQUEST, "expected the program as one descriptor")
+        path = os.fsencode(call.text("path"))
+        try:
+            with pinned(call.pid) as task:
+                attempt = attempts.look(
+                    task, os.dup(call.fds[0]), path, tuple(map(os.fsencode, argv)), self._identifier
+                )
+        except (OSError, UnicodeEncodeError) as error:
+            raise PersonaError(Reason.PROGRAM_UNREADABLE, str(error)) from None
+        self._explain_stage(attempt, gated, call.text("cwd", ""), 0, [], answer)
+
+    def _explain_stage(
+        self, attempt: Attempt, gated: Gated, cwd: str, stage: int, denials: list[Denied], answer: Answer
+    ) -> None:
+        found, argv = attempt.stages[stage]
+        question = attempt.question(stage, gated.holder)
+
+        def decided(decision: Decision) -> None:
+            if isinstance(decision, Denied):
+                denials.append(decision)
+                if stage + 1 < len(attempt.stages):
+                    self._explain_stage(attempt, gated, cwd, stage + 1, denials, answer)
+                    return
+                decision = denials[0 if attempt.stages[0][0].trusted else -1]
+            program = encode_program(question.program)
+            answer({"ok": True, "program": program, "decision": encode_decision(decision)})
+
+        if not found.trusted:
+            decided(untrusted(found))
+            return
+        request = Request(
+            gated.session.subject,
+            gated.session.id,
+            question.program,
+            tuple(map(os.fsdecode, argv)),
+            cwd,
+            question.complete,
+        )
+        self._agent.questions.decide(request, decided, explain=True)
+
+    def _gate(self, call: Call, answer: Answer) -> None:
+        call.only("shell", "interactive")
+        gated = self._agent.supervisor.find(call.pid)
+        if gated is not None:
+            greeting = self._agent.greeting(gated.session)
+            answer({"ok": True, "verdict": "present", "greeting": greeting})
+            return
+        shell = call.text("shell")
+        caller = caller_of(call.uid)
+        if exemption(caller.uid, caller.groups, self._agent.settings.gate):
+            answer({"ok": True, "verdict": "pass", "greeting": None})
+            return
+        self._forget_dead()
+        self._opening[call.pid] = self._agent.open_from_shell(call.pid, call.uid, shell, answer)
+
+    def _listener(self, call: Call, answer: Answer) -> None:
+        call.only()
+        session = self._opening.pop(call.pid, None)
+        if session is None or len(call.fds) != 1:
+            raise PersonaError(Reason.SESSION_UNKNOWN, "expected one descriptor, after 'gate'")
+        self._agent.listener_from_shell(session, os.dup(call.fds[0]))
+        answer({"ok": True, "session": session})
+
+    def _release_all(self, call: Call, answer: Answer) -> None:
+        call.only()
+        if call.uid != 0:
+            raise PersonaError(Fault.UNAUTHENTICATED, "only root may release the gate")
+        self._release()
+        answer({"ok": True, "sessions": len(self._agent.supervisor.sessions)})
+
+    def _forget_dead(self) -> None:
+        for pid, session in list(self._opening.items()):
+            if not os.path.exists(f"/proc/{pid}"):
+                del self._opening[pid]
+                self._agent.abandoned(session)
