@@ -10,7 +10,8 @@ from persona.parsing import Bad, Reader, number
 METRICS = ("cpu", "memory", "network")  # percent of the host
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _HOURS = re.compile(
-    r"(?:(?P<days>[A-Za-z,-]+) )?(?P<from>\d\d:\d\d)-(?P<to>\d\d:\d\d)(?: (?P<zone>[A-Za-z0-9_+/-]+))?", re.ASCII
+    r"(?:(?P<days>[A-Za-z,-]+) )?(?P<from>\d\d:\d\d)-(?P<to>\d\d:\d\d)(?: (?P<zone>[A-Za-z0-9_+/-]+))?",
+    re.ASCII,
 )
 
 

@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--db", help="the record's file")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[..., int], text: str, group: Any = commands) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[..., int], text: str, group: Any = commands
+    ) -> argparse.ArgumentParser:
         found: argparse.ArgumentParser = group.add_parser(name, help=text, description=text, parents=[common])
         found.set_defaults(run=run)
         return found
@@ -112,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     tls = commands.add_parser("tls", help="certificates").add_subparsers(required=True)
     init = command("init", _tls, "make ca.pem, broker.crt and broker.key", tls)
     init.add_argument("--dir", type=Path, default=Path("/etc/persona"))
-    init.add_argument("--host", action="append", required=True, help="name or address that guests use; repeatable")
+    init.add_argument(
+        "--host", action="append", required=True, help="name or address that guests use; repeatable"
+    )
     return parser
 
 
@@ -197,7 +201,13 @@ def _check(arguments: argparse.Namespace, _settings: Settings) -> int:
     loaded = load(arguments.files)
     if arguments.json:
         problems = [
-            {"file": p.file, "line": p.line, "field": p.finding.path, "message": p.finding.message, "fix": p.finding.fix}
+            {
+                "file": p.file,
+                "line": p.line,
+                "field": p.finding.path,
+                "message": p.finding.message,
+                "fix": p.finding.fix,
+            }
             for p in loaded.problems
         ]
         print(json.dumps({"documents": len(loaded.documents), "problems": problems}))
@@ -222,7 +232,11 @@ def _apply(arguments: argparse.Namespace, settings: Settings) -> int:
         }
     else:
         applied = store.apply(documents)
-        changes = {"added": list(applied.added), "changed": list(applied.changed), "removed": list(applied.removed)}
+        changes = {
+            "added": list(applied.added),
+            "changed": list(applied.changed),
+            "removed": list(applied.removed),
+        }
     lines = [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
     _say(arguments, {**changes, "dry_run": arguments.dry_run}, "\n".join(lines) or "nothing changed")
     return 0
@@ -265,13 +279,19 @@ def _explain(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _guest_add(arguments: argparse.Namespace, settings: Settings) -> int:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
-        raise PersonaError(Fault.BAD_REQUEST, f"{arguments.name!r} is no VM name: letters, digits, '.', '_', '-'")
+        raise PersonaError(
+            Fault.BAD_REQUEST, f"{arguments.name!r} is no VM name: letters, digits, '.', '_', '-'"
+        )
     token = _store(settings).add_guest(arguments.name)
     if arguments.token_file:
         fd = os.open(arguments.token_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with open(fd, "w") as file:
             file.write(token + "\n")
-        _say(arguments, {"guest": arguments.name, "token_file": str(arguments.token_file)}, f"{arguments.name} added")
+        _say(
+            arguments,
+            {"guest": arguments.name, "token_file": str(arguments.token_file)},
+            f"{arguments.name} added",
+        )
     else:
         _say(arguments, {"guest": arguments.name, "token": token}, token)
     return 0
@@ -316,7 +336,9 @@ def _load_show(arguments: argparse.Namespace, settings: Settings) -> int:
     if sample is None:
         raise PersonaError(Fault.NOT_FOUND, "there is no sample: is the events process running?")
     age = time.time() - sample.at
-    text = ", ".join(f"{metric} {percent:.0f} %" for metric, percent in sample.load.items()) or "nothing known"
+    text = (
+        ", ".join(f"{metric} {percent:.0f} %" for metric, percent in sample.load.items()) or "nothing known"
+    )
     value = {"load": dict(sample.load), "age_s": round(age, 1), "source": sample.source}
     _say(arguments, value, f"{text} ({sample.source}, {age:.0f} s ago)")
     return 0

@@ -34,7 +34,9 @@ def program_named(word: str) -> Program:
     return Program(f"/usr/bin/{word}", (word,), (f"/usr/bin/{word}",))
 
 
-def explain(snapshot: Snapshot, subject: Subject, argv: tuple[str, ...], load: dict[str, float], now: float) -> Explanation:
+def explain(
+    snapshot: Snapshot, subject: Subject, argv: tuple[str, ...], load: dict[str, float], now: float
+) -> Explanation:
     """Pure: the world is the load and the time given, with no latch held from before."""
     sample = Sample(now, load, "explain")
     thresholds = {t for when in snapshot.conditions.values() for t in when.host_load}

@@ -110,7 +110,9 @@ def serve_streams(load: Callable[[], Flask], endpoint: Endpoint) -> None:
     _Server(load, _options(endpoint, workers=1, threads=STREAM_THREADS, worker="gthread")).run()
 
 
-def supervise(parts: dict[str, Callable[[], None]], ready: Callable[[], bool], announce: Callable[[], None]) -> int:
+def supervise(
+    parts: dict[str, Callable[[], None]], ready: Callable[[], bool], announce: Callable[[], None]
+) -> int:
     """Runs each part in a process of its own until one ends or a signal comes; the exit code.
 
     ``announce`` is called once, when ``ready`` first says so.

@@ -60,7 +60,9 @@ def packages() -> list[str]:
 
 def build() -> Image:
     """The image, from the cache or made now (about two minutes).  Raises ``CalledProcessError``."""
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + (HERE / "packages.txt").read_bytes()).hexdigest()[:16]
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + (HERE / "packages.txt").read_bytes()).hexdigest()[
+        :16
+    ]
     home = cache_dir() / f"image-{recipe}"
     image = Image(home / "disk.qcow2", home / "vmlinuz", home / "initrd.img", home / "key")
     if (home / "complete").exists():

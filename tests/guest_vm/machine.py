@@ -131,7 +131,14 @@ class Machine:
 
     def root(self, command: str, timeout: float = 300, stdin: str | None = None) -> Result:
         """As root, over one kept connection."""
-        control = ("-o", "ControlMaster=auto", "-o", f"ControlPath={self.directory}/c", "-o", "ControlPersist=600")
+        control = (
+            "-o",
+            "ControlMaster=auto",
+            "-o",
+            f"ControlPath={self.directory}/c",
+            "-o",
+            "ControlPersist=600",
+        )
         return self.ssh("root", command, timeout=timeout, options=control, stdin=stdin)
 
     def must(self, command: str, timeout: float = 300, stdin: str | None = None) -> str:
@@ -148,7 +155,10 @@ class Machine:
         argv[at], argv[0] = "-P", "scp"
         target = argv.pop()
         subprocess.run(
-            [*argv, "-q", *map(str, sources), f"{target}:{to}"], check=True, timeout=300, stdin=subprocess.DEVNULL
+            [*argv, "-q", *map(str, sources), f"{target}:{to}"],
+            check=True,
+            timeout=300,
+            stdin=subprocess.DEVNULL,
         )
 
 

@@ -68,7 +68,11 @@ _Patterns = tuple[Pattern, ...]
 
 def _relevant(patterns: _Patterns) -> _Patterns | None:
     """The patterns to test arguments against; ``None`` where every command line is allowed."""
-    return None if all(not p.negative for p in patterns) and any(not p.looks_at_arguments for p in patterns) else patterns
+    return (
+        None
+        if all(not p.negative for p in patterns) and any(not p.looks_at_arguments for p in patterns)
+        else patterns
+    )
 
 
 def _allow(patterns: _Patterns | None, argv: tuple[str, ...], complete: bool) -> bool:
@@ -98,18 +102,25 @@ class _Row:
         looks = any(
             pattern.looks_at_arguments
             for policy, versioned in said
-            for whitelist in (policy.commands, versioned.persona.command_whitelist if versioned else policy.commands)
+            for whitelist in (
+                policy.commands,
+                versioned.persona.command_whitelist if versioned else policy.commands,
+            )
             for pattern in whitelist.about(program)
         )
         self.width = Width.ARGV if looks else Width.PROGRAM
         self.invalid = next((policy for policy, versioned in said if versioned is None), None)
         self.candidates = tuple(
-            _Candidate(policy, versioned, program, self.width) for policy, versioned in said if versioned is not None
+            _Candidate(policy, versioned, program, self.width)
+            for policy, versioned in said
+            if versioned is not None
         )
         self.nearest = policies[0] if policies else None
         # the common case, decided without a loop: one policy speaks, and arguments do not matter
         first = self.candidates[0] if self.candidates else None
-        self.only = first if first is not None and first.commands is None and first.whitelist is None else None
+        self.only = (
+            first if first is not None and first.commands is None and first.whitelist is None else None
+        )
 
 
 class _View:
@@ -169,7 +180,13 @@ class Snapshot:
         current = self.admit(request.subject, outlook).entry
         policy = current.policy if current else row.nearest[0]
         if not request.argv_complete and row.candidates:
-            return Denied(Reason.ARGV_TOO_LONG, policy.name, policy.persona, "its arguments are too many to check", lease)
+            return Denied(
+                Reason.ARGV_TOO_LONG,
+                policy.name,
+                policy.persona,
+                "its arguments are too many to check",
+                lease,
+            )
         arguments = "with these arguments " if row.candidates else ""
         detail = f"not {arguments}in its whitelist; 'persona list' shows what is"
         return Denied(Reason.NO_MATCHING_POLICY, policy.name, policy.persona, detail, lease)
