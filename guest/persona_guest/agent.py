@@ -139,9 +139,6 @@ class Agent:
         if opening is not None and opening[1] is not None:
             self.questions.closed(opening[0])
 
-    def close(self, caller: Caller, pid: int) -> None:
-        """PAM closed a session; the gate stays until its last process is gone, so nothing is done here."""
-
     def _session(self, caller: Caller, pid: int) -> Session:
         audit = None
         with contextlib.suppress(OSError), pinned(pid) as task:

@@ -20,7 +20,6 @@ class Op(IntEnum):
     OPEN = 2
     LISTENER = 3
     PRESENT = 4
-    CLOSE = 5
 
 
 class Verdict(IntEnum):

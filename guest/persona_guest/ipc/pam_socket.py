@@ -35,9 +35,6 @@ class Peer(Protocol):
     def abandoned(self, session: str) -> None:
         """The opener went away before its listener came."""
 
-    def close(self, caller: Caller, pid: int) -> None:
-        """A session closed."""
-
 
 def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
     """(pid, uid, gid) of the process that connected: SO_PEERCRED, socket(7)."""
@@ -156,11 +153,8 @@ class _Conversation:
                 raise WireError(f"{op.name} in the middle of a conversation")
             if op is Op.ACCOUNT:
                 self._agent.account(caller, self._pid, self._reply)
-            elif op is Op.OPEN:
-                self._session = self._agent.open(caller, self._pid, self._reply)
             else:
-                self._agent.close(caller, self._pid)
-                self._reply(reply(Verdict.DONE))
+                self._session = self._agent.open(caller, self._pid, self._reply)
             return
         session, self._session = self._session, None
         if session is None:

@@ -1,0 +1,571 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0 */
+/*
+ * pam_persona: asks the agent whether a user may log in, and puts the exec gate on his session.
+ *
+ * It runs inside sshd, su, cron and the user manager: no interpreter, no JSON, no network, no global
+ * state, and no wait without a deadline.  It decides nothing by itself, except for root, system users
+ * and the break-glass group while the agent is not there: they are never locked out.
+ *
+ * Options: socket=PATH state=PATH timeout=MILLISECONDS debug.  docs/protocol.md has the packets.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <limits.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <poll.h>
+#include <pwd.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <syslog.h>
+#include <time.h>
+#include <unistd.h>
+
+#define PAM_SM_ACCOUNT
+#define PAM_SM_SESSION
+#define PAM_SM_AUTH
+#include <security/pam_ext.h>
+#include <security/pam_modules.h>
+#include <security/pam_modutil.h>
+
+#ifndef SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+#define SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV (1UL << 5)
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define MAGIC 0x314e5350u /* "PSN1" */
+#define PACKET_MAX 8192
+#define STRING_MAX 255
+#define GROUPS_MAX 128
+#define FILTER_MAX 64
+#define STATE_MAX 512
+#define UID_MIN_DEFAULT 1000
+
+enum op { OP_ACCOUNT = 1, OP_OPEN = 2, OP_LISTENER = 3, OP_PRESENT = 4 };
+enum verdict { VERDICT_PASS = 0, VERDICT_GATE = 1, VERDICT_DENY = 2, VERDICT_DONE = 3 };
+
+struct options {
+	const char *socket;
+	const char *state;
+	long timeout_ms;
+	bool debug;
+};
+
+/* What the agent left behind for the time when it is not there. */
+struct state {
+	bool enforce;
+	bool malformed;
+	unsigned long uid_min;
+	char break_glass[STRING_MAX + 1];
+};
+
+struct user {
+	const char *name;
+	const struct passwd *record;
+	unsigned int group_count;
+	char groups[GROUPS_MAX][STRING_MAX + 1];
+};
+
+struct head {
+	uint32_t magic;
+	uint16_t op;
+	uint16_t count;
+};
+
+struct reply {
+	enum verdict verdict;
+	unsigned short filter_count;
+	struct sock_filter filter[FILTER_MAX];
+	char message[1024];
+};
+
+/* ---- options and state --------------------------------------------------------------------- */
+
+static struct options parse_options(pam_handle_t *pamh, int argc, const char **argv)
+{
+	struct options options = { "/run/persona/pam.sock", "/var/lib/persona/gate.state", 6000, false };
+
+	for (int i = 0; i < argc; i++) {
+		if (strncmp(argv[i], "socket=", 7) == 0) {
+			options.socket = argv[i] + 7;
+		} else if (strncmp(argv[i], "state=", 6) == 0) {
+			options.state = argv[i] + 6;
+		} else if (strncmp(argv[i], "timeout=", 8) == 0) {
+			char *end;
+			long value = strtol(argv[i] + 8, &end, 10);
+			if (*end == '\0' && value >= 100 && value <= 60000)
+				options.timeout_ms = value;
+			else
+				pam_syslog(pamh, LOG_ERR, "option %s: expected 100 to 60000; using %ld", argv[i],
+					   options.timeout_ms);
+		} else if (strcmp(argv[i], "debug") == 0) {
+			options.debug = true;
+		} else {
+			/* A typo must not lock people out: say it, and go on with the defaults. */
+			pam_syslog(pamh, LOG_ERR, "unknown option %s", argv[i]);
+		}
+	}
+	return options;
+}
+
+static bool parse_state_line(struct state *state, char *line)
+{
+	char *value = strchr(line, '=');
+	char *end;
+
+	if (value == NULL)
+		return false;
+	*value++ = '\0';
+	if (strcmp(line, "mode") == 0) {
+		state->enforce = strcmp(value, "enforce") == 0;
+		return state->enforce || strcmp(value, "complain") == 0;
+	}
+	if (strcmp(line, "uid_min") == 0) {
+		errno = 0;
+		state->uid_min = strtoul(value, &end, 10);
+		return errno == 0 && *value >= '0' && *value <= '9' && *end == '\0' && state->uid_min <= INT_MAX;
+	}
+	if (strcmp(line, "break_glass") == 0) {
+		size_t length = strlen(value);
+		if (length > STRING_MAX)
+			return false;
+		memcpy(state->break_glass, value, length + 1);
+		return true;
+	}
+	return false;
+}
+
+/*
+ * A missing file is a fresh install: complain.  One that is there and cannot be understood refuses
+ * those that would be gated, and nobody else.
+ */
+static struct state read_state(pam_handle_t *pamh, const struct options *options)
+{
+	struct state state = { false, false, UID_MIN_DEFAULT, "" };
+	char text[STATE_MAX + 1];
+	char *line, *rest = NULL;
+	ssize_t size;
+	int fd = open(options->state, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+
+	if (fd < 0) {
+		if (errno != ENOENT) {
+			pam_syslog(pamh, LOG_ERR, "%s: %m", options->state);
+			state.enforce = state.malformed = true;
+		}
+		return state;
+	}
+	size = read(fd, text, STATE_MAX);
+	close(fd);
+	if (size <= 0 || size == STATE_MAX || memchr(text, '\0', (size_t)size) != NULL) {
+		state.malformed = true;
+	} else {
+		text[size] = '\0';
+		for (line = strtok_r(text, "\n", &rest); line != NULL; line = strtok_r(NULL, "\n", &rest))
+			if (!parse_state_line(&state, line))
+				state.malformed = true;
+	}
+	if (state.malformed) {
+		pam_syslog(pamh, LOG_ERR, "%s cannot be understood; restart persona-agent to write it anew",
+			   options->state);
+		state.enforce = true;
+		state.uid_min = UID_MIN_DEFAULT;
+	}
+	return state;
+}
+
+/* ---- the user ------------------------------------------------------------------------------ */
+
+static bool copy_string(char *to, const char *from)
+{
+	size_t length = strlen(from);
+
+	if (length > STRING_MAX)
+		return false;
+	memcpy(to, from, length + 1);
+	return true;
+}
+
+static int load_user(pam_handle_t *pamh, struct user *user)
+{
+	gid_t ids[GROUPS_MAX];
+	int count = GROUPS_MAX;
+	const void *name = NULL;
+
+	memset(user, 0, sizeof(*user));
+	if (pam_get_item(pamh, PAM_USER, &name) != PAM_SUCCESS || name == NULL)
+		return PAM_USER_UNKNOWN;
+	user->name = name;
+	user->record = pam_modutil_getpwnam(pamh, user->name);
+	if (user->record == NULL)
+		return PAM_USER_UNKNOWN;
+	if (getgrouplist(user->name, user->record->pw_gid, ids, &count) < 0) {
+		pam_syslog(pamh, LOG_ERR, "%s is in more than %d groups", user->name, GROUPS_MAX);
+		return PAM_SYSTEM_ERR;
+	}
+	for (int i = 0; i < count; i++) {
+		const struct group *group = pam_modutil_getgrgid(pamh, ids[i]);
+		if (group != NULL && copy_string(user->groups[user->group_count], group->gr_name))
+			user->group_count++;
+	}
+	return PAM_SUCCESS;
+}
+
+static bool in_group(const struct user *user, const char *name)
+{
+	if (name[0] == '\0')
+		return false;
+	for (unsigned int i = 0; i < user->group_count; i++)
+		if (strcmp(user->groups[i], name) == 0)
+			return true;
+	return false;
+}
+
+/* ---- talking to the agent ------------------------------------------------------------------ */
+
+static long now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static bool wait_for(int fd, short events, long deadline)
+{
+	for (;;) {
+		struct pollfd ready = { fd, events, 0 };
+		long left = deadline - now_ms();
+		int found;
+
+		if (left <= 0) {
+			errno = ETIMEDOUT;
+			return false;
+		}
+		found = poll(&ready, 1, (int)left);
+		if (found > 0)
+			return true;
+		if (found == 0)
+			errno = ETIMEDOUT;
+		if (found < 0 && errno == EINTR)
+			continue;
+		return false;
+	}
+}
+
+/* Only root's agent is believed: whoever could put a socket there could let anybody in. */
+static bool peer_is_trusted(int fd)
+{
+	struct ucred peer;
+	socklen_t size = sizeof(peer);
+
+	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0)
+		return false;
+	/* Not running as root: a test of the stack by an ordinary user, with an agent of his own. */
+	return peer.uid == 0 || (geteuid() != 0 && peer.uid == geteuid());
+}
+
+static int connect_agent(const struct options *options, long deadline)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int fd;
+
+	if (strlen(options->socket) >= sizeof(address.sun_path)) {
+		errno = ENAMETOOLONG;
+		return -1;
+	}
+	memcpy(address.sun_path, options->socket, strlen(options->socket) + 1);
+	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (fd < 0)
+		return -1;
+	while (connect(fd, (const struct sockaddr *)&address, sizeof(address)) < 0) {
+		struct timespec pause = { 0, 20 * 1000 * 1000 };
+		if ((errno != EAGAIN && errno != EINTR) || now_ms() >= deadline) {
+			close(fd);
+			return -1;
+		}
+		nanosleep(&pause, NULL); /* EAGAIN: its queue is full right now */
+	}
+	if (!peer_is_trusted(fd)) {
+		close(fd);
+		errno = EPERM;
+		return -1;
+	}
+	return fd;
+}
+
+static bool send_packet(int fd, const void *data, size_t size, int passed, long deadline)
+{
+	union {
+		char space[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control = { { 0 } };
+	struct iovec part = { (void *)(uintptr_t)data, size };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
+
+	if (passed >= 0) {
+		struct cmsghdr *item;
+		message.msg_control = control.space;
+		message.msg_controllen = sizeof(control.space);
+		item = CMSG_FIRSTHDR(&message);
+		item->cmsg_level = SOL_SOCKET;
+		item->cmsg_type = SCM_RIGHTS;
+		item->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(item), &passed, sizeof(int));
+	}
+	for (;;) {
+		if (sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)size)
+			return true;
+		if (errno != EAGAIN && errno != EINTR)
+			return false;
+		if (!wait_for(fd, POLLOUT, deadline))
+			return false;
+	}
+}
+
+static bool send_simple(int fd, enum op op, int passed, long deadline)
+{
+	struct head head = { MAGIC, (uint16_t)op, 0 };
+
+	return send_packet(fd, &head, sizeof(head), passed, deadline);
+}
+
+static bool append(char *packet, size_t *size, const char *string)
+{
+	size_t length = strlen(string) + 1;
+
+	if (length > STRING_MAX + 1 || *size + length > PACKET_MAX)
+		return false;
+	memcpy(packet + *size, string, length);
+	*size += length;
+	return true;
+}
+
+static const char *item_of(pam_handle_t *pamh, int type)
+{
+	const void *item = NULL;
+
+	return pam_get_item(pamh, type, &item) == PAM_SUCCESS && item != NULL ? item : "";
+}
+
+static bool send_caller(pam_handle_t *pamh, int fd, enum op op, const struct user *user, long deadline)
+{
+	char packet[PACKET_MAX];
+	struct head head = { MAGIC, (uint16_t)op, 0 };
+	uint32_t uid = user->record->pw_uid;
+	size_t size = sizeof(head) + sizeof(uid);
+
+	if (!append(packet, &size, item_of(pamh, PAM_SERVICE)) || !append(packet, &size, user->name) ||
+	    !append(packet, &size, item_of(pamh, PAM_RHOST)) || !append(packet, &size, user->record->pw_shell)) {
+		errno = E2BIG;
+		return false;
+	}
+	for (unsigned int i = 0; i < user->group_count; i++) {
+		if (!append(packet, &size, user->groups[i])) {
+			errno = E2BIG;
+			return false;
+		}
+		head.count++;
+	}
+	memcpy(packet, &head, sizeof(head));
+	memcpy(packet + sizeof(head), &uid, sizeof(uid));
+	return send_packet(fd, packet, size, -1, deadline);
+}
+
+static bool receive(int fd, struct reply *reply, long deadline)
+{
+	char packet[PACKET_MAX];
+	struct head head;
+	size_t filter_size, message_size;
+	ssize_t size;
+
+	do {
+		if (!wait_for(fd, POLLIN, deadline))
+			return false;
+		size = recv(fd, packet, sizeof(packet), MSG_DONTWAIT);
+	} while (size < 0 && (errno == EAGAIN || errno == EINTR));
+	if (size < 0)
+		return false;
+	errno = EPROTO;
+	if ((size_t)size < sizeof(head) + 1)
+		return false;
+	memcpy(&head, packet, sizeof(head));
+	filter_size = head.count * sizeof(struct sock_filter);
+	if (head.magic != MAGIC || head.op > VERDICT_DONE || head.count > FILTER_MAX ||
+	    (size_t)size < sizeof(head) + filter_size + 1)
+		return false;
+	message_size = (size_t)size - sizeof(head) - filter_size;
+	if (message_size > sizeof(reply->message) || packet[size - 1] != '\0')
+		return false;
+	reply->verdict = (enum verdict)head.op;
+	reply->filter_count = head.count;
+	memcpy(reply->filter, packet + sizeof(head), filter_size);
+	memcpy(reply->message, packet + sizeof(head) + filter_size, message_size);
+	if (strlen(reply->message) + 1 != message_size)
+		return false;
+	for (char *c = reply->message; *c != '\0'; c++)
+		if ((unsigned char)*c < 0x20 || *c == 0x7f)
+			*c = '?'; /* no message may drive a terminal */
+	return true;
+}
+
+/* ---- the decision -------------------------------------------------------------------------- */
+
+static int refuse(pam_handle_t *pamh, const char *message, int code)
+{
+	pam_error(pamh, "%s", message);
+	return code;
+}
+
+/* The agent is not there, or makes no sense: what happens then was settled beforehand. */
+static int without_agent(pam_handle_t *pamh, const struct options *options, const struct user *user,
+			 const char *what)
+{
+	int error = errno;
+	struct state state = read_state(pamh, options);
+	uid_t uid = user->record->pw_uid;
+
+	if (uid == 0 || uid < state.uid_min)
+		return PAM_SUCCESS;
+	if (in_group(user, state.break_glass)) {
+		pam_syslog(pamh, LOG_ALERT, "BREAK GLASS: %s logs in ungated, without an agent", user->name);
+		return PAM_SUCCESS;
+	}
+	errno = error;
+	if (!state.enforce) {
+		pam_syslog(pamh, LOG_WARNING, "%s: %m; complain mode, %s goes on ungated", what, user->name);
+		return PAM_SUCCESS;
+	}
+	pam_syslog(pamh, LOG_ERR, "%s: %m; %s is refused", what, user->name);
+	if (state.malformed)
+		return refuse(pamh,
+			      "persona: this machine's gate state cannot be understood and its agent does not "
+			      "answer; its operator must restart persona-agent",
+			      PAM_AUTHINFO_UNAVAIL);
+	return refuse(pamh,
+		      "persona: the agent of this machine does not answer, so nobody can be admitted; its operator "
+		      "must start persona-agent",
+		      PAM_AUTHINFO_UNAVAIL);
+}
+
+static int install_filter(const struct reply *reply)
+{
+	struct sock_fprog program = {
+		reply->filter_count,
+		(struct sock_filter *)(uintptr_t)reply->filter,
+	};
+
+	return (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER,
+			    SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, &program);
+}
+
+/* From here on a failure leaves a filter without a listener, or none at all: refuse, never go on. */
+static int put_up_gate(pam_handle_t *pamh, const struct options *options, const struct user *user, int fd,
+		       struct reply *reply, long deadline)
+{
+	bool sent;
+	int listener = install_filter(reply);
+
+	if (listener < 0 && errno != EBUSY)
+		return without_agent(pamh, options, user, "seccomp");
+	/* EBUSY: a listener is there already.  Ours (a session inside a session), or somebody else's? */
+	sent = send_simple(fd, listener < 0 ? OP_PRESENT : OP_LISTENER, listener, deadline);
+	/* sshd forks without exec: a copy left open would let the session answer itself. */
+	if (listener >= 0)
+		close(listener);
+	if (sent && receive(fd, reply, deadline) && reply->verdict == VERDICT_DONE)
+		return PAM_SUCCESS;
+	pam_syslog(pamh, LOG_ERR, "the gate of %s could not be handed over", user->name);
+	return refuse(pamh, reply->verdict == VERDICT_DENY ? reply->message : "persona: the gate could not be put up",
+		      PAM_SESSION_ERR);
+}
+
+static int decide(pam_handle_t *pamh, enum op op, int argc, const char **argv)
+{
+	struct options options = parse_options(pamh, argc, argv);
+	long deadline = now_ms() + options.timeout_ms;
+	struct user user;
+	struct reply reply;
+	int result = load_user(pamh, &user);
+	int fd;
+
+	if (result != PAM_SUCCESS)
+		return result;
+	fd = connect_agent(&options, deadline);
+	if (fd < 0)
+		return without_agent(pamh, &options, &user, options.socket);
+	if (!send_caller(pamh, fd, op, &user, deadline) || !receive(fd, &reply, deadline)) {
+		result = without_agent(pamh, &options, &user, options.socket);
+		goto out;
+	}
+	if (options.debug)
+		pam_syslog(pamh, LOG_DEBUG, "%s: verdict %d", user.name, (int)reply.verdict);
+	switch (reply.verdict) {
+	case VERDICT_PASS:
+		break;
+	case VERDICT_GATE:
+		if (op == OP_OPEN && reply.filter_count > 0)
+			result = put_up_gate(pamh, &options, &user, fd, &reply, deadline);
+		else
+			result = PAM_SYSTEM_ERR;
+		break;
+	case VERDICT_DENY:
+		result = refuse(pamh, reply.message[0] != '\0' ? reply.message : "persona: this login is refused",
+				op == OP_ACCOUNT ? PAM_PERM_DENIED : PAM_SESSION_ERR);
+		break;
+	case VERDICT_DONE:
+		result = PAM_SYSTEM_ERR; /* an answer to what was not asked */
+		break;
+	}
+out:
+	close(fd);
+	return result;
+}
+
+EXPORT int pam_sm_acct_mgmt(pam_handle_t *pamh, int flags, int argc, const char **argv)
+{
+	(void)flags;
+	return decide(pamh, OP_ACCOUNT, argc, argv);
+}
+
+EXPORT int pam_sm_open_session(pam_handle_t *pamh, int flags, int argc, const char **argv)
+{
+	(void)flags;
+	return decide(pamh, OP_OPEN, argc, argv);
+}
+
+/* The gate stays until the last process of the session is gone: there is nothing to close. */
+EXPORT int pam_sm_close_session(pam_handle_t *pamh, int flags, int argc, const char **argv)
+{
+	(void)pamh;
+	(void)flags;
+	(void)argc;
+	(void)argv;
+	return PAM_SUCCESS;
+}
+
+EXPORT int pam_sm_authenticate(pam_handle_t *pamh, int flags, int argc, const char **argv)
+{
+	(void)pamh;
+	(void)flags;
+	(void)argc;
+	(void)argv;
+	return PAM_IGNORE;
+}
+
+EXPORT int pam_sm_setcred(pam_handle_t *pamh, int flags, int argc, const char **argv)
+{
+	(void)pamh;
+	(void)flags;
+	(void)argc;
+	(void)argv;
+	return PAM_IGNORE;
+}
