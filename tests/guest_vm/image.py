@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+HOST_ALIAS = "persona-lab"  # what every guest is called in known_hosts, whatever its port
 SIZE = "6G"  # sparse
 USERS = {"alice": 1000, "bob": 1001, "carol": 1002, "deploy": 1003, "admin": 1004}
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic", "virtio_rng")
@@ -45,6 +46,7 @@ class Image:
     kernel: Path
     initrd: Path
     key: Path
+    known_hosts: Path
 
 
 def cache_dir() -> Path:
@@ -64,7 +66,7 @@ def build() -> Image:
         :16
     ]
     home = cache_dir() / f"image-{recipe}"
-    image = Image(home / "disk.qcow2", home / "vmlinuz", home / "initrd.img", home / "key")
+    image = Image(home / "disk.qcow2", home / "vmlinuz", home / "initrd.img", home / "key", home / "known_hosts")
     if (home / "complete").exists():
         return image
     say("making the Debian 12 guest image (once; about two minutes)")
@@ -76,6 +78,8 @@ def build() -> Image:
         _bootstrap(root, (work / "key.pub").read_text())
         say("writing the disk")
         shutil.copy(next(root.glob("boot/vmlinuz-*")), work / "vmlinuz")
+        host_key = (root / "etc/ssh/ssh_host_ed25519_key.pub").read_text().split()
+        (work / "known_hosts").write_text(f"{HOST_ALIAS} {host_key[0]} {host_key[1]}\n")
         shutil.copy(next(root.glob("boot/initrd.img-*")), work / "initrd.img")
         raw = work / "disk.raw"
         run("truncate", "-s", SIZE, str(raw))
@@ -83,7 +87,7 @@ def build() -> Image:
         run("qemu-img", "convert", "-O", "qcow2", str(raw), str(work / "disk.qcow2"))
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir()
-        for name in ("disk.qcow2", "vmlinuz", "initrd.img", "key", "key.pub"):
+        for name in ("disk.qcow2", "vmlinuz", "initrd.img", "key", "key.pub", "known_hosts"):
             shutil.move(work / name, home / name)
         for stale in cache_dir().glob("image-*"):
             if stale != home:

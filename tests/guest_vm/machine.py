@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.guest_vm.image import Image, say
+from tests.guest_vm.image import HOST_ALIAS, Image, say
 
 HOST_SEEN_FROM_GUEST = "10.0.2.2"
 BOOT_TIMEOUT_S = 240
@@ -103,7 +103,8 @@ class Machine:
         """The ssh command line up to the host; the remote command follows."""
         return [
             "ssh", "-F", "none", "-i", str(self._key), "-p", str(self.port), "-o", "IdentitiesOnly=yes",
-            "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
+            "-o", "StrictHostKeyChecking=yes", "-o", f"UserKnownHostsFile={self.image.known_hosts}",
+            "-o", f"HostKeyAlias={HOST_ALIAS}", "-o", "HostKeyAlgorithms=ssh-ed25519", "-o", "LogLevel=INFO",
             "-o", "ConnectTimeout=20", *options, f"{user}@127.0.0.1",
         ]  # fmt: skip
 
