@@ -29,9 +29,7 @@ class CodecError(PersonaError):
         super().__init__(Fault.BAD_REQUEST, f"{path or 'body'}: {message}")
 
 
-def mapping(
-    value: object, path: str, required: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> Mapping[str, Any]:
+def mapping(value: object, path: str, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Mapping[str, Any]:
     """A JSON object with these fields and no others.  Raises ``CodecError``."""
     if not isinstance(value, dict):
         raise CodecError(path, "expected an object")
@@ -102,9 +100,7 @@ def decode_subject(value: object, path: str = "subject") -> Subject:
     user = string(item["user"], f"{path}.user")
     if not user:
         raise CodecError(f"{path}.user", "empty")
-    return Subject(
-        user, strings(item["groups"], f"{path}.groups", MAX_GROUPS), string(item["vm"], f"{path}.vm")
-    )
+    return Subject(user, strings(item["groups"], f"{path}.groups", MAX_GROUPS), string(item["vm"], f"{path}.vm"))
 
 
 def encode_program(program: Program) -> dict[str, Any]:

@@ -129,9 +129,7 @@ def _policy(reader: Reader) -> Policy:
         name=reader.read("name", _name, "", required=True),
         users=users,
         groups=groups,
-        commands=_whitelist(reader, "commands")
-        if reader.has("commands")
-        else Whitelist((parse_pattern("**"),)),
+        commands=_whitelist(reader, "commands") if reader.has("commands") else Whitelist((parse_pattern("**"),)),
         vms=reader.each("vms", _vm) if reader.has("vms") else ("*",),
         when=read_when(when, load_fields),
         persona=reader.read("persona", _name, "", required=True),

@@ -1,4 +1,7 @@
-"""Network rules: ``10.20.0.0/16:tcp/5432``, ``any:tcp/443``, ``2001:db8::/32``, ``icmp``, ``dns``, ``in:any:tcp/22``."""
+"""Network rules.
+
+``10.20.0.0/16:tcp/5432``, ``any:tcp/443``, ``2001:db8::/32``, ``icmp``, ``dns``, ``in:any:tcp/22``.
+"""
 
 import ipaddress
 import re
@@ -41,7 +44,8 @@ def parse_rule(value: object) -> NetworkRule:
     text = text.removeprefix("in:")
     if text in ("icmp", "dns"):
         return NetworkRule(inbound, "any", text, ())
-    protocol, ports = "any", ()
+    protocol = "any"
+    ports: tuple[tuple[int, int], ...] = ()
     service = _SERVICE.search(text)
     if service is not None:
         text, protocol, ports = text[: service.start()], service[1], _ports(service[2])

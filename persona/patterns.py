@@ -166,7 +166,5 @@ def check_whitelist(patterns: tuple[Pattern, ...]) -> list[tuple[int, str, str]]
         if pattern.negative and pattern._path is None and pattern.key is None:
             found.append((index, "'!**' leaves nothing", "remove it, or leave the whole list empty"))
         elif pattern.negative and pattern.key and None not in named and pattern.key not in named:
-            found.append(
-                (index, f"{pattern.text!r} carves out of nothing", "remove it, or allow the program first")
-            )
+            found.append((index, f"{pattern.text!r} carves out of nothing", "remove it, or allow the program first"))
     return found

@@ -1,4 +1,4 @@
-"""The JSON Schema of the documents: served by the broker, used by editors, and where the parser's field names come from.
+"""The JSON Schema of the documents: served by the broker, used by editors, read by the parser for its field names.
 
 The parser is stricter than the schema where a schema cannot say it (patterns that can never match);
 never looser.

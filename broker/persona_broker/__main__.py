@@ -56,9 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--db", help="the record's file")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(
-        name: str, run: Callable[..., int], text: str, group: Any = commands
-    ) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[..., int], text: str, group: Any = commands) -> argparse.ArgumentParser:
         found: argparse.ArgumentParser = group.add_parser(name, help=text, description=text, parents=[common])
         found.set_defaults(run=run)
         return found
@@ -114,9 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     tls = commands.add_parser("tls", help="certificates").add_subparsers(required=True)
     init = command("init", _tls, "make ca.pem, broker.crt and broker.key", tls)
     init.add_argument("--dir", type=Path, default=Path("/etc/persona"))
-    init.add_argument(
-        "--host", action="append", required=True, help="name or address that guests use; repeatable"
-    )
+    init.add_argument("--host", action="append", required=True, help="name or address that guests use; repeatable")
     return parser
 
 
@@ -279,9 +275,7 @@ def _explain(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _guest_add(arguments: argparse.Namespace, settings: Settings) -> int:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
-        raise PersonaError(
-            Fault.BAD_REQUEST, f"{arguments.name!r} is no VM name: letters, digits, '.', '_', '-'"
-        )
+        raise PersonaError(Fault.BAD_REQUEST, f"{arguments.name!r} is no VM name: letters, digits, '.', '_', '-'")
     token = _store(settings).add_guest(arguments.name)
     if arguments.token_file:
         fd = os.open(arguments.token_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -336,9 +330,7 @@ def _load_show(arguments: argparse.Namespace, settings: Settings) -> int:
     if sample is None:
         raise PersonaError(Fault.NOT_FOUND, "there is no sample: is the events process running?")
     age = time.time() - sample.at
-    text = (
-        ", ".join(f"{metric} {percent:.0f} %" for metric, percent in sample.load.items()) or "nothing known"
-    )
+    text = ", ".join(f"{metric} {percent:.0f} %" for metric, percent in sample.load.items()) or "nothing known"
     value = {"load": dict(sample.load), "age_s": round(age, 1), "source": sample.source}
     _say(arguments, value, f"{text} ({sample.source}, {age:.0f} s ago)")
     return 0

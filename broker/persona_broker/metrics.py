@@ -1,4 +1,7 @@
-"""Counters of one worker process, in Prometheus text; labelled with the process, so that a sum over workers is honest."""
+"""Counters of one worker process, in Prometheus text.
+
+Labelled with the process, so that a sum over workers is honest.
+"""
 
 import os
 import threading

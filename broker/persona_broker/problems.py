@@ -5,9 +5,9 @@ from http import HTTPStatus
 from flask import Flask, Response, jsonify
 from werkzeug.exceptions import HTTPException
 
-from persona.problems import Fault, PersonaError
+from persona.problems import Fault, PersonaError, Reason
 
-_STATUS = {
+_STATUS: dict[Reason | Fault, HTTPStatus] = {
     Fault.BAD_REQUEST: HTTPStatus.BAD_REQUEST,
     Fault.BAD_DOCUMENT: HTTPStatus.UNPROCESSABLE_ENTITY,
     Fault.TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -35,7 +35,7 @@ def register(app: Flask) -> None:
     """Every error of the app becomes a problem; what is not ours says nothing of the inside."""
 
     def ours(error: PersonaError) -> Response:
-        status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)  # type: ignore[call-overload]  # a Reason is no key
+        status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
         return problem(status, error.code, error.message)
 
     def http(error: HTTPException) -> Response:

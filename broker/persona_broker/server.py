@@ -1,5 +1,6 @@
 """gunicorn around the two applications, each in a process tree of its own, and bounds on slow clients."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ STREAM_THREADS = 520  # STREAMS_MAX and some for health checks
 KEEPALIVE_S = 300  # guests keep one connection
 
 
-class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+class BoundedWorker(ThreadWorker):
     """A gthread worker that ends connections whose request takes too long to arrive or to be read.
 
     gunicorn's own timeout watches the worker, not its clients: sixteen slow ones would hold all threads.
@@ -46,11 +47,9 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
             now = time.monotonic()
             for conn, deadline in list(self._handling.items()):
                 if now > deadline:
-                    try:
+                    with contextlib.suppress(OSError):  # it ended meanwhile
                         # the plain socket below TLS: a TLS goodbye could block on the same peer
                         socket.socket.shutdown(conn.sock, socket.SHUT_RDWR)
-                    except OSError:
-                        pass  # it ended meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Endpoint:
     key: Path | None
 
 
-class _Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
+class _Server(BaseApplication):
     def __init__(self, load: Callable[[], Flask], options: dict[str, Any]) -> None:
         self._load_app = load
         self._options = options
@@ -72,7 +71,7 @@ class _Server(BaseApplication):  # type: ignore[misc]  # gunicorn has no types
         for name, value in self._options.items():
             self.cfg.set(name, value)
 
-    def load(self) -> Flask:
+    def load(self) -> Any:
         return self._load_app()
 
 
@@ -110,9 +109,7 @@ def serve_streams(load: Callable[[], Flask], endpoint: Endpoint) -> None:
     _Server(load, _options(endpoint, workers=1, threads=STREAM_THREADS, worker="gthread")).run()
 
 
-def supervise(
-    parts: dict[str, Callable[[], None]], ready: Callable[[], bool], announce: Callable[[], None]
-) -> int:
+def supervise(parts: dict[str, Callable[[], None]], ready: Callable[[], bool], announce: Callable[[], None]) -> int:
     """Runs each part in a process of its own until one ends or a signal comes; the exit code.
 
     ``announce`` is called once, when ``ready`` first says so.

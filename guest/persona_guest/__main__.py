@@ -42,9 +42,7 @@ log = logging.getLogger("persona.agent")
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="persona-agent", description="answers the exec gate of this machine"
-    )
+    parser = argparse.ArgumentParser(prog="persona-agent", description="answers the exec gate of this machine")
     parser.add_argument("--config", default=CONFIG, help=f"settings, TOML (default {CONFIG})")
     parser.add_argument(
         "command",

@@ -264,9 +264,7 @@ class Agent:
             return None, None
         return {"name": base.persona.name, "version": base.persona.version}, base.policy
 
-    def open_from_shell(
-        self, pid: int, uid: int, shell: str, reply_to: Callable[[dict[str, Any]], None]
-    ) -> str:
+    def open_from_shell(self, pid: int, uid: int, shell: str, reply_to: Callable[[dict[str, Any]], None]) -> str:
         """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
         caller = caller_of(uid, shell)
         session = self._session(caller, pid)

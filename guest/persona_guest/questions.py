@@ -53,9 +53,7 @@ class Questions:
                     decision = _unleased(decision)
             done(decision)
 
-        self._link.post(
-            "POST", "/v1/decisions", {**body, "min_generation": self._leases.generation}, received
-        )
+        self._link.post("POST", "/v1/decisions", {**body, "min_generation": self._leases.generation}, received)
 
     def admit(
         self,
@@ -133,15 +131,11 @@ def _problem(answer: Answer) -> Denied:
 
 
 def _misbehaved(what: str) -> Denied:
-    return Denied(
-        Reason.BROKER_MISBEHAVED, help=f"the broker's answer is no decision: {what}", lease=_NO_ANSWER
-    )
+    return Denied(Reason.BROKER_MISBEHAVED, help=f"the broker's answer is no decision: {what}", lease=_NO_ANSWER)
 
 
 def _unleased(decision: Decision) -> Decision:
     """The same for this once: without the event stream, no revocation could end the lease early."""
     if isinstance(decision, Granted):
         return Granted(decision.persona, decision.policy, _NO_ANSWER, decision.generation)
-    return Denied(
-        decision.reason, decision.policy, decision.persona, decision.help, _NO_ANSWER, decision.generation
-    )
+    return Denied(decision.reason, decision.policy, decision.persona, decision.help, _NO_ANSWER, decision.generation)

@@ -118,7 +118,7 @@ def load(path: Path) -> Settings:
 def parse(document: dict[str, Any], source: str) -> Settings:
     """The settings of a parsed document.  Raises ``SettingsError`` naming ``source`` and the key."""
     try:
-        settings = _table(Settings, document, "")
+        settings: Settings = _table(Settings, document, "")
     except SettingsError as error:
         raise SettingsError(f"{source}: {error.message}") from None
     for key, ok, want in (
@@ -161,7 +161,7 @@ def _table(kind: type[Any], document: object, prefix: str) -> Any:
 
 def _value(hint: Any, value: object, key: str) -> Any:
     if hint is Mode:
-        if value not in list(Mode):
+        if not isinstance(value, str) or value not in list(Mode):
             raise SettingsError(f"{key}: expected one of {', '.join(Mode)}, not {value!r}")
         return Mode(value)
     if hint is bool or hint is str:

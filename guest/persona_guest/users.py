@@ -52,9 +52,7 @@ class Users:
     def _must_own(self, call: Call) -> Gated:
         gated = self._own(call)
         if gated is None:
-            raise PersonaError(
-                Reason.SESSION_UNKNOWN, "this process is in no gated session: nothing is decided here"
-            )
+            raise PersonaError(Reason.SESSION_UNKNOWN, "this process is in no gated session: nothing is decided here")
         return gated
 
     def _status(self, call: Call, answer: Answer) -> None:

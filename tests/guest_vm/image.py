@@ -26,12 +26,15 @@ set -eu
 echo analytics-1 > "$1/etc/hostname"
 printf '127.0.0.1 localhost analytics-1\\n::1 localhost\\n' > "$1/etc/hosts"
 printf '/dev/vda / ext4 defaults,noatime 0 1\\n' > "$1/etc/fstab"
-printf '[Match]\\nName=en* eth*\\n[Network]\\nAddress=10.0.2.15/24\\nGateway=10.0.2.2\\n' > "$1/etc/systemd/network/lab.network"
+net="$1/etc/systemd/network/lab.network"
+printf '[Match]\\nName=en* eth*\\n[Network]\\nAddress=10.0.2.15/24\\nGateway=10.0.2.2\\n' > "$net"
 rm -f "$1/etc/resolv.conf"; echo 'nameserver 10.0.2.3' > "$1/etc/resolv.conf"
-printf 'PasswordAuthentication no\\nUseDNS no\\nMaxStartups 200\\nMaxSessions 100\\n' > "$1/etc/ssh/sshd_config.d/lab.conf"
+sshd="$1/etc/ssh/sshd_config.d/lab.conf"
+printf 'PasswordAuthentication no\\nUseDNS no\\nMaxStartups 200\\nMaxSessions 100\\n' > "$sshd"
 chroot "$1" systemctl -q enable systemd-networkd ssh
 chroot "$1" systemctl -q mask apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer man-db.timer fstrim.timer \
-    systemd-timesyncd.service systemd-networkd-wait-online.service getty@tty1.service e2scrub_reap.service dpkg-db-backup.timer
+    systemd-timesyncd.service systemd-networkd-wait-online.service getty@tty1.service e2scrub_reap.service \
+    dpkg-db-backup.timer
 echo 'root:lab' | chroot "$1" chpasswd
 mkdir -p "$1/etc/systemd/journald.conf.d"
 printf '[Journal]\\nStorage=persistent\\nRateLimitIntervalSec=0\\n' > "$1/etc/systemd/journald.conf.d/lab.conf"
@@ -62,9 +65,7 @@ def packages() -> list[str]:
 
 def build() -> Image:
     """The image, from the cache or made now (about two minutes).  Raises ``CalledProcessError``."""
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + (HERE / "packages.txt").read_bytes()).hexdigest()[
-        :16
-    ]
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + (HERE / "packages.txt").read_bytes()).hexdigest()[:16]
     home = cache_dir() / f"image-{recipe}"
     image = Image(home / "disk.qcow2", home / "vmlinuz", home / "initrd.img", home / "key", home / "known_hosts")
     if (home / "complete").exists():

@@ -47,27 +47,51 @@ class Machine:
     """One running guest.  ``stop`` it, or use ``running``."""
 
     def __init__(self, image: Image, directory: Path, memory_mb: int = 2048) -> None:
-        self.image = image
-        self.directory = directory
-        self.port = free_port()
+        self._set(image, directory, free_port())
+        self._memory_mb = memory_mb
         directory.mkdir(parents=True, exist_ok=True)
-        self._key = directory / "key"
         shutil.copy(image.key, self._key)
         self._key.chmod(0o600)
-        overlay = directory / "overlay.qcow2"
         subprocess.run(
-            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image.disk), str(overlay)],
+            [
+                "qemu-img",
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-F",
+                "qcow2",
+                "-b",
+                str(image.disk),
+                str(self._overlay),
+            ],
             check=True,
             timeout=60,
         )
+
+    @classmethod
+    def attach(cls, image: Image, directory: Path, port: int) -> "Machine":
+        """One that another process started."""
+        machine = cls.__new__(cls)
+        machine._set(image, directory, port)
+        return machine
+
+    def _set(self, image: Image, directory: Path, port: int) -> None:
+        self.image = image
+        self.directory = directory
+        self.port = port
         self.console = directory / "console.log"
         self.pidfile = directory / "pid"
+        self._key = directory / "key"
+        self._overlay = directory / "overlay.qcow2"
+
+    def _argv(self) -> list[str]:
         append = "root=/dev/vda rw console=ttyS0 quiet loglevel=4 mitigations=off audit=1"
-        self._argv = [
+        return [
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max",
-            "-smp", "2", "-m", str(memory_mb), "-nodefaults", "-display", "none",
-            "-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", append,
-            "-drive", f"file={overlay},if=virtio,format=qcow2,cache=unsafe",
+            "-smp", "2", "-m", str(self._memory_mb), "-nodefaults", "-display", "none",
+            "-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd), "-append", append,
+            "-drive", f"file={self._overlay},if=virtio,format=qcow2,cache=unsafe",
             "-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{self.port}-:22",
             "-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci",
             "-serial", f"file:{self.console}", "-pidfile", str(self.pidfile),
@@ -75,7 +99,7 @@ class Machine:
 
     def start(self) -> None:
         """Boots until sshd answers root.  Raises ``TimeoutError`` with the end of the console."""
-        subprocess.run([*self._argv, "-daemonize"], check=True, stdin=subprocess.DEVNULL, timeout=60)
+        subprocess.run([*self._argv(), "-daemonize"], check=True, stdin=subprocess.DEVNULL, timeout=60)
         deadline = time.monotonic() + BOOT_TIMEOUT_S
         while time.monotonic() < deadline:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -27,6 +27,14 @@ class Broker:
         self.run("tls", "init", "--dir", str(directory), "--host", HOST_SEEN_FROM_GUEST, "--host", "127.0.0.1")
         self.run("guest", "add", VM, "--token-file", str(directory / "token"))
 
+    @classmethod
+    def attach(cls, directory: Path) -> "Broker":
+        """The record of a broker that another process started; it takes commands, not start and stop."""
+        broker = cls.__new__(cls)
+        broker.directory = directory
+        broker.process = None
+        return broker
+
     def argv(self, *words: str) -> list[str]:
         """The command line of ``persona-broker`` on this record."""
         head = [sys.executable, "-m", "persona_broker", "--config", str(self.directory / "none")]
@@ -41,7 +49,12 @@ class Broker:
 
     def start(self) -> None:
         """Serves until ``stop``; returns when both ports accept."""
-        tls = ["--tls-cert", str(self.directory / "broker.crt"), "--tls-key", str(self.directory / "broker.key")]
+        tls = [
+            "--tls-cert",
+            str(self.directory / "broker.crt"),
+            "--tls-key",
+            str(self.directory / "broker.key"),
+        ]
         binds = ["--bind", f"127.0.0.1:{self.port}", "--events-bind", f"127.0.0.1:{self.events_port}"]
         reading, writing = os.pipe()
         with open(self.directory / "log", "ab") as log:

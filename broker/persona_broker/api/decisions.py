@@ -45,9 +45,7 @@ def _current(value: Any) -> View:
     wanted = codec.integer(value.get("min_generation", 0), "min_generation")
     view = state().current()
     if view.generation < wanted:
-        raise PersonaError(
-            Fault.NOT_READY, f"generation {wanted} is not here, the newest is {view.generation}"
-        )
+        raise PersonaError(Fault.NOT_READY, f"generation {wanted} is not here, the newest is {view.generation}")
     return view
 
 

@@ -18,9 +18,7 @@ def _show(document: Document, version: int) -> dict[str, Any]:
 
 def _applied(kind: type[Document]) -> Response:
     guest()
-    shown = [
-        _show(document, version) for document, version in state().store.documents() if type(document) is kind
-    ]
+    shown = [_show(document, version) for document, version in state().store.documents() if type(document) is kind]
     return jsonify(items=shown)
 
 

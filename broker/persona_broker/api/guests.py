@@ -21,9 +21,7 @@ def guest() -> str:
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     name = state().store.guest_of(token) if scheme == "Bearer" and token else None
     if name is None:
-        raise PersonaError(
-            Fault.UNAUTHENTICATED, "no guest has this token; 'persona-broker guest add NAME' makes one"
-        )
+        raise PersonaError(Fault.UNAUTHENTICATED, "no guest has this token; 'persona-broker guest add NAME' makes one")
     return name
 
 

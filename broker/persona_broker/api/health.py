@@ -31,6 +31,4 @@ def readyz() -> Response:
 def numbers() -> Response:
     """Prometheus text; counters are this worker's own, labelled with its process."""
     view = state().current()
-    return Response(
-        metrics.render(view, state().store.records_lost()), content_type="text/plain; version=0.0.4"
-    )
+    return Response(metrics.render(view, state().store.records_lost()), content_type="text/plain; version=0.0.4")

@@ -4,7 +4,7 @@ First by who asks (user, groups, VM: a view, made once and kept), then by progra
 made once and kept).  A row holds the few policies that can say anything about the program, in order.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -69,9 +69,7 @@ _Patterns = tuple[Pattern, ...]
 def _relevant(patterns: _Patterns) -> _Patterns | None:
     """The patterns to test arguments against; ``None`` where every command line is allowed."""
     return (
-        None
-        if all(not p.negative for p in patterns) and any(not p.looks_at_arguments for p in patterns)
-        else patterns
+        None if all(not p.negative for p in patterns) and any(not p.looks_at_arguments for p in patterns) else patterns
     )
 
 
@@ -111,16 +109,12 @@ class _Row:
         self.width = Width.ARGV if looks else Width.PROGRAM
         self.invalid = next((policy for policy, versioned in said if versioned is None), None)
         self.candidates = tuple(
-            _Candidate(policy, versioned, program, self.width)
-            for policy, versioned in said
-            if versioned is not None
+            _Candidate(policy, versioned, program, self.width) for policy, versioned in said if versioned is not None
         )
         self.nearest = policies[0] if policies else None
         # the common case, decided without a loop: one policy speaks, and arguments do not matter
         first = self.candidates[0] if self.candidates else None
-        self.only = (
-            first if first is not None and first.commands is None and first.whitelist is None else None
-        )
+        self.only = first if first is not None and first.commands is None and first.whitelist is None else None
 
 
 class _View:
@@ -200,9 +194,7 @@ class Snapshot:
     def entries(self, subject: Subject, outlook: Outlook) -> list[Entry]:
         """Every policy that names the subject, in order."""
         view = self._views.get(subject) or self._view(subject)
-        return [
-            Entry(policy, versioned, outlook.unmet.get(policy.name)) for policy, versioned in view.policies
-        ]
+        return [Entry(policy, versioned, outlook.unmet.get(policy.name)) for policy, versioned in view.policies]
 
     def _view(self, subject: Subject) -> _View:
         indexes: set[int] = {*self._by_user.get(subject.user, ()), *self._by_user.get("*", ())}
@@ -227,8 +219,3 @@ class Snapshot:
             view.rows.clear()
         view.rows[program] = row
         return row
-
-
-def thresholds(snapshot: Snapshot) -> Iterable[object]:
-    """Every load threshold that any policy has."""
-    return {threshold for when in snapshot.conditions.values() for threshold in when.host_load}

@@ -73,9 +73,7 @@ def _judge_load(threshold: Threshold, world: World) -> Unmet | None:
         return Unmet(Reason.LOAD_UNKNOWN, f"the host's {name} load was last measured {age:.0f} s ago")
     if threshold in world.latches:
         load = sample.load[threshold.metric]
-        again = (
-            f", again below {threshold.again_below:g} %" if threshold.again_below != threshold.below else ""
-        )
+        again = f", again below {threshold.again_below:g} %" if threshold.again_below != threshold.below else ""
         return Unmet(
             Reason.LOAD_EXCEEDS_THRESHOLD,
             f"the host's {name} load is {load:.0f} %, it holds below {threshold.below:g} %{again}",

@@ -151,8 +151,7 @@ class Store:
         """Replaces the whole set in one transaction; a version is new only where the content is."""
         with self._write() as db:
             before = {
-                (kind, name): version
-                for kind, name, version in db.execute("SELECT kind, name, version FROM applied")
+                (kind, name): version for kind, name, version in db.execute("SELECT kind, name, version FROM applied")
             }
             db.execute("DELETE FROM applied")
             after: dict[tuple[str, str], int] = {}
@@ -167,9 +166,7 @@ class Store:
                     body = json.dumps(to_mapping(document))
                     row = (kind, document.name, version, key, body, time.time())
                     db.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", row)
-                db.execute(
-                    "INSERT INTO applied VALUES (?, ?, ?, ?)", (position, kind, document.name, version)
-                )
+                db.execute("INSERT INTO applied VALUES (?, ?, ?, ?)", (position, kind, document.name, version))
                 after[kind, document.name] = version
             generation = _raise(db)
         label = "{0[0]} {0[1]}".format
@@ -190,9 +187,7 @@ class Store:
     def versions(self, kind: str, name: str) -> list[tuple[int, Document]]:
         """Every version of a document, oldest first."""
         query = "SELECT version, body FROM documents WHERE kind = ? AND name = ? ORDER BY version"
-        return [
-            (version, parse_document(json.loads(body))) for version, body in self._rows(query, kind, name)
-        ]
+        return [(version, parse_document(json.loads(body))) for version, body in self._rows(query, kind, name)]
 
     def snapshot(self) -> tuple[Snapshot, int]:
         """The applied set as an index, and the generation that it belongs to."""
@@ -295,9 +290,7 @@ class Store:
     def records(self, after: int = 0, limit: int = 100) -> list[tuple[int, str, dict[str, Any]]]:
         """(number, guest, RECORD) after a number, oldest first; the newest ``limit`` for ``after = 0``."""
         if after:
-            rows = self._rows(
-                "SELECT id, guest, body FROM records WHERE id > ? ORDER BY id LIMIT ?", after, limit
-            )
+            rows = self._rows("SELECT id, guest, body FROM records WHERE id > ? ORDER BY id LIMIT ?", after, limit)
         else:
             rows = self._rows("SELECT id, guest, body FROM records ORDER BY id DESC LIMIT ?", limit)[::-1]
         return [(ident, guest, json.loads(body)) for ident, guest, body in rows]

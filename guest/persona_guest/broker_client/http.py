@@ -3,6 +3,7 @@
 Raises ``BrokerError`` for everything that is not an answer; what an answer means is the caller's.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -46,9 +47,7 @@ def open_connection(settings: Broker, url: str, timeout: float) -> http.client.H
     except (OSError, ssl.SSLError) as error:
         raise BrokerError(Reason.BROKER_UNREACHABLE, f"{settings.ca_file}: {error}") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return http.client.HTTPSConnection(
-        parts.hostname or "", parts.port or 443, timeout=timeout, context=context
-    )
+    return http.client.HTTPSConnection(parts.hostname or "", parts.port or 443, timeout=timeout, context=context)
 
 
 def read_token(settings: Broker) -> str:
@@ -81,9 +80,7 @@ class Connection:
                 self.close()
                 stale = kept and attempt == 1 and not isinstance(error, TimeoutError)
                 if not stale:  # a kept connection may have been closed while it was idle: once more
-                    reason = (
-                        Reason.BROKER_UNREACHABLE if isinstance(error, OSError) else Reason.BROKER_MISBEHAVED
-                    )
+                    reason = Reason.BROKER_UNREACHABLE if isinstance(error, OSError) else Reason.BROKER_MISBEHAVED
                     raise BrokerError(reason, _describe(error)) from error
             except BrokerError:
                 self.close()
@@ -129,10 +126,8 @@ class Connection:
         """Ends a call that another thread is in: its deadline has passed, whatever the peer drips."""
         connection = self._connection
         if connection is not None and connection.sock is not None:
-            try:
+            with contextlib.suppress(OSError):  # it ended by itself meanwhile
                 connection.sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # it ended by itself meanwhile
 
     def close(self) -> None:
         """Drops the connection; the next call makes a new one."""

@@ -61,9 +61,7 @@ class Recorder:
             lost = self._lost
             body = {"records": [encode_record(record) for record in self._unsent], "lost": lost}
             try:
-                status, _ = self._connection.call(
-                    "POST", "/v1/records", body, time.monotonic() + self._timeout
-                )
+                status, _ = self._connection.call("POST", "/v1/records", body, time.monotonic() + self._timeout)
             except BrokerError:
                 return  # kept for the next round; the journal has them already
             if status != 204:

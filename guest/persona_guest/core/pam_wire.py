@@ -82,6 +82,4 @@ def parse(packet: bytes) -> tuple[Op, Caller | None]:
 def reply(verdict: Verdict, message: str = "", instructions: bytes = b"") -> bytes:
     """One reply packet; a message over 1023 bytes is cut."""
     text = message.encode("utf-8", "replace")[:_MESSAGE_MAX].decode("utf-8", "ignore").encode()
-    return (
-        _HEAD.pack(MAGIC, verdict, len(instructions) // 8) + instructions + text.replace(b"\0", b"?") + b"\0"
-    )
+    return _HEAD.pack(MAGIC, verdict, len(instructions) // 8) + instructions + text.replace(b"\0", b"?") + b"\0"

@@ -68,10 +68,8 @@ def read(task: Task, notification: seccomp.Notification, identifier: Identifier)
     path, (argv, complete) = memory.read_call(notification.tid, path_at, argv_at, abi.word)
     if path is None:
         raise OSError(errno.ENAMETOOLONG, "path too long")
-    if dirfd == _AT_FDCWD or path.startswith(b"/"):
-        fd = task.open_program(path)
-    else:
-        fd = task.open_program_at(dirfd, path)
+    here = dirfd == _AT_FDCWD or path.startswith(b"/")
+    fd = task.open_program(path) if here else task.open_program_at(dirfd, path)
     shown = path or b"/dev/fd/%d" % dirfd
     return look(task, fd, shown, argv, identifier, complete=complete)
 

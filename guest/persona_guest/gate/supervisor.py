@@ -4,6 +4,7 @@ Received eagerly, decided from leases where they hold, asked of the broker other
 prevents a decision is a denial.  In complain mode the same happens, is recorded, and goes on.
 """
 
+import contextlib
 import errno
 import os
 import time
@@ -293,10 +294,8 @@ class Supervisor:
         else:
             if self._may_speak(gated):
                 name = shown_name(pending.attempt.path, pending.attempt.argv)
-                try:
+                with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
                     tell(pending.task.credentials().tgid, denial_line(name, denied))
-                except OSError:
-                    pass  # killed meanwhile: nobody is there to be told
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
         pending.task.close()
 

@@ -128,9 +128,7 @@ class _Conversation:
             self.end()
             return
         try:
-            packet, fds, _flags, _ = socket.recv_fds(
-                self._connection, PACKET_MAX + 1, 4, socket.MSG_CMSG_CLOEXEC
-            )
+            packet, fds, _flags, _ = socket.recv_fds(self._connection, PACKET_MAX + 1, 4, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             self.end()
             return

@@ -108,9 +108,7 @@ class UserSocket:
                 return
             fds: list[int] = []
             try:
-                data, fds, _, _ = socket.recv_fds(
-                    connection, _REQUEST_MAX + 1, _FDS_MAX, socket.MSG_CMSG_CLOEXEC
-                )
+                data, fds, _, _ = socket.recv_fds(connection, _REQUEST_MAX + 1, _FDS_MAX, socket.MSG_CMSG_CLOEXEC)
                 if not data:
                     end()
                     return

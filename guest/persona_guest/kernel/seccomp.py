@@ -116,9 +116,7 @@ def install_listener(instructions: bytes) -> int:
     buffer = ctypes.create_string_buffer(instructions, len(instructions))
     program = _SockFprog(len(instructions) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
-    fd: int = _libc.syscall(
-        _SYS_SECCOMP[platform.machine()], SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program)
-    )
+    fd: int = _libc.syscall(_SYS_SECCOMP[platform.machine()], SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program))
     if fd < 0:
         raise OSError(ctypes.get_errno(), "seccomp: " + os.strerror(ctypes.get_errno()))
     return fd

@@ -67,7 +67,7 @@ def watchdog_interval() -> float | None:
 def journal(message: str, fields: dict[str, str]) -> None:
     """One structured entry; field names are upper case, as journald wants them."""
     try:
-        from systemd import journal as native  # only a guest has it
+        from systemd import journal as native  # type: ignore[attr-defined,import-not-found,unused-ignore]  # only a guest has it
     except ImportError:
         print(json.dumps({"MESSAGE": message, **fields}), file=sys.stderr, flush=True)
         return

@@ -4,13 +4,13 @@ Everything is relative to a descriptor of /proc/TID, so that a reused thread id 
 (ESRCH, ENOENT) and never another task.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
 import signal
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 _SYS_OPENAT2 = 437  # the same on every architecture since it was added
@@ -139,10 +139,8 @@ class Task:
 
     def kill(self) -> None:
         """SIGKILL to this very process, whatever has become of its pid; nothing where it is gone."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.fd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def working_directory(self) -> str:
         """Where the task is, as a path for people; empty where it cannot be told."""
@@ -174,7 +172,7 @@ def _own_link(path: bytes) -> str | None:
     return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def pinned(tid: int) -> Iterator[Task]:
     """A task that is closed at the end of the block."""
     task = Task(tid)

@@ -41,9 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="machine-readable output")
     common.add_argument("--socket", default=SOCKET, help=argparse.SUPPRESS)
-    parser = argparse.ArgumentParser(
-        prog="persona", description="which persona applies to me, and what it allows"
-    )
+    parser = argparse.ArgumentParser(prog="persona", description="which persona applies to me, and what it allows")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         ("status", _status, "persona, limits, lease and mode of this session"),
@@ -76,11 +74,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     persona = status["persona"]
-    name = (
-        f"{persona['name']} v{persona['version']} (policy {status['policy']})"
-        if persona
-        else "none right now"
-    )
+    name = f"{persona['name']} v{persona['version']} (policy {status['policy']})" if persona else "none right now"
     if not status["gated"]:
         name = "none: this session is not gated"
     layers = [layer for layer, active in status["layers"].items() if active]
@@ -119,9 +113,7 @@ def _list(arguments: argparse.Namespace) -> int:
         return 0
     for entry in answer["entries"]:
         persona = entry["persona"] or {}
-        state = (
-            "applies now" if entry["holds"] else f"not now, {entry['reason']}: {entry['detail']}".rstrip(": ")
-        )
+        state = "applies now" if entry["holds"] else f"not now, {entry['reason']}: {entry['detail']}".rstrip(": ")
         print(f"{persona.get('name', '(missing)')} v{entry['version']}, policy {entry['policy']}: {state}")
         width = max(20, shutil.get_terminal_size().columns - 4)
         line = ""
@@ -169,9 +161,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         print(json.dumps(answer))
     elif decision["decision"] == "granted":
         persona = decision["persona"]
-        print(
-            f"{command[0]}: would run under {persona['name']} v{persona['version']} (policy {decision['policy']})"
-        )
+        print(f"{command[0]}: would run under {persona['name']} v{persona['version']} (policy {decision['policy']})")
     else:
         under = f" under {decision['persona']} (policy {decision['policy']})" if decision["persona"] else ""
         print(f"{command[0]}: would be denied, {decision['reason']}{under}: {decision['help']}")

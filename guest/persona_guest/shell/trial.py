@@ -91,8 +91,9 @@ def _start(stack: ExitStack, home: Path, files: list[str]) -> None:
 
 def _personas(files: list[str]) -> list[str] | None:
     """The names of the personas where the files hold no policy; ``None`` where they bring their own."""
-    from persona.documents import Persona, Policy
     from persona_broker.files import load  # type: ignore[import-not-found,unused-ignore]  # another package
+
+    from persona.documents import Persona, Policy
 
     documents = load([Path(file) for file in files]).documents
     if any(isinstance(document, Policy) for document in documents):
@@ -145,7 +146,7 @@ def _explain(files: list[str]) -> None:
     print(
         f"persona: trial of {', '.join(files)}: every program that this shell starts is decided\n"
         "persona: gated: program starts.  Not gated here: files, network, CPU, memory, and what runs outside\n"
-        "persona: sudo and setuid programs gain no rights (no_new_privs).  A trial, not a boundary: its agent runs as you",
+        "persona: sudo and setuid programs gain no rights (no_new_privs).  Its agent runs as you: no boundary",
         file=sys.stderr,
     )
 

@@ -1,0 +1,42 @@
+# Every target in one place; 'make help' lists them.  scripts/test sets up what they need.
+PYTHON ?= $(if $(wildcard build/venv/bin/python),build/venv/bin/python,python3)
+
+.PHONY: help check lint format test-fast test bench deb lab demo clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+check: lint test-fast ## style, types, C warnings as errors, fast tests
+
+lint: ## ruff (format and lint), mypy --strict, shellcheck, the C sources with warnings as errors
+	$(PYTHON) -m ruff format --check -q .
+	$(PYTHON) -m ruff check -q .
+	$(PYTHON) -m mypy
+	shellcheck -x scripts/lib.sh scripts/test scripts/demo scripts/lab scripts/build-debs .ci/run packaging/etc/persona.sh
+	$(MAKE) -s -C guest/pam
+
+format: ## ruff, in place
+	$(PYTHON) -m ruff format -q .
+	$(PYTHON) -m ruff check -q --fix .
+
+test-fast: ## tests that need no guest, under two minutes
+	$(PYTHON) -m pytest -q -m "not guest"
+
+test: ## everything, guests included (root)
+	scripts/test
+
+bench: ## side by side: each figure, its peer and the ratio; writes build/bench.json (root)
+	$(PYTHON) -m tests.bench
+
+deb: ## the three Debian packages, into build/debs
+	scripts/build-debs
+
+lab: ## a guest left running; prints how to ssh in (root)
+	scripts/lab start
+
+demo: ## real ssh sessions in a real guest, allowed and denied (root)
+	scripts/demo
+
+clean: ## what was built here; the guest image's cache stays
+	rm -rf build
+	$(MAKE) -s -C guest/pam clean

@@ -1,0 +1,92 @@
+"""``scripts/lab``: a site that outlives its starter, found again through a state file."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.guest_vm.image import build, cache_dir
+from tests.guest_vm.machine import Machine
+from tests.guest_vm.site import Broker, bring_up
+
+
+def home() -> Path:
+    """Where the running lab keeps its disk, keys and record."""
+    return cache_dir() / "lab"
+
+
+def start() -> tuple[Machine, Broker]:
+    """A fresh lab; one that runs is stopped first."""
+    stop()
+    home().mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        machine, broker = bring_up(home(), stack)
+        stack.pop_all()  # it stays up
+    if broker.process is None:
+        raise RuntimeError("the broker is not running")
+    ports = {"ssh": machine.port, "broker": broker.process.pid}
+    (home() / "state.json").write_text(json.dumps(ports))
+    return machine, broker
+
+
+def attach() -> tuple[Machine, Broker]:
+    """The running lab.  Raises ``FileNotFoundError`` without one."""
+    state = json.loads((home() / "state.json").read_text())
+    machine = Machine.attach(build(), home() / "vm", int(state["ssh"]))
+    return machine, Broker.attach(home() / "broker")
+
+
+def stop() -> bool:
+    """Ends guest and broker and removes everything; whether there was anything."""
+    if not home().exists():
+        return False
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+        os.kill(int(json.loads((home() / "state.json").read_text())["broker"]), 15)
+    Machine.attach(build(), home() / "vm", 0).stop()
+    shutil.rmtree(home())
+    return True
+
+
+def how_to(machine: Machine) -> str:
+    """How to get in, and how to end it."""
+    return (
+        "The guest is up. As alice (gated), as bob (refused), as root (never gated):\n"
+        "    scripts/lab ssh alice\n"
+        "    scripts/lab load 82        # the host is busy now; 'scripts/lab load 30' ends it\n"
+        f"or: {' '.join(machine.ssh_argv('alice'))}\n"
+        "To stop it: scripts/lab stop"
+    )
+
+
+def main(words: list[str]) -> int:
+    """One subcommand; the exit code."""
+    try:
+        if words[0] == "start":
+            print(how_to(start()[0]))
+        elif words[0] == "stop":
+            print("stopped" if stop() else "nothing is running")
+        elif words[0] == "status":
+            machine, broker = attach()
+            print(machine.root("persona status; uptime").text + broker.run("load", "show"))
+        elif words[0] == "load" and len(words) == 2:
+            attach()[1].load(float(words[1]))
+        elif words[0] == "ssh" and len(words) >= 2:
+            argv = attach()[0].ssh_argv(words[1])
+            return subprocess.run([*argv, *words[2:]], check=False).returncode
+        else:
+            print(
+                "usage: scripts/lab start | stop | ssh USER [COMMAND] | load PERCENT | status",
+                file=sys.stderr,
+            )
+            return 2
+    except FileNotFoundError:
+        print("no lab is running: scripts/lab start", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
