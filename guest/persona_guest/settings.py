@@ -66,8 +66,9 @@ class Gate:
     )
     # Programs that are many programs: argv[0] says which.
     multicall: tuple[str, ...] = ("busybox", "toybox", "coreutils")
-    # Below these a program need not be root-owned and unwritable for others.
-    trusted_writable: tuple[str, ...] = ()
+    # Programs (patterns of fnmatch) that need not be root's own and unwritable for others.  Debian
+    # ships at(1) as a setuid program of the system user daemon.
+    trusted_writable: tuple[str, ...] = ("/usr/bin/at",)
     # What the session's own machinery starts (user manager, sshd's environment hooks) before and
     # beside any command.  Each is root-owned and everything it starts is gated again.
     plumbing: tuple[str, ...] = (

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.guest_vm.image import build, cache_dir
+from tests.guest_vm.image import cache_dir
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, bring_up
 
@@ -35,7 +35,7 @@ def start() -> tuple[Machine, Broker]:
 def attach() -> tuple[Machine, Broker]:
     """The running lab.  Raises ``FileNotFoundError`` without one."""
     state = json.loads((home() / "state.json").read_text())
-    machine = Machine.attach(build(), home() / "vm", int(state["ssh"]))
+    machine = Machine.attach(home() / "vm", int(state["ssh"]))
     return machine, Broker.attach(home() / "broker")
 
 
@@ -45,7 +45,7 @@ def stop() -> bool:
         return False
     with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
         os.kill(int(json.loads((home() / "state.json").read_text())["broker"]), 15)
-    Machine.attach(build(), home() / "vm", 0).stop()
+    Machine.attach(home() / "vm", 0).stop()
     shutil.rmtree(home())
     return True
 

@@ -47,10 +47,12 @@ class Machine:
     """One running guest.  ``stop`` it, or use ``running``."""
 
     def __init__(self, image: Image, directory: Path, memory_mb: int = 2048) -> None:
-        self._set(image, directory, free_port())
+        self._set(directory, free_port())
+        self.image = image
         self._memory_mb = memory_mb
         directory.mkdir(parents=True, exist_ok=True)
         shutil.copy(image.key, self._key)
+        shutil.copy(image.known_hosts, directory)
         self._key.chmod(0o600)
         subprocess.run(
             [
@@ -70,14 +72,13 @@ class Machine:
         )
 
     @classmethod
-    def attach(cls, image: Image, directory: Path, port: int) -> "Machine":
+    def attach(cls, directory: Path, port: int) -> "Machine":
         """One that another process started."""
         machine = cls.__new__(cls)
-        machine._set(image, directory, port)
+        machine._set(directory, port)
         return machine
 
-    def _set(self, image: Image, directory: Path, port: int) -> None:
-        self.image = image
+    def _set(self, directory: Path, port: int) -> None:
         self.directory = directory
         self.port = port
         self.console = directory / "console.log"
@@ -127,7 +128,7 @@ class Machine:
         """The ssh command line up to the host; the remote command follows."""
         return [
             "ssh", "-F", "none", "-i", str(self._key), "-p", str(self.port), "-o", "IdentitiesOnly=yes",
-            "-o", "StrictHostKeyChecking=yes", "-o", f"UserKnownHostsFile={self.image.known_hosts}",
+            "-o", "StrictHostKeyChecking=yes", "-o", f"UserKnownHostsFile={self.directory}/known_hosts",
             "-o", f"HostKeyAlias={HOST_ALIAS}", "-o", "HostKeyAlgorithms=ssh-ed25519", "-o", "LogLevel=INFO",
             "-o", "ConnectTimeout=20", *options, f"{user}@127.0.0.1",
         ]  # fmt: skip
