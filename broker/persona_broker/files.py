@@ -13,6 +13,7 @@ from persona.parsing import DocumentError, Finding
 FILE_MAX = 4 * 1024 * 1024
 _SUFFIXES = (".yaml", ".yml", ".json")
 _DEPTH_MAX = 20
+_VALUES_MAX = 100_000  # of one document
 Lines = dict[str, int]
 
 
@@ -44,7 +45,7 @@ def load(paths: Iterable[Path]) -> Loaded:
         try:
             text = _read(file)
             nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
             problems.append(Located(str(file), 1, Finding("", str(error))))
             continue
         except yaml.YAMLError as error:
@@ -95,8 +96,8 @@ def _value(node: yaml.Node | None, path: str, lines: Lines, depth: int) -> Any:
     if node is None:
         return None
     lines[path] = node.start_mark.line + 1
-    if depth > _DEPTH_MAX:
-        raise DocumentError([Finding(path, "nested too deeply")])
+    if depth > _DEPTH_MAX or len(lines) > _VALUES_MAX:  # aliases can make a small file huge
+        raise DocumentError([Finding(path, "nested too deeply, or too many values")])
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:

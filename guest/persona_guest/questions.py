@@ -1,6 +1,7 @@
 """What the agent asks the broker, and how its answers, or their absence, become decisions."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from persona.codec import CodecError, decode_decision, encode_request, encode_subject
@@ -136,6 +137,4 @@ def _misbehaved(what: str) -> Denied:
 
 def _unleased(decision: Decision) -> Decision:
     """The same for this once: without the event stream, no revocation could end the lease early."""
-    if isinstance(decision, Granted):
-        return Granted(decision.persona, decision.policy, _NO_ANSWER, decision.generation)
-    return Denied(decision.reason, decision.policy, decision.persona, decision.help, _NO_ANSWER, decision.generation)
+    return replace(decision, lease=Lease(0.0, decision.lease.width))

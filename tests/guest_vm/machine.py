@@ -6,6 +6,7 @@ the guest reaches this host as 10.0.2.2, this host reaches the guest's sshd on a
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -41,6 +42,38 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Session:
+    """A bash of one login, asked command by command."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+        )
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("no pipes")
+        self._in, self._out = self.process.stdin, self.process.stdout
+
+    def ask(self, command: str, timeout: float = 60) -> str:
+        """What one command line prints, both streams.  Raises ``TimeoutError``."""
+        self._in.write(f"{command}\necho '#'END\n".encode())
+        text = b""
+        deadline = time.monotonic() + timeout
+        while not text.endswith(b"#END\n"):
+            if not select.select([self._out], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError(f"{command}: no end within {timeout} s: {text!r}")
+            chunk = os.read(self._out.fileno(), 65536)
+            if not chunk:
+                raise EOFError(f"{command}: the session ended: {text!r}")
+            text += chunk
+        return text.removesuffix(b"#END\n").decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Ends the login."""
+        self._in.close()
+        self._out.close()
+        self.process.wait(30)
 
 
 class Machine:
@@ -154,6 +187,15 @@ class Machine:
             timeout=timeout,
         )
         return Result(done.returncode, done.stdout, done.stderr)
+
+    @contextlib.contextmanager
+    def session(self, user: str) -> Iterator[Session]:
+        """A login that stays open for the block."""
+        session = Session([*self.ssh_argv(user), "exec bash --norc"])
+        try:
+            yield session
+        finally:
+            session.close()
 
     def root(self, command: str, timeout: float = 300, stdin: str | None = None) -> Result:
         """As root, over one kept connection."""

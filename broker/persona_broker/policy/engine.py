@@ -181,7 +181,7 @@ class Snapshot:
                 "its arguments are too many to check",
                 lease,
             )
-        arguments = "with these arguments " if row.candidates else ""
+        arguments = "with these arguments " if row.candidates and row.width is Width.ARGV else ""
         detail = f"not {arguments}in its whitelist; 'persona list' shows what is"
         return Denied(Reason.NO_MATCHING_POLICY, policy.name, policy.persona, detail, lease)
 

@@ -43,10 +43,6 @@ class LeaseBook:
                 return None
         return entry[0]
 
-    def is_narrow(self, question: Question) -> bool:
-        """Whether the arguments mattered: the decision is leased for this command line only, or not at all."""
-        return (question.holder, question.image, question.argv0) not in self._wide
-
     def within_grace(self, question: Question, now: float) -> Granted | None:
         """A grant whose lease has run out by less than the operator's grace, for when nobody can be asked."""
         decision = self.lookup(question, now - self._grace_s)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from persona.codec import Record
-from persona.decisions import Decision, Denied, Granted, Request
+from persona.decisions import Decision, Denied, Granted, Request, Width
 from persona.problems import Reason
 from persona_guest.core.leases import LeaseBook, Question
 from persona_guest.core.messages import denial_line, shown_name
@@ -262,7 +262,8 @@ class Supervisor:
     def _allow(self, pending: Pending, granted: Granted | None) -> None:
         gated, attempt, task = pending.gated, pending.attempt, pending.task
         watched = is_leader(task.tid)
-        narrow = granted is not None and self._leases.is_narrow(attempt.question(pending.stage, gated.holder))
+        # of a command line too long to read, no argument can have mattered
+        narrow = granted is not None and granted.lease.width is Width.ARGV and attempt.complete
         try:
             before = Image(*task.running())
             argv_before = task.command_line(65536) if narrow and before == attempt.final else None

@@ -119,14 +119,15 @@ def _read_vector(tid: int, argv_at: int, raw: bytes, word: int) -> CommandLine:
             break
         pointers += values
         if len(pointers) > ARGS_MAX:
-            del pointers[ARGS_MAX:]
-            complete = False
             break
         # a pointer may straddle two pages: read on from the last whole one
         at = argv_at + len(pointers) * word
         left = _PAGE - at % _PAGE
         spans = [(at, left)] if left >= word else [(at, left), (at + left, word - left)]
         raw = bytes(_data[: _gather(tid, spans)])
+    if len(pointers) > ARGS_MAX:
+        del pointers[ARGS_MAX:]
+        complete = False
     argv: list[bytes] = []
     total = 0
     for begin in range(0, len(pointers), _IOVS):

@@ -43,6 +43,8 @@ def _openat2(directory: int, path: bytes, how: ctypes.Array[ctypes.c_char]) -> i
         number = ctypes.get_errno()
         if number != errno.EAGAIN:
             break
+    if number == errno.EXDEV and how is _IN_ROOT:
+        number = errno.ELOOP  # a magic link out of the root; execve knows no EXDEV
     raise OSError(number, os.strerror(number), path)
 
 

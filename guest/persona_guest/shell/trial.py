@@ -85,7 +85,8 @@ def _start(stack: ExitStack, home: Path, files: list[str]) -> None:
         agent = _spawn(stack, "persona_guest", "--config", str(config), NOTIFY_SOCKET=str(home / "notify"))
         with os.fdopen(reading, "rb") as ready:
             _await(ready.fileno(), broker, "the embedded broker")
-            ready.read(6)
+            if ready.read(6) != b"ready\n":
+                raise TrialError(_why(broker, "the embedded broker"))
         _await(notified.fileno(), agent, "the embedded agent")
 
 
@@ -122,13 +123,15 @@ def _await(fd: int, process: subprocess.Popen[bytes], what: str) -> None:
     deadline = time.monotonic() + READY_S
     while not select.select([fd], [], [], 0.02)[0]:
         if process.poll() is not None:
-            stderr = process.stderr.read().decode(errors="replace") if process.stderr else ""
-            raise TrialError(f"{what} did not start: {stderr.strip()}")
+            raise TrialError(_why(process, what))
         if time.monotonic() > deadline:
             raise TrialError(f"{what} was not ready after {READY_S:.0f} s")
-    if process.poll() is not None:
-        stderr = process.stderr.read().decode(errors="replace") if process.stderr else ""
-        raise TrialError(f"{what} did not start: {stderr.strip()}")
+
+
+def _why(process: subprocess.Popen[bytes], what: str) -> str:
+    process.terminate()
+    stderr = process.stderr.read().decode(errors="replace") if process.stderr else ""
+    return f"{what} did not start: {stderr.strip()}"
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

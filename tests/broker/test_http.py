@@ -1,0 +1,204 @@
+"""The HTTP interface of a real broker: what it answers, and to whom, whatever is thrown at it."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.broker.conftest import ROOT, TOKEN, VM, Broker, UnixHttp
+
+Ask = Callable[..., tuple[int, Any]]
+
+
+def test_granted_and_denied(ask: Ask) -> None:
+    status, granted = ask("ls", "-l")
+    assert status == 200
+    assert granted["decision"] == "granted"
+    assert granted["persona"] == {"name": "DataAnalyst", "version": 1}
+    status, denied = ask("nmap")
+    assert (status, denied["decision"], denied["reason"]) == (200, "denied", "no_matching_policy")
+    assert denied["policy"] == "analysts-by-day"
+
+
+def test_a_guest_may_ask_only_about_itself(broker: Broker, ask: Ask) -> None:
+    status, problem = ask("ls", vm="other")
+    assert (status, problem["code"]) == (403, "not_your_vm")
+    session = {
+        "session": "s-x",
+        "subject": {"user": "alice", "groups": [], "vm": "other"},
+        "service": "sshd",
+        "remote": "",
+    }
+    assert broker.call("POST", "/v1/sessions", session)[0] == 403
+    broker.run("guest", "add", "second", "--token-file", str(broker.directory / "second"))
+    second = (broker.directory / "second").read_text().strip()
+    mine = {**session, "session": "s-mine", "subject": {"user": "alice", "groups": [], "vm": VM}}
+    assert broker.call("POST", "/v1/sessions", mine)[0] == 201
+    assert broker.call("GET", "/v1/sessions/s-mine/personas", token=second)[0] == 404
+    assert broker.call("DELETE", "/v1/sessions/s-mine", token=second)[0] == 404
+    theirs = {**mine, "subject": {"user": "alice", "groups": [], "vm": "second"}}
+    assert broker.call("POST", "/v1/sessions", theirs, token=second)[0] == 200  # not admitted there: no such VM
+    status, answer = broker.call("GET", "/v1/sessions/s-mine/personas")
+    assert status == 200
+    assert [entry["policy"] for entry in answer["entries"]] == ["analysts-by-day", "analysts-on-busy-host"]
+    assert broker.call("DELETE", "/v1/sessions/s-mine")[0] == 204
+
+
+def test_tokens(broker: Broker) -> None:
+    for token in ("", "wrong", TOKEN + "x"):
+        status, problem = broker.call("GET", "/v1/personas", token=token)
+        assert (status, problem["code"]) == (401, "unauthenticated")
+    assert broker.call("GET", "/v1/personas")[0] == 200
+    for path in ("/healthz", "/readyz", "/metrics", "/v1/schema"):
+        assert broker.call("GET", path, token="")[0] == 200
+
+
+def test_bodies_that_are_refused(broker: Broker, ask: Ask) -> None:
+    for body, status in (
+        (b"", 400),
+        (b"not json", 400),
+        (b"[" * 100_000, 400),
+        (b'{"request": {}}', 400),
+        (json.dumps({"request": None, "x": 1}).encode(), 400),
+        (b" " * 300_000, 413),
+    ):
+        found, problem = broker.call("POST", "/v1/decisions", body)
+        assert found == status, body[:40]
+        assert problem["status"] == status
+        assert problem["code"] in ("bad_request", "too_large")
+    assert broker.call("GET", "/v1/decisions")[0] == 405
+    assert broker.call("GET", "/v1/nothing")[0] == 404
+    assert ask("ls", min_generation=10**9)[0] == 503
+    assert ask("ls")[0] == 200
+
+
+def test_documents(broker: Broker) -> None:
+    status, answer = broker.call("GET", "/v1/personas/DataAnalyst")
+    assert status == 200
+    assert answer["document"]["name"] == "DataAnalyst"
+    assert broker.call("GET", f"/v1/personas/DataAnalyst/versions/{answer['version']}")[1] == answer
+    assert broker.call("GET", "/v1/personas/Nobody")[0] == 404
+    assert len(broker.call("GET", "/v1/policies")[1]["items"]) == 4
+
+
+def lines(broker: Broker) -> tuple[UnixHttp, Any]:
+    connection = UnixHttp(broker.events)
+    connection.request("GET", "/v1/events", headers={"Authorization": f"Bearer {TOKEN}"})
+    return connection, connection.getresponse()
+
+
+def test_changes_are_pushed_at_once_and_decided_at_once(broker: Broker, ask: Ask) -> None:
+    connection, response = lines(broker)
+    try:
+        hello = json.loads(response.readline())
+        assert hello["why"] == "hello"
+        for cpu, decision in ((82, "denied"), (65, "denied"), (40, "granted")):
+            broker.run("load", "set", f"cpu={cpu}")
+            if cpu != 65:  # between the two thresholds nothing changes
+                event = json.loads(response.readline())
+                assert event["generation"] > hello["generation"]
+            assert ask("git", min_generation=hello["generation"])[1]["decision"] == decision
+    finally:
+        connection.close()
+
+
+def test_streams_do_not_starve_decisions(broker: Broker, ask: Ask) -> None:
+    streams = [lines(broker) for _ in range(64)]
+    try:
+        assert all(json.loads(response.readline())["why"] == "hello" for _, response in streams)
+        started = time.monotonic()
+        assert ask("ls")[0] == 200
+        assert time.monotonic() - started < 2
+    finally:
+        for connection, _ in streams:
+            connection.close()
+
+
+def test_slow_clients_do_not_starve_decisions(broker: Broker, ask: Ask) -> None:
+    slow = []
+    for _ in range(64):  # four times the threads
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(broker.api))
+        client.sendall(b"POST /v1/decisions HTTP/1.1\r\nHost: x\r\nContent-Length: 10")
+        slow.append(client)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                assert ask("ls")[0] == 200
+                break
+            except TimeoutError:
+                assert time.monotonic() < deadline
+    finally:
+        for client in slow:
+            client.close()
+
+
+def test_apply_under_load_never_answers_wrongly(broker: Broker, ask: Ask) -> None:
+    stop = threading.Event()
+    wrong: list[Any] = []
+
+    def loop() -> None:
+        while not stop.is_set():
+            status, answer = ask("ls")
+            if status != 200 or answer["decision"] != "granted":
+                wrong.append(answer)
+
+    threads = [threading.Thread(target=loop) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(5):
+        assert broker.run("apply", str(ROOT / "examples")).returncode == 0
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_records(broker: Broker) -> None:
+    record = {
+        "at": 1.5, "session": "s", "user": "alice", "program": "/usr/bin/ls", "argv": ["ls"], "decision": "granted",
+        "reason": None, "persona": "DataAnalyst", "persona_version": 1, "policy": "p", "event": "exec", "leased": True,
+        "complain": False,
+    }  # fmt: skip
+    assert broker.call("POST", "/v1/records", {"records": [record], "lost": 3})[0] == 204
+    shown = [json.loads(line) for line in broker.run("records", "tail", "--json").stdout.splitlines()]
+    assert shown[-1] == {"guest": VM, **record}
+    assert b"persona_broker_records_lost_total 3" in broker.call("GET", "/metrics")[1]
+    assert broker.call("POST", "/v1/records", {"records": [{}], "lost": 0})[0] == 400
+    assert broker.call("POST", "/v1/records", {"records": [record] * 501, "lost": 0})[0] == 400
+
+
+def test_a_killed_worker_is_replaced_and_a_killed_part_ends_all(tmp_path: Path) -> None:
+    broker = Broker(tmp_path)
+    broker.start("--workers", "1")
+    try:
+        if broker.process is None:
+            raise RuntimeError("not started")
+        arbiters = children(broker.process.pid)
+        assert len(arbiters) == 2
+        for worker in [pid for arbiter in arbiters for pid in children(arbiter)]:
+            os.kill(worker, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                if broker.call("GET", "/readyz")[0] == 200:
+                    break
+            except OSError:
+                pass
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(arbiters[0], signal.SIGKILL)
+        assert broker.process.wait(20) != 0
+    finally:
+        broker.stop()
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text() if Path(f"/proc/{pid}").exists() else ""
+    return [int(word) for word in text.split()]

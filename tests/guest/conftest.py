@@ -1,0 +1,43 @@
+"""A real agent and a real broker of the ordinary user who runs the tests, as 'persona try' starts them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A persona that may start programs that start programs, but not strace."""
+    path = tmp_path_factory.mktemp("documents") / "persona.yaml"
+    names = ["bash", "sh", "ls", "cat", "cp", "ln", "mv", "rm", "mkdir", "chmod", "grep", "find", "env", "perl", "true",
+             "sleep", "seq", "id", "kill", "sed", "wc", "unshare", "mount", "echo", "git log **"]  # fmt: skip
+    listed = "".join(f"  - {name!r}\n" for name in [*names, "python3 **", "/usr/bin/python3.11"])
+    path.write_text(f"kind: Persona\nname: Trial\ncommand_whitelist:\n{listed}")
+    return path
+
+
+@pytest.fixture
+def gated(documents: Path, tmp_path: Path) -> Run:
+    """Runs a bash script gated by that persona."""
+
+    def run(
+        script: str, *arguments: str, files: Path = documents, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(str(ROOT / part) for part in ("", "broker", "guest"))
+        home = tmp_path / "home"
+        home.mkdir(exist_ok=True)
+        return subprocess.run(
+            [sys.executable, "-m", "persona_guest.shell.cli", "try", "-q", str(files), "--",
+             "bash", "-c", script, "bash", *arguments],
+            capture_output=True, text=True, timeout=timeout, cwd=home, stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path, "SHELL": "/bin/bash", "PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+
+    return run
