@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from persona.codec import CodecError, decode_decision, encode_request, encode_subject
-from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Request, Width
+from persona.decisions import Decision, Denied, Lease, PersonaRef, Request, Width
 from persona.problems import Reason
 from persona_guest.broker_client.http import BrokerError
 from persona_guest.broker_client.link import Answer, Link, Outcome

@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
+from persona_broker.policy.engine import Snapshot, Versioned
+from persona_broker.policy.outlook import Outlook, Sample, World, latch, look
 
 from persona.conditions import Threshold
 from persona.decisions import Denied, Granted, Program, Request, Subject, Width
 from persona.documents import Persona, Policy, parse_document
 from persona.problems import Reason
-from persona_broker.policy.engine import Snapshot, Versioned
-from persona_broker.policy.outlook import Outlook, Sample, World, latch, look
 
 CLEAR = Outlook(1, {})
 

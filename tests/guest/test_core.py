@@ -1,5 +1,6 @@
 """The agent's pure parts: leases, shebang lines, packets, messages, settings, who is exempt."""
 
+import contextlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Width
-from persona.problems import Reason
 from persona_guest.core import pam_wire
 from persona_guest.core.admission import Exemption, exemption
 from persona_guest.core.leases import LeaseBook, Question
@@ -17,6 +15,9 @@ from persona_guest.core.messages import denial_line, printable
 from persona_guest.core.script import Format, Shebang, interpreter_argv, parse_head
 from persona_guest.kernel import seccomp
 from persona_guest.settings import Gate, Mode, SettingsError, load, parse
+
+from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Width
+from persona.problems import Reason
 
 LS = Program("/usr/bin/ls", ("ls",), ("/usr/bin/ls",))
 
@@ -119,10 +120,8 @@ def test_pam_packets() -> None:
 @given(st.binary(max_size=300))
 def test_any_packet_is_refused_or_read(data: bytes) -> None:
     for prefix in (b"", struct.pack("=I", pam_wire.MAGIC)):
-        try:
+        with contextlib.suppress(pam_wire.WireError):
             pam_wire.parse(prefix + data)
-        except pam_wire.WireError:
-            pass
 
 
 def test_messages_cannot_drive_a_terminal() -> None:

@@ -57,7 +57,15 @@ class Session:
 
     def ask(self, command: str, timeout: float = 60) -> str:
         """What one command line prints, both streams.  Raises ``TimeoutError``."""
+        self.write(command)
+        return self.read(timeout, command)
+
+    def write(self, command: str) -> None:
+        """Starts a command line; ``read`` its output before the next."""
         self._in.write(f"{command}\necho '#'END\n".encode())
+
+    def read(self, timeout: float = 60, command: str = "") -> str:
+        """What the command line that was written prints.  Raises ``TimeoutError``."""
         text = b""
         deadline = time.monotonic() + timeout
         while not text.endswith(b"#END\n"):

@@ -13,7 +13,7 @@ def arrived(guest: Machine, program: str, word: str) -> set[str]:
     lines = ["cd; export TERM=dumb"]
     for route, number in NUMBERED.items():
         line = shlex.quote(command(route, program, f"/tmp/{word}-{number}"))
-        lines.append(f"timeout -k 1 30 sh -c {line} >/dev/null 2>&1 </dev/null")
+        lines.append(f"timeout -k 1 30 sh -c {line} 2>&1 </dev/null | cat >/dev/null")
     guest.ssh("carol", "bash -s", stdin="\n".join(lines) + "\n", timeout=600)
     found = set(guest.must(f"cd /tmp; ls -d {word}-* 2>/dev/null || true").split())
     guest.must(f"rm -f /tmp/{word}-*")

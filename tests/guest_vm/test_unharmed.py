@@ -1,0 +1,159 @@
+"""Plain work goes on as if there were no gate."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.guest_vm.machine import Machine
+from tests.guest_vm.site import ROOT
+
+
+class Terminal:
+    """An interactive login, typed into and read until a text comes."""
+
+    def __init__(self, guest: Machine, *command: str) -> None:
+        argv = [*guest.ssh_argv("alice", "-tt"), *command]
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError("no pipes")
+        self._in, self._out = self.process.stdin, self.process.stdout
+        os.set_blocking(self._out.fileno(), False)
+        self.text = ""
+
+    def type(self, text: str) -> None:
+        self._in.write(text.encode())
+        self._in.flush()
+
+    def expect(self, text: str, timeout: float = 30) -> None:
+        deadline = time.monotonic() + timeout
+        while text not in self.text:
+            self.text += (self._out.read() or b"").decode("utf-8", "replace")
+            assert time.monotonic() < deadline, f"no {text!r} in {self.text!r}"
+            time.sleep(0.05)
+        self.text = self.text.partition(text)[2]
+
+    def close(self) -> None:
+        self._in.close()
+        self.process.terminate()
+        self.process.wait(20)
+        self._out.close()
+
+
+@pytest.mark.parametrize("shell", ["bash --norc", "zsh -f"])
+def test_job_control(guest: Machine, shell: str) -> None:
+    terminal = Terminal(guest, shell)
+    try:
+        terminal.type("PS1='READY> '\n")
+        terminal.expect("READY> ")
+        terminal.expect("READY> ") if "zsh" not in shell else None
+        terminal.type("sleep 100\n")
+        time.sleep(1.5)
+        terminal.type("\x1a")  # ^Z
+        terminal.expect("topped" if "bash" in shell else "suspended")
+        terminal.type("jobs; bg; echo in-back$((20+1))\n")
+        terminal.expect("in-back21")
+        terminal.type("fg\n")
+        terminal.expect("sleep 100")
+        time.sleep(1)
+        terminal.type("\x03")  # ^C
+        time.sleep(0.5)
+        terminal.type("echo code-$?-end\n")
+        terminal.expect("code-130-end")
+    finally:
+        terminal.close()
+
+
+def test_tab_completion(guest: Machine) -> None:
+    terminal = Terminal(guest)
+    try:
+        terminal.expect("$ ")
+        terminal.type("ls -d /etc/host\t\t")
+        terminal.expect("hostname")
+        terminal.type("na\t\n")
+        terminal.expect("\n/etc/hostname")
+    finally:
+        terminal.close()
+
+
+def copy(guest: Machine, program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = guest.ssh_argv("alice")
+    options, target = argv[1:-1], argv[-1]
+    options[options.index("-p")] = "-P"
+    return subprocess.run(
+        [program, *options, *(word.replace("HOST", target) for word in words)],
+        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", ["-s", "-O"])
+def test_scp_both_protocols(guest: Machine, tmp_path: Path, protocol: str) -> None:
+    (tmp_path / "there").write_bytes(os.urandom(100_000))
+    done = copy(guest, "scp", protocol, "-q", str(tmp_path / "there"), "HOST:copied")
+    assert done.returncode == 0, done.stderr
+    done = copy(guest, "scp", protocol, "-q", "HOST:copied", str(tmp_path / "back"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "there").read_bytes() == (tmp_path / "back").read_bytes()
+
+
+def test_rsync_and_git_over_ssh(guest: Machine, tmp_path: Path) -> None:
+    argv = guest.ssh_argv("alice")
+    ssh = " ".join(argv[:-1])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("content")
+    subprocess.run(["rsync", "-a", "-e", ssh, f"{tmp_path}/a/", "alice@127.0.0.1:synced/"], check=True, timeout=60)
+    assert guest.ssh("alice", "cat synced/file").out == "content"
+    guest.ssh("alice", "rm -rf bare; git init -q --bare bare")
+    env = {**os.environ, "GIT_SSH_COMMAND": ssh, "GIT_CONFIG_GLOBAL": "/dev/null"}
+    repo = tmp_path / "repo"
+    identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    for words in (
+        ("init", "-q", "-b", "main", str(repo)),
+        ("-C", str(repo), *identity, "commit", "-q", "--allow-empty", "-m", "x"),
+        ("-C", str(repo), "push", "-q", "alice@127.0.0.1:bare", "main"),
+        ("clone", "-q", "alice@127.0.0.1:bare", str(tmp_path / "clone"), "-b", "main"),
+    ):
+        subprocess.run(["git", *words], check=True, timeout=90, env=env)
+
+
+def test_ansible(guest: Machine, tmp_path: Path) -> None:
+    playbook = tmp_path / "play.yaml"
+    playbook.write_text(
+        "- hosts: all\n  gather_facts: false\n  tasks:\n    - ping:\n"
+        "    - copy: {content: hello, dest: /home/deploy/hello}\n"
+        "    - command: cat /home/deploy/hello\n      register: said\n"
+        "    - assert: {that: said.stdout == 'hello'}\n"
+    )
+    argv = guest.ssh_argv("deploy")
+    options = " ".join(argv[argv.index("-o") : -1])
+    inventory = f"guest ansible_host=127.0.0.1 ansible_port={guest.port} ansible_user=deploy "
+    inventory += f"ansible_ssh_private_key_file={guest.directory}/key ansible_ssh_common_args='{options}' "
+    inventory += "ansible_python_interpreter=/usr/bin/python3\n"
+    (tmp_path / "hosts").write_text(inventory)
+    program = ROOT / "build" / "venv" / "bin" / "ansible-playbook"
+    done = subprocess.run(
+        [str(program), "-i", str(tmp_path / "hosts"), str(playbook)],
+        capture_output=True, text=True, timeout=400, check=False,
+        env={**os.environ, "HOME": str(tmp_path), "LC_ALL": "C.UTF-8", "ANSIBLE_PIPELINING": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_hundred_processes_at_once(guest: Machine) -> None:
+    done = guest.ssh("alice", "for i in $(seq 200); do (sleep 0.5; echo x) & done; wait", timeout=300)
+    assert done.out.count("x") == 200
+
+
+def test_a_script_of_five_thousand_starts(guest: Machine) -> None:
+    script = "i=0; while [ $i -lt 5000 ]; do /usr/bin/true || echo BAD; i=$((i+1)); done; echo done"
+    assert guest.ssh("alice", script, timeout=600).out == "done\n"
+
+
+def test_ten_logins_at_once(guest: Machine) -> None:
+    logins = [
+        subprocess.Popen([*guest.ssh_argv("alice"), "ls -d /etc"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        for _ in range(10)
+    ]
+    assert [login.communicate(timeout=120)[0] for login in logins] == [b"/etc\n"] * 10
