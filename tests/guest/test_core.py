@@ -109,9 +109,10 @@ def test_pam_packets() -> None:
     assert op is pam_wire.Op.OPEN
     assert caller == pam_wire.Caller(1000, "sshd", "alice", "10.0.0.5", "/bin/bash", ("staff",))
     for bad in (
-        packet(2, 2, body), packet(2, 0, body), packet(9, 1, body), packet(2, 1, body, magic=7), packet(2, 1, body[:-1]),
-        packet(3, 0, b"x"), packet(2, 1, b""), b"", b"x" * 9000, packet(2, 1, body.replace(b"alice", b"")),
-        packet(2, 1, body.replace(b"alice", b"\xff")), packet(2, 1, body.replace(b"alice", b"a" * 300)),
+        packet(2, 2, body), packet(2, 0, body), packet(9, 1, body), packet(2, 1, body, magic=7),
+        packet(2, 1, body[:-1]), packet(3, 0, b"x"), packet(2, 1, b""), b"", b"x" * 9000,
+        packet(2, 1, body.replace(b"alice", b"")), packet(2, 1, body.replace(b"alice", b"\xff")),
+        packet(2, 1, body.replace(b"alice", b"a" * 300)),
     ):  # fmt: skip
         with pytest.raises(pam_wire.WireError):
             pam_wire.parse(bad)

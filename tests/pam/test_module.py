@@ -1,0 +1,287 @@
+"""pam_persona.so against a fake agent that says whatever a test wants it to say."""
+
+import contextlib
+import json
+import os
+import pwd
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from persona_guest.core.pam_wire import Caller, Op, Verdict, parse, reply
+from persona_guest.kernel import seccomp
+
+ROOT = Path(__file__).parents[2]
+MODULE = ROOT / "guest" / "pam" / "pam_persona.so"
+SUCCESS, PERM_DENIED, AUTHINFO_UNAVAIL, SESSION_ERR = 0, 6, 9, 14
+USER = "games"  # a system user of every Debian; uid_min decides whether it would be gated
+UID = pwd.getpwnam(USER).pw_uid
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="seccomp without no_new_privs needs root"),
+]
+
+Script = Callable[["FakeAgent", socket.socket], None]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _module() -> None:
+    subprocess.run(["make", "-s", "-C", str(MODULE.parent)], check=True)
+
+
+class FakeAgent:
+    """One conversation at a time on a real socket; ``calls`` is what the module asked."""
+
+    def __init__(self, path: Path, script: Script) -> None:
+        self.calls: list[tuple[Op, Caller | None]] = []
+        self.notified = 0
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server.bind(str(path))
+        self._server.listen(8)
+        self._script = script
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):  # the module hung up, as some tests want it to
+                self._script(self, connection)
+
+    def take(self, connection: socket.socket) -> list[int]:
+        packet, fds, _, _ = socket.recv_fds(connection, 8192, 4)
+        self.calls.append(parse(packet))
+        return fds
+
+    def close(self) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._thread.join(5)
+
+    def serve_execs(self, listener: int) -> None:
+        def loop() -> None:
+            buffer = bytearray(seccomp.NOTIF_SIZE)
+            while True:
+                ((_, events),) = poll_one(listener)
+                if not events & select.POLLIN:
+                    return
+                notification = seccomp.receive(listener, buffer)
+                if notification:
+                    self.notified += 1
+                    seccomp.respond_continue(listener, notification.id)
+
+        threading.Thread(target=loop, daemon=True).start()
+
+
+def poll_one(fd: int) -> list[tuple[int, int]]:
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return poller.poll()
+
+
+class Stack:
+    """A private PAM configuration with the module in it as the package's profile puts it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.socket = directory / "pam.sock"
+        self.state = directory / "gate.state"
+        self.agent: FakeAgent | None = None
+        self.options = "timeout=1500"
+
+    def serve(self, script: Script) -> FakeAgent:
+        self.agent = FakeAgent(self.socket, script)
+        return self.agent
+
+    def run(self, *steps: str, user: str = USER) -> dict[str, Any]:
+        control = "[success=ok new_authtok_reqd=ok ignore=ignore module_unknown=ignore default=bad]"
+        line = f"{control} {MODULE} socket={self.socket} state={self.state} {self.options}\n"
+        (self.directory / "test").write_text(f"account {line}session {line}")
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).parent / "drive.py"), str(self.directory), "test", user, *steps],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Stack]:
+    stack = Stack(tmp_path)
+    yield stack
+    if stack.agent:
+        stack.agent.close()
+
+
+def says(*packets: bytes) -> Script:
+    def script(agent: FakeAgent, connection: socket.socket) -> None:
+        for packet in packets:
+            agent.take(connection)
+            connection.send(packet)
+        time.sleep(0.05)
+
+    return script
+
+
+def gate(agent: FakeAgent, connection: socket.socket) -> None:
+    agent.take(connection)
+    connection.send(reply(Verdict.GATE, instructions=seccomp.gate_filter()))
+    fds = agent.take(connection)
+    if fds:
+        agent.serve_execs(fds[0])
+    connection.send(reply(Verdict.DONE))
+
+
+def test_exports_are_the_modules_entry_points_and_nothing_else() -> None:
+    symbols = subprocess.run(["nm", "-D", "--defined-only", str(MODULE)], capture_output=True, text=True, check=True)
+    names = {line.split()[-1] for line in symbols.stdout.splitlines()}
+    assert names == {
+        f"pam_sm_{name}" for name in ("acct_mgmt", "open_session", "close_session", "authenticate", "setcred")
+    }
+
+
+def test_pass(stack: Stack) -> None:
+    agent = stack.serve(says(reply(Verdict.PASS)))
+    assert stack.run("account", "session") == {"start": 0, "account": 0, "session": 0, "messages": []}
+    op, caller = agent.calls[0]
+    assert op is Op.ACCOUNT
+    assert caller is not None
+    assert (caller.uid, caller.user, caller.service) == (UID, USER, "test")
+    assert USER in caller.groups
+
+
+def test_deny_shows_the_message_without_control_characters(stack: Stack) -> None:
+    stack.serve(says(reply(Verdict.DENY, "persona: no\x1b[2J way")))
+    found = stack.run("account")
+    assert found["account"] == PERM_DENIED
+    assert found["messages"] == ["persona: no?[2J way"]
+    assert stack.run("session")["session"] == SESSION_ERR
+
+
+def test_gate_is_put_up_and_no_copy_of_the_listener_stays(stack: Stack) -> None:
+    agent = stack.serve(gate)
+    found = stack.run("session", "fds", "exec")
+    assert found["session"] == SUCCESS
+    assert found["fds"] == []
+    assert found["exec"] == "ran"
+    assert agent.notified >= 1
+    assert [op for op, _ in agent.calls] == [Op.OPEN, Op.LISTENER]
+
+
+def test_a_session_inside_a_session_asks_whether_the_gate_is_ours(stack: Stack) -> None:
+    agent = stack.serve(gate)
+    found = stack.run("session", "again")
+    assert found["again"] == SUCCESS
+    assert [op for op, _ in agent.calls] == [Op.OPEN, Op.LISTENER, Op.OPEN, Op.PRESENT]
+
+
+HEAD = struct.pack("=IHH", 0x314E5350, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [b"", b"x", HEAD, HEAD + b"no end", HEAD + b"a\0b\0", struct.pack("=IHH", 7, 0, 0) + b"\0",
+     struct.pack("=IHH", 0x314E5350, 9, 0) + b"\0", struct.pack("=IHH", 0x314E5350, 1, 65) + bytes(65 * 8) + b"\0",
+     struct.pack("=IHH", 0x314E5350, 1, 60) + b"\0", HEAD + b"x" * 2000 + b"\0", b"x" * 9000,
+     reply(Verdict.DONE), reply(Verdict.GATE)],
+)  # fmt: skip
+def test_garbage_is_a_refusal(stack: Stack, packet: bytes) -> None:
+    stack.state.write_text("mode=enforce\nuid_min=1\n")
+    stack.serve(says(packet))
+    found = stack.run("session", "exec")
+    assert found["session"] != SUCCESS
+    assert found["exec"] == "ran"  # and no filter was left without a listener
+
+
+@pytest.mark.parametrize("cut", [0, 1])
+def test_an_agent_that_hangs_up_is_a_refusal(stack: Stack, cut: int) -> None:
+    def script(agent: FakeAgent, connection: socket.socket) -> None:
+        agent.take(connection)
+        if cut:
+            connection.send(reply(Verdict.GATE, instructions=seccomp.gate_filter()))
+            for fd in agent.take(connection):
+                os.close(fd)
+
+    stack.state.write_text("mode=enforce\nuid_min=1\n")
+    stack.serve(script)
+    assert stack.run("session")["session"] != SUCCESS
+
+
+def test_the_deadline_holds(stack: Stack) -> None:
+    stack.state.write_text("mode=enforce\nuid_min=1\n")
+    stack.serve(lambda agent, connection: time.sleep(5))
+    started = time.monotonic()
+    assert stack.run("account")["account"] == AUTHINFO_UNAVAIL
+    assert 1.2 < time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize(
+    ("state", "user", "result"),
+    [
+        (None, USER, SUCCESS),  # a fresh install
+        ("mode=complain\nuid_min=1\n", USER, SUCCESS),
+        ("mode=enforce\nuid_min=1\n", USER, AUTHINFO_UNAVAIL),
+        ("mode=enforce\nuid_min=1\n", "root", SUCCESS),
+        ("mode=enforce\nuid_min=1000\n", USER, SUCCESS),
+        (f"mode=enforce\nuid_min=1\nbreak_glass={USER}\n", USER, SUCCESS),
+        ("mode=enforce\nuid_min=1\nbreak_glass=\n", USER, AUTHINFO_UNAVAIL),
+        ("mode=off\nuid_min=1\n", "root", SUCCESS),
+        ("rubbish", "root", SUCCESS),
+        ("mode=enforce\nuid_min=-1\n", "root", SUCCESS),
+    ],
+)
+def test_without_an_agent(stack: Stack, state: str | None, user: str, result: int) -> None:
+    if state is not None:
+        stack.state.write_text(state)
+    found = stack.run("account", "session", user=user)
+    assert found["account"] == result
+    if result != SUCCESS:
+        assert "the agent of this machine does not answer" in found["messages"][0]
+
+
+def test_a_state_that_cannot_be_understood_refuses_those_who_would_be_gated(stack: Stack) -> None:
+    stack.state.write_text("mode=perhaps\n")
+    subprocess.run(["userdel", "personatest"], check=False, capture_output=True)
+    subprocess.run(["useradd", "-M", "-u", "61234", "personatest"], check=True, capture_output=True)
+    try:
+        found = stack.run("account", user="personatest")
+        assert found["account"] == AUTHINFO_UNAVAIL
+        assert "gate state" in found["messages"][0]
+    finally:
+        subprocess.run(["userdel", "personatest"], check=False, capture_output=True)
+
+
+def test_an_option_that_is_misspelt_locks_nobody_out(stack: Stack) -> None:
+    stack.options = "tiemout=5 timeout=abc"
+    stack.serve(says(reply(Verdict.PASS)))
+    assert stack.run("account")["account"] == SUCCESS
+
+
+def test_a_missing_module_locks_nobody_out(stack: Stack) -> None:
+    control = "[success=ok new_authtok_reqd=ok ignore=ignore module_unknown=ignore default=bad]"
+    (stack.directory / "test").write_text(f"account {control} /nowhere.so\naccount required pam_permit.so\n")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "drive.py"), str(stack.directory), "test", USER, "account"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["account"] == SUCCESS
+
+
+def test_the_shipped_profile_has_the_same_control_values() -> None:
+    profile = (ROOT / "packaging" / "pam-configs" / "persona").read_text()
+    assert "[success=ok new_authtok_reqd=ok ignore=ignore module_unknown=ignore default=bad]\tpam_persona.so" in profile
+    # the mere presence of this field keeps the profile out of common-session-noninteractive, whatever it says
+    assert "Session-Interactive-Only" not in profile
