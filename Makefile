@@ -26,7 +26,7 @@ test: ## everything, guests included (root)
 	scripts/test
 
 bench: ## side by side: each figure, its peer and the ratio; writes build/bench.json (root)
-	$(PYTHON) -m tests.bench
+	PYTHONPATH=.:broker:guest $(PYTHON) -m tests.bench
 
 deb: ## the three Debian packages, into build/debs
 	scripts/build-debs

@@ -12,7 +12,8 @@ import os
 import pwd
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,8 @@ class Agent:
             "broker": self.connection,
             "generation": self.leases.generation,
             "sessions": len(self.supervisor.sessions),
+            "notify_us": _percentiles(self.supervisor.times),
+            "verified": asdict(self.supervisor.verifier.counts),
         }
 
     def _current(self, gated: Gated | None) -> tuple[dict[str, Any] | None, str | None]:
@@ -322,6 +325,13 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+def _percentiles(seconds: Iterable[float]) -> dict[str, float]:
+    ordered = sorted(seconds)
+    if not ordered:
+        return {}
+    return {f"p{p}": round(ordered[(len(ordered) - 1) * p // 100] * 1e6, 1) for p in (50, 99)}
 
 
 def _ref(granted: Granted) -> dict[str, Any]:

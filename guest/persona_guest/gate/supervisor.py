@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -91,8 +92,7 @@ class Supervisor:
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._holders: dict[object, int] = {}
         self._waiting: dict[Question, list[Pending]] = {}
-        self.denied = 0
-        self.granted = 0
+        self.times: deque[float] = deque(maxlen=4096)  # seconds from a notification's receipt to its answer
 
     # --- sessions ---------------------------------------------------------------------------------
 
@@ -159,8 +159,10 @@ class Supervisor:
         if events & READABLE:
             notification = seccomp.receive(gated.listener, self._buffer)
             if notification is not None:
+                began = time.perf_counter()
                 slot = self._inflight.put(gated.session.id, self._buffer)
                 self._handle(gated, notification, slot)
+                self.times.append(time.perf_counter() - began)
         elif events & GONE:
             self._end(gated)
 
@@ -280,7 +282,6 @@ class Supervisor:
             self.verifier.expect(task, expected, lambda found: self._caught(pending, found))
         else:
             task.close()
-        self.granted += 1
         if granted is not None:
             gated.last = granted
         self._note(pending, "exec", granted)
@@ -288,7 +289,6 @@ class Supervisor:
     def _deny(self, pending: Pending, denied: Denied) -> None:
         gated = pending.gated
         complain = self.settings.mode is Mode.COMPLAIN
-        self.denied += 1
         self._note(pending, "exec", denied)
         if complain:
             self._go_on(gated, pending.ident, pending.slot)

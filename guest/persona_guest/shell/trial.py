@@ -37,7 +37,7 @@ def run(files: list[str], command: list[str], *, quiet: bool) -> int:
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="persona-try-")))
         try:
-            _start(stack, home, files)
+            start(stack, home, files)
         except (TrialError, OSError) as error:
             print(f"persona: {error}", file=sys.stderr)
             return 4
@@ -50,7 +50,11 @@ class TrialError(Exception):
     """The trial could not be set up; says why."""
 
 
-def _start(stack: ExitStack, home: Path, files: list[str]) -> None:
+def start(stack: ExitStack, home: Path, files: list[str]) -> None:
+    """An embedded broker and agent below ``home``, ended with ``stack``; returns when both are ready.
+
+    The agent's socket is ``run/agent.sock``.  Raises ``TrialError``, ``OSError``.
+    """
     token = home / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_urlsafe(32))
