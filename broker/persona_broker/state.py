@@ -5,6 +5,7 @@ A worker looks at the record before every decision (microseconds) and rebuilds o
 
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persona_broker.policy.engine import Snapshot
@@ -23,6 +24,7 @@ class View:
     outlook: Outlook
     revoked: frozenset[str]
     generation: int
+    guests: Mapping[str, str]  # by the hash of their token
     judged_at: float
 
 
@@ -51,4 +53,6 @@ class State:
             revoked = self.store.revoked()
         now = time.time()
         world = World(self.store.sample(), self.store.latches(), now, SAMPLE_MAX_AGE_S)
-        return View(snapshot, look(snapshot.conditions, world, generation), revoked, generation, now)
+        return View(
+            snapshot, look(snapshot.conditions, world, generation), revoked, generation, self.store.tokens(), now
+        )

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,7 @@ def _release(settings: Settings) -> int:
 def run(settings: Settings) -> int:
     """Serves until SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    threading.excepthook = _die
     runtime = Path(settings.paths.runtime_dir)
     runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
     kept = systemd.inherited()
@@ -132,6 +134,13 @@ def run(settings: Settings) -> int:
     link.close()
     recorder.close()
     return 0
+
+
+def _die(failure: threading.ExceptHookArgs) -> None:
+    """A thread that ends by an error would leave an agent that looks alive: better a restart, which loses nothing."""
+    thread = failure.thread.name if failure.thread else "a thread"
+    log.critical("%s failed", thread, exc_info=failure.exc_value)
+    os._exit(70)  # EX_SOFTWARE, sysexits.h
 
 
 def _alive() -> None:

@@ -1,7 +1,7 @@
 """Decisions, admissions, sessions and records: what guests ask and tell."""
 
+import json
 import time
-from dataclasses import replace
 from typing import Any
 
 from flask import Blueprint, Response, jsonify
@@ -34,7 +34,9 @@ def decide() -> Response:
     else:
         decision = view.snapshot.decide(request, view.outlook)
     metrics.decided(decision, time.perf_counter() - started)
-    return jsonify(codec.encode_decision(replace(decision, generation=view.generation)))
+    answer = codec.encode_decision(decision)
+    answer["generation"] = view.generation
+    return Response(json.dumps(answer), content_type="application/json")
 
 
 _RETRY = Lease(30.0, Width.ARGV)

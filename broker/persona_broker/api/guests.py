@@ -8,6 +8,7 @@ from flask import current_app, request
 from persona.codec import MAX_BODY
 from persona.problems import Fault, PersonaError
 from persona_broker.state import State
+from persona_broker.store.sqlite import hash_token
 
 
 def state() -> State:
@@ -19,7 +20,7 @@ def state() -> State:
 def guest() -> str:
     """The calling guest's name.  Raises ``PersonaError`` (unauthenticated)."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    name = state().store.guest_of(token) if scheme == "Bearer" and token else None
+    name = state().current().guests.get(hash_token(token)) if scheme == "Bearer" and token else None
     if name is None:
         raise PersonaError(Fault.UNAUTHENTICATED, "no guest has this token; 'persona-broker guest add NAME' makes one")
     return name

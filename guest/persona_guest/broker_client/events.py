@@ -63,7 +63,7 @@ class Stream:
                 self._follow()
                 failures = 0
                 detail = "the broker closed the stream"
-            except (OSError, http.client.HTTPException, BrokerError, ValueError) as error:
+            except (OSError, http.client.HTTPException, BrokerError, ValueError, RecursionError) as error:
                 detail = str(error) or type(error).__name__
             self._deliver(Lost(detail))
             self._stop.wait(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
@@ -73,11 +73,13 @@ class Stream:
         connection = open_connection(self._settings, self._settings.events_url, self._settings.timeout_s)
         try:
             headers = {"Authorization": "Bearer " + read_token(self._settings)}
+            connection.connect()
+            stream = connection.sock  # http.client lets go of it where the peer will close
             connection.request("GET", "/v1/events", headers=headers)
             response = connection.getresponse()
             if response.status != 200:
                 raise ValueError(f"events: HTTP status {response.status}")
-            connection.sock.settimeout(_SILENCE_S)
+            stream.settimeout(_SILENCE_S)
             first = True
             while not self._stop.is_set():
                 line = response.readline(_LINE_MAX)
