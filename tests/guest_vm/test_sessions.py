@@ -194,3 +194,33 @@ def test_greeting_only_for_interactive_logins(guest: Machine) -> None:
     argv = guest.ssh_argv("alice", "-tt")
     done = subprocess.run(argv, input="exit\n", text=True, capture_output=True, timeout=60)
     assert line in done.stdout
+
+
+def test_persona_shell_as_login_shell(guest: Machine) -> None:
+    guest.must("usermod -s /usr/bin/persona-shell carol")
+    try:
+        done = guest.ssh("carol", "echo $0; exit 7")
+        assert (done.out, done.code) == ("bash\n", 7)
+        assert guest.ssh("carol", "/usr/local/bin/forbidden /tmp/x").code == 126
+    finally:
+        guest.must("usermod -s /bin/bash carol")
+
+
+def test_persona_shell_where_there_is_no_pam(guest: Machine) -> None:
+    guest.put(guest.directory / "key", to="/root/key")
+    serve = "/usr/sbin/sshd -p 2222 -o UsePAM=no -o ForceCommand=/usr/bin/persona-shell -o PidFile=/run/sshd2.pid"
+    guest.must(f"{serve}; sleep 1")
+    login = "ssh -i /root/key -p 2222 -o StrictHostKeyChecking=no carol@127.0.0.1"
+    try:
+        done = guest.root(f"{login} 'grep -E \"Seccomp:|NoNewPrivs\" /proc/self/status; exit 7'")
+        assert done.code == 7
+        assert "NoNewPrivs:\t1" in done.out
+        assert "Seccomp:\t2" in done.out
+        refused = guest.root(f"{login} '/usr/local/bin/forbidden /tmp/x'")
+        assert refused.code == 126
+        assert "persona: forbidden: denied" in refused.err
+        bob = guest.root(login.replace("carol@", "bob@") + " true")
+        assert bob.code == 126
+        assert "bob may not log in" in bob.err
+    finally:
+        guest.must("kill $(cat /run/sshd2.pid); rm /root/key")
