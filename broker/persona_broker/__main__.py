@@ -146,15 +146,15 @@ def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
     store.close()  # SQLite connections do not survive a fork
     database = Path(settings.db)
     parts: dict[str, Callable[[], None]] = {}
-    binds = []
+    endpoints = []
     if arguments.role in ("api", "all"):
         load = partial(app.api, database)
-        parts["api"] = partial(server.serve_api, load, _endpoint(settings, settings.bind), settings.workers)
-        binds.append(settings.bind)
+        endpoints.append(_endpoint(settings, settings.bind))
+        parts["api"] = partial(server.serve_api, load, endpoints[-1], settings.workers)
     if arguments.role in ("events", "all"):
         load = partial(app.streams, database, settings.load_source)
-        parts["events"] = partial(server.serve_streams, load, _endpoint(settings, settings.events_bind))
-        binds.append(settings.events_bind)
+        endpoints.append(_endpoint(settings, settings.events_bind))
+        parts["events"] = partial(server.serve_streams, load, endpoints[-1])
 
     def announce() -> None:
         if arguments.ready_fd is not None:
@@ -163,7 +163,7 @@ def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
         else:
             print("ready", flush=True)
 
-    return server.supervise(parts, lambda: all(map(server.accepts, binds)), announce)
+    return server.supervise(parts, lambda: all(map(server.answers, endpoints)), announce)
 
 
 def _endpoint(settings: Settings, bind: str) -> Any:

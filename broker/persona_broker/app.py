@@ -28,6 +28,7 @@ def streams(database: Path, load_source: str) -> Flask:
     store = Store(database)
     source: LoadSource = MachineSource() if load_source == "psutil" else SetSource(store.set_load)
     watcher = Watcher(store, source)
+    watcher.look()  # the first sample before the first answer: until then no load is known
     threading.Thread(target=watcher.run, name="watcher", daemon=True).start()
     app.extensions["watcher"] = watcher
     app.register_blueprint(events.blueprint)

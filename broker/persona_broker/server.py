@@ -1,6 +1,7 @@
 """gunicorn around the two applications, each in a process tree of its own, and bounds on slow clients."""
 
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -162,15 +163,32 @@ def _end(children: dict[int, str]) -> None:
         os.waitpid(pid, 0)
 
 
-def accepts(bind: str) -> bool:
-    """Whether something listens there already."""
+class _UnixConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.host)
+
+
+def answers(endpoint: Endpoint) -> bool:
+    """Whether the application behind an endpoint says that it is ready, as a client would ask it."""
+    bind = endpoint.bind
+    connection: http.client.HTTPConnection
     if bind.startswith("unix:"):
-        probe = socket.socket(socket.AF_UNIX)
-        address: Any = bind.removeprefix("unix:")
+        connection = _UnixConnection(bind.removeprefix("unix:"), timeout=1)
     else:
         host, _, port = bind.rpartition(":")
-        probe = socket.socket(socket.AF_INET)
-        address = ("127.0.0.1" if host in ("", "0.0.0.0") else host, int(port))  # noqa: S104 - only compared
-    with probe:
-        probe.settimeout(0.2)
-        return probe.connect_ex(address) == 0
+        where = "127.0.0.1" if host in ("", "0.0.0.0") else host  # noqa: S104 - only compared
+        if endpoint.certificate is None:
+            connection = http.client.HTTPConnection(where, int(port), timeout=1)
+        else:
+            # our own certificate, asked on this machine for nothing secret: it may name other hosts
+            context = ssl._create_unverified_context()  # noqa: S323
+            connection = http.client.HTTPSConnection(where, int(port), timeout=1, context=context)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

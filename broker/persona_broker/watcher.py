@@ -37,13 +37,14 @@ class Watcher:
         """For ever; an error of the record is logged and the next round tries again."""
         while True:
             try:
-                self._round()
+                self.look()
             except sqlite3.Error as error:
                 log.error("the record cannot be used: %s", error)
                 time.sleep(1)
             time.sleep(_LOOK_EVERY_S)
 
-    def _round(self) -> None:
+    def look(self) -> None:
+        """One round: samples where it is time to, and announces what changed.  Raises ``sqlite3.Error``."""
         changed = self._store.changed()
         now = time.time()
         if not changed and now - self._sampled_at < _SAMPLE_EVERY_S:

@@ -7,11 +7,11 @@ from typing import Any
 from flask import Blueprint, Response, jsonify
 
 from persona import codec
-from persona.decisions import Decision, Denied, Lease, Subject, Width
+from persona.decisions import Decision, Denied, Lease, Width
 from persona.documents import to_mapping
 from persona.problems import Fault, PersonaError, Reason
 from persona_broker import metrics
-from persona_broker.api.guests import body, guest, own, state
+from persona_broker.api.guests import body, caller, guest, own, state
 from persona_broker.policy.engine import Entry
 from persona_broker.state import View
 from persona_broker.store.sqlite import SessionRow
@@ -23,11 +23,11 @@ blueprint = Blueprint("decisions", __name__)
 def decide() -> Response:
     """One program start."""
     started = time.perf_counter()
-    caller = guest()
+    name, view = caller()
     value = codec.mapping(body(), "", ("request",), ("min_generation", "explain"))
     request = codec.decode_request(value["request"])
-    own(request.subject.vm, caller)
-    view = _current(value)
+    own(request.subject.vm, name)
+    _check_current(value, view)
     decision: Decision
     if request.session in view.revoked:
         decision = Denied(Reason.SESSION_REVOKED, help="an operator revoked this session", lease=_RETRY)
@@ -42,13 +42,11 @@ def decide() -> Response:
 _RETRY = Lease(30.0, Width.ARGV)
 
 
-def _current(value: Any) -> View:
-    """The view to answer from: never older than what the guest has been told."""
+def _check_current(value: Any, view: View) -> None:
+    """Never answers from anything older than what the guest has been told.  Raises ``PersonaError``."""
     wanted = codec.integer(value.get("min_generation", 0), "min_generation")
-    view = state().current()
     if view.generation < wanted:
         raise PersonaError(Fault.NOT_READY, f"generation {wanted} is not here, the newest is {view.generation}")
-    return view
 
 
 @blueprint.post("/v1/admissions")
@@ -64,11 +62,11 @@ def open_session() -> Response:
 
 
 def _admission(*, opening: bool) -> Response:
-    caller = guest()
+    name, view = caller()
     value = codec.mapping(body(), "", ("session", "subject", "service", "remote"), ("min_generation",))
     subject = codec.decode_subject(value["subject"])
-    own(subject.vm, caller)
-    view = _current(value)
+    own(subject.vm, name)
+    _check_current(value, view)
     admission = view.snapshot.admit(subject, view.outlook)
     metrics.admitted(admission.admitted)
     if not admission.admitted:
@@ -82,7 +80,7 @@ def _admission(*, opening: bool) -> Response:
     if opening:
         row = SessionRow(
             ident,
-            caller,
+            name,
             subject,
             codec.string(value["service"], "service"),
             codec.string(value["remote"], "remote"),
@@ -115,12 +113,11 @@ def end_session(ident: str) -> tuple[str, int]:
 @blueprint.get("/v1/sessions/<ident>/personas")
 def entries(ident: str) -> Response:
     """Everything that the user of a session can get, in policy order."""
-    caller = guest()
+    name, view = caller()
     session = state().store.session(ident)
-    if session is None or session.guest != caller:
+    if session is None or session.guest != name:
         raise PersonaError(Fault.NOT_FOUND, "no such session of this guest")
-    view = state().current()
-    found = view.snapshot.entries(Subject(session.subject.user, session.subject.groups, caller), view.outlook)
+    found = view.snapshot.entries(session.subject, view.outlook)
     return jsonify(generation=view.generation, entries=[_entry(entry) for entry in found])
 
 
@@ -142,11 +139,11 @@ def _entry(entry: Entry) -> dict[str, Any]:
 @blueprint.post("/v1/records")
 def records() -> tuple[str, int]:
     """What a guest decided and saw."""
-    caller = guest()
+    name = guest()
     value = codec.mapping(body(), "", ("records", "lost"))
     items = value["records"]
     if not isinstance(items, list) or len(items) > codec.MAX_RECORDS:
         raise PersonaError(Fault.BAD_REQUEST, f"records: expected a list of at most {codec.MAX_RECORDS}")
     parsed = [codec.decode_record(item, f"records[{index}]") for index, item in enumerate(items)]
-    state().store.add_records(caller, parsed, codec.integer(value["lost"], "lost"))
+    state().store.add_records(name, parsed, codec.integer(value["lost"], "lost"))
     return "", 204

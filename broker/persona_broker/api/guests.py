@@ -7,7 +7,7 @@ from flask import current_app, request
 
 from persona.codec import MAX_BODY
 from persona.problems import Fault, PersonaError
-from persona_broker.state import State
+from persona_broker.state import State, View
 from persona_broker.store.sqlite import hash_token
 
 
@@ -19,11 +19,17 @@ def state() -> State:
 
 def guest() -> str:
     """The calling guest's name.  Raises ``PersonaError`` (unauthenticated)."""
+    return caller()[0]
+
+
+def caller() -> tuple[str, View]:
+    """The calling guest's name, and the view to answer it from.  Raises ``PersonaError`` (unauthenticated)."""
+    view = state().current()
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    name = state().current().guests.get(hash_token(token)) if scheme == "Bearer" and token else None
+    name = view.guests.get(hash_token(token)) if scheme == "Bearer" and token else None
     if name is None:
         raise PersonaError(Fault.UNAUTHENTICATED, "no guest has this token; 'persona-broker guest add NAME' makes one")
-    return name
+    return name, view
 
 
 def own(vm: str, caller: str) -> None:

@@ -92,7 +92,7 @@ class Supervisor:
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._holders: dict[object, int] = {}
         self._waiting: dict[Question, list[Pending]] = {}
-        self.times: deque[float] = deque(maxlen=4096)  # seconds from a notification's receipt to its answer
+        self.times: deque[float] = deque(maxlen=4096)  # CPU seconds from a notification's receipt to its answer
 
     # --- sessions ---------------------------------------------------------------------------------
 
@@ -159,10 +159,10 @@ class Supervisor:
         if events & READABLE:
             notification = seccomp.receive(gated.listener, self._buffer)
             if notification is not None:
-                began = time.perf_counter()
+                began = time.thread_time()
                 slot = self._inflight.put(gated.session.id, self._buffer)
                 self._handle(gated, notification, slot)
-                self.times.append(time.perf_counter() - began)
+                self.times.append(time.thread_time() - began)
         elif events & GONE:
             self._end(gated)
 
