@@ -247,7 +247,7 @@ def _explain(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.files:
         snapshot = make_snapshot((document, 0) for document in _documents(arguments.files))
     else:
-        snapshot = _store(settings).snapshot()[0]
+        snapshot = _store(settings).snapshot()
     now = time.time()
     if arguments.at:
         try:

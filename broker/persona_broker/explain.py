@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from persona.decisions import Decision, Program, Request, Subject
 from persona_broker.policy.engine import Entry, Snapshot
-from persona_broker.policy.outlook import Sample, World, latch, look
+from persona_broker.policy.outlook import Sample, World, latch, look, thresholds
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ def explain(
 ) -> Explanation:
     """Pure: the world is the load and the time given, with no latch held from before."""
     sample = Sample(now, load, "explain")
-    thresholds = {t for when in snapshot.conditions.values() for t in when.host_load}
-    world = World(sample, latch(frozenset(), thresholds, sample), now, 1.0)
+    latches = latch(frozenset(), thresholds(snapshot.conditions), sample)
+    world = World(sample, latches, now, 1.0)
     outlook = look(snapshot.conditions, world, 0)
     program = program_named(argv[0])
     decision = snapshot.decide(Request(subject, "", program, argv, "/"), outlook)

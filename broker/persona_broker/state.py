@@ -13,7 +13,7 @@ from persona_broker.policy.outlook import Outlook, World, look
 from persona_broker.store.sqlite import Store
 
 SAMPLE_MAX_AGE_S = 15.0  # seven missed samples: the watcher is gone, not late
-_OUTLOOK_MAX_AGE_S = 1.0  # hours begin and samples age without anybody writing
+_JUDGE_EVERY_S = 1.0  # hours begin and samples age without anybody writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,8 @@ class View:
     revoked: frozenset[str]
     generation: int
     guests: Mapping[str, str]  # by the hash of their token
-    judged_at: float
+    written: int  # the record's ``data_version`` that this was made from
+    judged_at: float  # monotonic
 
 
 class State:
@@ -39,20 +40,27 @@ class State:
     def current(self) -> View:
         """The view as of now.  Raises ``sqlite3.Error`` where the record cannot be read: no decision then."""
         view = self._view
-        if self.store.changed() or time.time() - view.judged_at > _OUTLOOK_MAX_AGE_S:
-            with self._lock:
-                view = self._view = self._load(self._view)
-        return view
+        if self._is_current(view):
+            return view
+        with self._lock:  # whoever waits here waits for what it would have to load itself
+            if not self._is_current(self._view):
+                self._view = self._load(self._view)
+            return self._view
+
+    def _is_current(self, view: View) -> bool:
+        return self.store.data_version() == view.written and time.monotonic() - view.judged_at < _JUDGE_EVERY_S
 
     def _load(self, previous: View | None) -> View:
-        generation = self.store.generation()
-        if previous is not None and previous.generation == generation:
-            snapshot, revoked = previous.snapshot, previous.revoked
-        else:
-            snapshot, generation = self.store.snapshot()
-            revoked = self.store.revoked()
-        now = time.time()
-        world = World(self.store.sample(), self.store.latches(), now, SAMPLE_MAX_AGE_S)
-        return View(
-            snapshot, look(snapshot.conditions, world, generation), revoked, generation, self.store.tokens(), now
-        )
+        written = self.store.data_version()  # first: what is written meanwhile makes the view old, never the reverse
+        with self.store.reading():
+            generation = self.store.generation()
+            if previous is not None and previous.generation == generation:
+                snapshot, revoked = previous.snapshot, previous.revoked
+            else:
+                snapshot, revoked = self.store.snapshot(), self.store.revoked()
+            world = World(self.store.sample(), self.store.latches(), time.time(), SAMPLE_MAX_AGE_S)
+            guests = self.store.tokens()
+        outlook = look(snapshot.conditions, world, generation)
+        if previous is not None and outlook == previous.outlook and snapshot is previous.snapshot:
+            outlook = previous.outlook  # the same object: what was made for it stays good
+        return View(snapshot, outlook, revoked, generation, guests, written, time.monotonic())

@@ -4,11 +4,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+_FIRST_S = 0.2
+
 
 class LoadSource(Protocol):
     """Percent by metric (cpu, memory, network); a metric that cannot be told is left out."""
 
     name: str
+    immediate: bool  # told rather than measured: worth reading at every change of the record
 
     def read(self) -> Mapping[str, float]:
         """The load now."""
@@ -18,6 +21,7 @@ class SetSource:
     """What the operator set with ``persona-broker load set``: for demonstrations and tests."""
 
     name = "set"
+    immediate = True
 
     def __init__(self, get: Callable[[], Mapping[str, float]]) -> None:
         self._get = get
@@ -31,12 +35,13 @@ class MachineSource:
     """This machine, through psutil: the broker then runs on the host of the VMs."""
 
     name = "psutil"
+    immediate = False  # the CPU's load over a few milliseconds is noise
 
     def __init__(self) -> None:
         import psutil  # only a broker with this source pays for it
 
         self._psutil = psutil
-        psutil.cpu_percent()
+        psutil.cpu_percent(interval=_FIRST_S)  # or the first reading would be of the start of this process
         self._bytes = self._transferred()
         self._at = time.monotonic()
 

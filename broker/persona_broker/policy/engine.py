@@ -1,7 +1,8 @@
 """Picks the persona: an immutable snapshot of all policies, indexed so that cost does not grow with their number.
 
-First by who asks (user, groups, VM: a view, made once and kept), then by program (a row of the view,
-made once and kept).  A row holds the few policies that can say anything about the program, in order.
+First by who asks (user, groups, VM: a view), then by program (a row): the few policies that can say
+anything about the program, in order.  What a row answers is built once an outlook, so that a request
+costs a lookup and, where arguments matter, a test of the patterns that look at them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from persona_broker.policy.outlook import Outlook, Unmet
 
 LEASE_S = 30.0  # a lost event stream closes a session after this
 _VIEWS_MAX = 4096
-_ROWS_MAX = 4096  # rows of one view
+_ROWS_MAX = 65_536  # about 100 MB at worst, whatever programs and users a guest invents
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +51,14 @@ class Admission:
     entry: Entry | None
 
 
-class _Candidate:
-    """What one policy says about one program."""
-
-    __slots__ = ("commands", "granted", "name", "unmet_as", "whitelist")
-
-    def __init__(self, policy: Policy, versioned: Versioned, program: Program, width: Width) -> None:
-        self.name = policy.name
-        self.commands = _relevant(policy.commands.about(program))
-        self.whitelist = _relevant(versioned.persona.command_whitelist.about(program))
-        self.granted = Granted(versioned.ref, policy.name, Lease(LEASE_S, width))
-        self.unmet_as = versioned.persona.name
-
-
 _Patterns = tuple[Pattern, ...]
+_Pairs = tuple[tuple[Policy, Versioned | None], ...]
 
 
 def _relevant(patterns: _Patterns) -> _Patterns | None:
     """The patterns to test arguments against; ``None`` where every command line is allowed."""
-    return (
-        None if all(not p.negative for p in patterns) and any(not p.looks_at_arguments for p in patterns) else patterns
-    )
+    free = all(not p.negative for p in patterns) and any(not p.looks_at_arguments for p in patterns)
+    return None if free else patterns
 
 
 def _allow(patterns: _Patterns | None, argv: tuple[str, ...], complete: bool) -> bool:
@@ -85,46 +73,100 @@ def _allow(patterns: _Patterns | None, argv: tuple[str, ...], complete: bool) ->
     return allowed
 
 
+class _Judged:
+    """What a row answers under one outlook."""
+
+    __slots__ = ("options", "outlook", "refused", "too_long", "whole")
+
+    outlook: Outlook | None
+    options: tuple[tuple[_Patterns | None, _Patterns | None, Decision], ...]  # by candidate, in order
+    refused: Denied  # no candidate allows the arguments
+    too_long: Denied  # the same, where the arguments are not all known
+    whole: Decision | None  # for any arguments, where they do not matter
+
+    def decide(self, argv: tuple[str, ...], complete: bool) -> Decision:
+        best: Decision | None = None
+        for commands, whitelist, decision in self.options:
+            if _allow(commands, argv, complete) and _allow(whitelist, argv, complete):
+                if type(decision) is Granted:
+                    return decision
+                best = best or decision
+        return best or (self.refused if complete else self.too_long)
+
+
+_UNJUDGED = _Judged()
+_UNJUDGED.outlook = None
+
+
 class _Row:
-    """One program in one view: candidates in order, what is denied at once, and the lease's width."""
+    """One program of one subject: the policies that speak of it and whose persona does, in order."""
 
-    __slots__ = ("candidates", "invalid", "nearest", "only", "width")
+    __slots__ = ("invalid", "judged", "policies", "said", "subject", "width")
 
-    def __init__(self, policies: Sequence[tuple[Policy, Versioned | None]], program: Program) -> None:
-        said = [
-            (policy, versioned)
-            for policy, versioned in policies
-            if policy.commands.about(program)
-            and (versioned is None or versioned.persona.command_whitelist.about(program))
-        ]
-        looks = any(
-            pattern.looks_at_arguments
-            for policy, versioned in said
-            for whitelist in (
-                policy.commands,
-                versioned.persona.command_whitelist if versioned else policy.commands,
-            )
-            for pattern in whitelist.about(program)
-        )
+    def __init__(self, subject: Subject, policies: _Pairs, program: Program) -> None:
+        self.subject = subject
+        self.policies = policies
+        self.judged = _UNJUDGED
+        self.invalid: Policy | None = None
+        self.said: list[tuple[Policy, Versioned, _Patterns, _Patterns]] = []
+        looks = False
+        for policy, versioned in policies:
+            commands = policy.commands.about(program)
+            if not commands:
+                continue
+            if versioned is None:
+                self.invalid = self.invalid or policy
+                looks = looks or any(pattern.looks_at_arguments for pattern in commands)
+                continue
+            whitelist = versioned.persona.command_whitelist.about(program)
+            if whitelist:
+                looks = looks or any(pattern.looks_at_arguments for pattern in (*commands, *whitelist))
+                self.said.append((policy, versioned, commands, whitelist))
         self.width = Width.ARGV if looks else Width.PROGRAM
-        self.invalid = next((policy for policy, versioned in said if versioned is None), None)
-        self.candidates = tuple(
-            _Candidate(policy, versioned, program, self.width) for policy, versioned in said if versioned is not None
-        )
-        self.nearest = policies[0] if policies else None
-        # the common case, decided without a loop: one policy speaks, and arguments do not matter
-        first = self.candidates[0] if self.candidates else None
-        self.only = first if first is not None and first.commands is None and first.whitelist is None else None
+
+    def judge(self, outlook: Outlook) -> _Judged:
+        """Everything that can be answered as long as the outlook does not change."""
+        judged = _Judged()
+        lease, now = Lease(LEASE_S, self.width), outlook.generation
+        options = []
+        for policy, versioned, commands, whitelist in self.said:
+            unmet = outlook.unmet.get(policy.name)
+            decision: Decision
+            if unmet is None:
+                decision = Granted(versioned.ref, policy.name, lease, now)
+            else:
+                decision = Denied(unmet.reason, policy.name, versioned.persona.name, unmet.detail, lease, now)
+            options.append((_relevant(commands), _relevant(whitelist), decision))
+        judged.outlook = outlook
+        judged.options = tuple(options)
+        judged.refused = self._refused(outlook, lease)
+        judged.too_long = judged.refused
+        if judged.refused.reason is Reason.NO_MATCHING_POLICY and options:
+            nearest = judged.refused
+            detail = "its arguments are too many to check"
+            judged.too_long = Denied(Reason.ARGV_TOO_LONG, nearest.policy, nearest.persona, detail, lease, now)
+        judged.whole = judged.decide((), True) if self.width is Width.PROGRAM else None
+        self.judged = judged
+        return judged
+
+    def _refused(self, outlook: Outlook, lease: Lease) -> Denied:
+        now = outlook.generation
+        if self.invalid is not None:
+            name, ghost = self.invalid.name, self.invalid.persona
+            detail = f"policy {name} names persona {ghost}, which does not exist"
+            return Denied(Reason.INVALID_PERSONA, name, ghost, detail, lease, now)
+        if not self.policies:
+            detail = f"no policy names {self.subject.user} on {self.subject.vm}"
+            return Denied(Reason.NO_MATCHING_POLICY, None, None, detail, lease, now)
+        holding = (p for p, versioned in self.policies if versioned is not None and p.name not in outlook.unmet)
+        nearest = next(holding, self.policies[0][0])
+        arguments = "with these arguments " if self.said and self.width is Width.ARGV else ""
+        detail = f"not {arguments}in its whitelist; 'persona list' shows what is"
+        return Denied(Reason.NO_MATCHING_POLICY, nearest.name, nearest.persona, detail, lease, now)
 
 
-class _View:
-    """What one subject can get: the policies that name it, in order, and its rows so far."""
-
-    __slots__ = ("policies", "rows")
-
-    def __init__(self, policies: Sequence[tuple[Policy, Versioned | None]]) -> None:
-        self.policies = tuple(policies)
-        self.rows: dict[Program, _Row] = {}
+_SubjectKey = tuple[str, tuple[str, ...], str]
+_RowKey = tuple[str, tuple[str, ...], str, str, tuple[str, ...], tuple[str, ...]]
 
 
 class Snapshot:
@@ -133,57 +175,30 @@ class Snapshot:
     def __init__(self, policies: Sequence[Policy], personas: Mapping[str, Versioned]) -> None:
         self.policies = tuple(policies)
         self.personas = dict(personas)
-        self.conditions: dict[str, When] = {policy.name: policy.when for policy in self.policies}
+        grouped: dict[When, list[str]] = {}
         self._by_user: dict[str, list[int]] = {}
         self._by_group: dict[str, list[int]] = {}
         for index, policy in enumerate(self.policies):
+            if policy.when.host_load or policy.when.hours:
+                grouped.setdefault(policy.when, []).append(policy.name)
             for user in policy.users:
                 self._by_user.setdefault(user, []).append(index)
             for group in policy.groups:
                 self._by_group.setdefault(group, []).append(index)
-        self._views: dict[Subject, _View] = {}
+        self.conditions: dict[When, tuple[str, ...]] = {when: tuple(names) for when, names in grouped.items()}
+        # plain tuples as keys: a dataclass would be hashed and compared by interpreted code, a request at a time
+        self._views: dict[_SubjectKey, _Pairs] = {}
+        self._rows: dict[_RowKey, _Row] = {}
 
     def decide(self, request: Request, outlook: Outlook) -> Decision:
-        """The decision on one program start, without its generation.  Pure; raises nothing."""
-        view = self._views.get(request.subject) or self._view(request.subject)
-        row = view.rows.get(request.program) or self._row(view, request.program)
-        unmet_of = outlook.unmet
-        only = row.only
-        if only is not None and only.name not in unmet_of:
-            return only.granted
-        best: tuple[_Candidate, Unmet] | None = None
-        argv, complete = request.argv, request.argv_complete
-        for candidate in row.candidates:
-            if _allow(candidate.commands, argv, complete) and _allow(candidate.whitelist, argv, complete):
-                unmet = unmet_of.get(candidate.name)
-                if unmet is None:
-                    return candidate.granted
-                best = best or (candidate, unmet)
-        lease = Lease(LEASE_S, row.width)
-        if best is not None:
-            return Denied(best[1].reason, best[0].name, best[0].unmet_as, best[1].detail, lease)
-        return self._no_match(request, row, outlook, lease)
-
-    def _no_match(self, request: Request, row: _Row, outlook: Outlook, lease: Lease) -> Denied:
-        if row.invalid is not None:
-            detail = f"policy {row.invalid.name} names persona {row.invalid.persona}, which does not exist"
-            return Denied(Reason.INVALID_PERSONA, row.invalid.name, row.invalid.persona, detail, lease)
-        if row.nearest is None:
-            user, vm = request.subject.user, request.subject.vm
-            return Denied(Reason.NO_MATCHING_POLICY, help=f"no policy names {user} on {vm}", lease=lease)
-        current = self.admit(request.subject, outlook).entry
-        policy = current.policy if current else row.nearest[0]
-        if not request.argv_complete and row.candidates:
-            return Denied(
-                Reason.ARGV_TOO_LONG,
-                policy.name,
-                policy.persona,
-                "its arguments are too many to check",
-                lease,
-            )
-        arguments = "with these arguments " if row.candidates and row.width is Width.ARGV else ""
-        detail = f"not {arguments}in its whitelist; 'persona list' shows what is"
-        return Denied(Reason.NO_MATCHING_POLICY, policy.name, policy.persona, detail, lease)
+        """The decision on one program start.  Pure; raises nothing."""
+        who, what = request.subject, request.program
+        key = (who.user, who.groups, who.vm, what.path, what.names, what.paths)
+        row = self._rows.get(key) or self._row(key, who, what)
+        judged = row.judged
+        if judged.outlook is not outlook:
+            judged = row.judge(outlook)
+        return judged.whole or judged.decide(request.argv, request.argv_complete)
 
     def admit(self, subject: Subject, outlook: Outlook) -> Admission:
         """Whether any policy names the user on this VM, holding or not, and which holds first."""
@@ -193,29 +208,26 @@ class Snapshot:
 
     def entries(self, subject: Subject, outlook: Outlook) -> list[Entry]:
         """Every policy that names the subject, in order."""
-        view = self._views.get(subject) or self._view(subject)
-        return [Entry(policy, versioned, outlook.unmet.get(policy.name)) for policy, versioned in view.policies]
+        return [Entry(policy, versioned, outlook.unmet.get(policy.name)) for policy, versioned in self._view(subject)]
 
-    def _view(self, subject: Subject) -> _View:
-        indexes: set[int] = {*self._by_user.get(subject.user, ()), *self._by_user.get("*", ())}
-        for group in (*subject.groups, "*"):
-            indexes.update(self._by_group.get(group, ()))
-        policies = (self.policies[index] for index in sorted(indexes))
-        view = _View(
-            [
-                (policy, self.personas.get(policy.persona))
-                for policy in policies
-                if any(fnmatchcase(subject.vm, glob) for glob in policy.vms)
-            ]
-        )
-        if len(self._views) >= _VIEWS_MAX:
-            self._views.clear()
-        self._views[subject] = view
+    def _view(self, subject: Subject) -> _Pairs:
+        key = (subject.user, subject.groups, subject.vm)
+        view = self._views.get(key)
+        if view is None:
+            indexes: set[int] = {*self._by_user.get(subject.user, ()), *self._by_user.get("*", ())}
+            for group in (*subject.groups, "*"):
+                indexes.update(self._by_group.get(group, ()))
+            policies = (self.policies[index] for index in sorted(indexes))
+            here = (p for p in policies if any(fnmatchcase(subject.vm, glob) for glob in p.vms))
+            view = tuple((policy, self.personas.get(policy.persona)) for policy in here)
+            if len(self._views) >= _VIEWS_MAX:
+                self._views.clear()
+            self._views[key] = view
         return view
 
-    def _row(self, view: _View, program: Program) -> _Row:
-        row = _Row(view.policies, program)
-        if len(view.rows) >= _ROWS_MAX:
-            view.rows.clear()
-        view.rows[program] = row
+    def _row(self, key: _RowKey, subject: Subject, program: Program) -> _Row:
+        row = _Row(subject, self._view(subject), program)
+        if len(self._rows) >= _ROWS_MAX:
+            self._rows.clear()
+        self._rows[key] = row
         return row

@@ -89,11 +89,16 @@ class Outlook:
     unmet: Mapping[str, Unmet]
 
 
-def look(conditions: Mapping[str, When], world: World, generation: int) -> Outlook:
-    """Judges every policy that has a condition."""
-    unmet = {
-        name: found
-        for name, when in conditions.items()
-        if (when.host_load or when.hours is not None) and (found := judge(when, world)) is not None
-    }
+def look(conditions: Mapping[When, Iterable[str]], world: World, generation: int) -> Outlook:
+    """Judges each condition once, whatever the number of policies (the names) that share it."""
+    unmet: dict[str, Unmet] = {}
+    for when, names in conditions.items():
+        found = judge(when, world)
+        if found is not None:
+            unmet.update(dict.fromkeys(names, found))
     return Outlook(generation, unmet)
+
+
+def thresholds(conditions: Iterable[When]) -> frozenset[Threshold]:
+    """Every threshold that some condition has."""
+    return frozenset(threshold for when in conditions for threshold in when.host_load)

@@ -24,6 +24,7 @@ from persona_broker.policy.engine import Snapshot, Versioned
 from persona_broker.policy.outlook import Latches, Sample
 
 RECORDS_KEPT = 200_000  # about 100 MB; the audit issue will stream them on
+SESSIONS_KEPT = 4096  # of one guest: far more than are open, so the oldest is one that the guest forgot to end
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -67,12 +68,13 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # before SQLite makes it: who may read it knows every guest's commands
         self._lock = threading.RLock()
         self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.executescript(_SCHEMA)
-        self._version = -1
+        self._parsed: dict[tuple[str, str, int], Document] = {}
 
     def close(self) -> None:
         """Ends the connection."""
@@ -90,18 +92,26 @@ class Store:
                 raise
             self._db.execute("COMMIT")
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Everything that is read within is of one moment."""
+        with self._lock:
+            if self._db.in_transaction:
+                yield
+                return
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._db.execute("COMMIT")
+
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._db.execute(query, values).fetchall()
 
-    def changed(self) -> bool:
-        """Whether another connection wrote since the last call (PRAGMA data_version; microseconds)."""
-        with self._lock:
-            (version,) = self._db.execute("PRAGMA data_version").fetchone()
-        if version == self._version:
-            return False
-        self._version = version
-        return True
+    def data_version(self) -> int:
+        """Another number after each write of another connection (PRAGMA data_version; microseconds)."""
+        return int(self._rows("PRAGMA data_version")[0][0])
 
     # --- generation and what holds now ------------------------------------------------------------
 
@@ -178,24 +188,23 @@ class Store:
 
     def documents(self) -> list[tuple[Document, int]]:
         """The applied set in order, each with its version."""
-        rows = self._rows(
-            "SELECT d.body, d.version FROM applied a JOIN documents d USING (kind, name, version) ORDER BY a.position"
+        query = (
+            "SELECT kind, name, version, d.body FROM applied a JOIN documents d USING (kind, name, version)"
+            " ORDER BY a.position"
         )
-        return [(parse_document(json.loads(body)), version) for body, version in rows]
+        with self._lock:  # versions never change, so of a large set only what is new is parsed
+            rows = [((kind, name, version), body) for kind, name, version, body in self._rows(query)]
+            self._parsed = {key: self._parsed.get(key) or parse_document(json.loads(body)) for key, body in rows}
+            return [(self._parsed[key], key[2]) for key, _ in rows]
 
     def versions(self, kind: str, name: str) -> list[tuple[int, Document]]:
         """Every version of a document, oldest first."""
         query = "SELECT version, body FROM documents WHERE kind = ? AND name = ? ORDER BY version"
         return [(version, parse_document(json.loads(body))) for version, body in self._rows(query, kind, name)]
 
-    def snapshot(self) -> tuple[Snapshot, int]:
-        """The applied set as an index, and the generation that it belongs to."""
-        with self._lock:
-            self._db.execute("BEGIN")
-            try:
-                return make_snapshot(self.documents()), self.generation()
-            finally:
-                self._db.execute("COMMIT")
+    def snapshot(self) -> Snapshot:
+        """The applied set as an index."""
+        return make_snapshot(self.documents())
 
     # --- guests -----------------------------------------------------------------------------------
 
@@ -238,6 +247,11 @@ class Store:
                     session.remote,
                     session.opened_at,
                 ),
+            )
+            db.execute(
+                "DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE guest = ?"
+                " ORDER BY revoked DESC, opened_at DESC LIMIT -1 OFFSET ?)",
+                (session.guest, SESSIONS_KEPT),
             )
             return True
 
