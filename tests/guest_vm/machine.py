@@ -199,7 +199,7 @@ class Machine:
     @contextlib.contextmanager
     def session(self, user: str) -> Iterator[Session]:
         """A login that stays open for the block."""
-        session = Session([*self.ssh_argv(user), "exec bash --norc"])
+        session = Session([*self.ssh_argv(user), "exec bash --norc 2>&1"])  # one stream keeps the order
         try:
             yield session
         finally:

@@ -155,8 +155,7 @@ def talk(path, data, wait=True):
         return str(e).encode()
 user = "/run/persona/agent.sock"
 for data in (b"x", b"{}", b"[]", b'{"op": 7}', b'{"op": "nothing"}', b'{"op": "status", "x": 1}', b"[" * 60000,
-             os.urandom(60000), b'{"op": "listener"}', b'{"op": "explain", "argv": []}', b'{"op": "release"}',
-             b'{"op": "gate"}'):
+             os.urandom(60000), b'{"op": "listener"}', b'{"op": "explain", "argv": []}', b'{"op": "release"}'):
     answer = talk(user, data)
     print(json.loads(answer)["ok"] if answer.startswith(b"{") else answer)
 held = [talk(user, b'{"op": "status"}', False) for _ in range(40)]

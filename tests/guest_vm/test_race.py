@@ -27,13 +27,19 @@ SOURCE = r"""
 static volatile char *path;
 static const char allowed[] = "/usr/bin/true\0xxxxxxxxxx", wanted[] = "/usr/local/bin/forbidden";
 
+static void pause_a_little(void)
+{
+	for (volatile int i = 0; i < 2000; i++) ;
+	__asm__ volatile("" ::: "memory"); /* or the compiler keeps only the last of the two copies */
+}
+
 static void *flip(void *unused)
 {
 	for (;;) {
 		memcpy((char *)path, allowed, sizeof(wanted));
-		for (volatile int i = 0; i < 2000; i++) ;
+		pause_a_little();
 		memcpy((char *)path, wanted, sizeof(wanted));
-		for (volatile int i = 0; i < 2000; i++) ;
+		pause_a_little();
 	}
 	return unused;
 }

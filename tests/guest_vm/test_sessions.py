@@ -209,7 +209,8 @@ def test_persona_shell_as_login_shell(guest: Machine) -> None:
 def test_persona_shell_where_there_is_no_pam(guest: Machine) -> None:
     guest.put(guest.directory / "key", to="/root/key")
     serve = "/usr/sbin/sshd -p 2222 -o UsePAM=no -o ForceCommand=/usr/bin/persona-shell -o PidFile=/run/sshd2.pid"
-    guest.must(f"{serve}; sleep 1")
+    # without PAM, sshd takes a password of '!' for a locked account
+    guest.must(f"usermod -p '*' carol; usermod -p '*' bob; {serve}; sleep 1")
     login = "ssh -i /root/key -p 2222 -o StrictHostKeyChecking=no carol@127.0.0.1"
     try:
         done = guest.root(f"{login} 'grep -E \"Seccomp:|NoNewPrivs\" /proc/self/status; exit 7'")

@@ -73,7 +73,8 @@ def test_tab_completion(guest: Machine) -> None:
         terminal.type("ls -d /etc/host\t\t")
         terminal.expect("hostname")
         terminal.type("na\t\n")
-        terminal.expect("\n/etc/hostname")
+        terminal.expect("hostname")
+        terminal.expect("/etc/hostname")
     finally:
         terminal.close()
 
