@@ -4,6 +4,7 @@ Exit codes: 0 ended as asked, 1 could not start, 2 usage.
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -126,6 +127,9 @@ def run(settings: Settings) -> int:
         signal.signal(number, lambda _number, _frame: loop.deliver(loop.stop))
     systemd.notify(f"READY=1\nSTATUS={settings.mode} mode, VM {settings.vm.name}")
     log.info("ready: %s mode, %d sessions taken up", settings.mode, len(supervisor.sessions))
+    # what start-up made stays for good: the collector need not walk it again and again between two execs
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     loop.run()
     systemd.notify("STOPPING=1")
     pam.close()

@@ -29,7 +29,7 @@ from persona_guest.core.sessions import Session, from_json, to_json
 from persona_guest.gate.supervisor import Gated, Supervisor
 from persona_guest.ipc.pam_socket import Reply
 from persona_guest.kernel import seccomp, systemd
-from persona_guest.kernel.task import pinned
+from persona_guest.kernel.task import Task
 from persona_guest.questions import Admitted, Questions
 from persona_guest.settings import Mode, Settings
 
@@ -141,9 +141,6 @@ class Agent:
             self.questions.closed(opening[0])
 
     def _session(self, caller: Caller, pid: int) -> Session:
-        audit = None
-        with contextlib.suppress(OSError), pinned(pid) as task:
-            audit = task.audit_session()
         return Session(
             id="s-" + secrets.token_hex(8),
             subject=Subject(caller.user, caller.groups, self.settings.vm.name),
@@ -152,7 +149,7 @@ class Agent:
             remote=caller.remote,
             shell=caller.shell,
             monitor=pid,
-            audit=audit,
+            audit=Task(pid).audit_session(),
             opened_at=time.time(),
         )
 

@@ -14,7 +14,7 @@ from persona_guest.gate.attempt import Attempt
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.supervisor import Gated, untrusted
 from persona_guest.ipc.user_socket import Answer, Call
-from persona_guest.kernel.task import pinned
+from persona_guest.kernel.task import Task
 
 ARGUMENTS_MAX = 1024
 
@@ -105,10 +105,8 @@ class Users:
             raise PersonaError(Fault.BAD_REQUEST, "expected the program as one descriptor")
         path = os.fsencode(call.text("path"))
         try:
-            with pinned(call.pid) as task:
-                attempt = attempts.look(
-                    task, os.dup(call.fds[0]), path, tuple(map(os.fsencode, argv)), self._identifier
-                )
+            program = os.dup(call.fds[0])
+            attempt = attempts.look(Task(call.pid), program, path, tuple(map(os.fsencode, argv)), self._identifier)
         except (OSError, UnicodeEncodeError) as error:
             raise PersonaError(Reason.PROGRAM_UNREADABLE, str(error)) from None
         self._explain_stage(attempt, gated, call.text("cwd", ""), 0, [], answer)

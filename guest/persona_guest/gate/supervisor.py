@@ -26,7 +26,7 @@ from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.terminal import tell
 from persona_guest.gate.verify import Expectation, Verifier
 from persona_guest.kernel import seccomp
-from persona_guest.kernel.task import Task, is_leader, pinned
+from persona_guest.kernel.task import Process, Task
 from persona_guest.loop import GONE, READABLE, Loop, Timer
 from persona_guest.settings import Mode, Settings
 
@@ -119,8 +119,7 @@ class Supervisor:
     def find(self, pid: int) -> Gated | None:
         """The session that a process belongs to, by audit session id or by descent; ``None`` = none."""
         try:
-            with pinned(pid) as task:
-                audit = task.audit_session()
+            audit = Task(pid).audit_session()
         except OSError:
             return None
         if audit is not None:
@@ -132,8 +131,7 @@ class Supervisor:
             if pid in monitors:
                 return monitors[pid]
             try:
-                with pinned(pid) as task:
-                    pid = task.credentials().ppid
+                pid = Task(pid).credentials().ppid
             except OSError:
                 return None
             if pid <= 1:
@@ -170,20 +168,14 @@ class Supervisor:
         if self.released:
             self._go_on(gated, notification.id, slot)
             return
-        try:
-            task = Task(notification.tid)
-        except OSError:  # killed meanwhile
-            self._fail(gated, notification.id, slot, errno.EACCES)
-            return
+        task = Task(notification.tid)
         try:
             attempt = attempts.read(task, notification, self._identifier)
         except OSError as error:
-            task.close()
             self._unreadable(gated, notification.id, slot, error)
             return
         if not seccomp.still_valid(gated.listener, notification.id):
-            task.close()  # what was read may have been another task's
-            self._inflight.clear(slot)
+            self._inflight.clear(slot)  # what was read may have been another task's
             return
         self._decide(Pending(gated, notification.id, slot, task, attempt))
 
@@ -263,25 +255,21 @@ class Supervisor:
 
     def _allow(self, pending: Pending, granted: Granted | None) -> None:
         gated, attempt, task = pending.gated, pending.attempt, pending.task
-        watched = is_leader(task.tid)
         # of a command line too long to read, no argument can have mattered
         narrow = granted is not None and granted.lease.width is Width.ARGV and attempt.complete
         try:
             before = Image(*task.running())
             argv_before = task.command_line(65536) if narrow and before == attempt.final else None
-            if not watched:
-                tgid = task.credentials().tgid
-                task.close()
-                pending.task = task = Task(tgid)
+            process = Process(task.tid)
         except OSError:  # killed while it waited
             self._drop(pending)
             return
         if self._go_on(gated, pending.ident, pending.slot):
             argv = b"".join(argument + b"\0" for argument in attempt.final_argv) if narrow else None
             expected = Expectation(before, attempt.final, argv, argv_before)
-            self.verifier.expect(task, expected, lambda found: self._caught(pending, found))
+            self.verifier.expect(process, expected, lambda found: self._caught(pending, found))
         else:
-            task.close()
+            process.close()
         if granted is not None:
             gated.last = granted
         self._note(pending, "exec", granted)
@@ -298,10 +286,8 @@ class Supervisor:
                 with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
                     tell(pending.task.credentials().tgid, denial_line(name, denied))
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
-        pending.task.close()
 
     def _drop(self, pending: Pending) -> None:
-        pending.task.close()
         self._inflight.clear(pending.slot)
 
     def _go_on(self, gated: Gated, ident: int, slot: int) -> bool:
@@ -375,8 +361,7 @@ class Supervisor:
         pid = pending.task.tid
         for _ in range(_ANCESTORS_MAX):
             try:
-                with pinned(pid) as task:
-                    credentials = task.credentials()
+                credentials = Task(pid).credentials()
             except OSError:
                 return False
             if any(credentials.uids):

@@ -5,16 +5,18 @@ what runs something other than was allowed is killed and recorded.  What ended b
 at is counted: this check has the last word only until a kernel that can (BPF LSM) has it.
 """
 
+import contextlib
+import signal
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from persona_guest.gate.identity import Image
-from persona_guest.kernel.task import Task
+from persona_guest.kernel.task import Process
 from persona_guest.loop import Loop
 
-_FIRST_LOOK_S = 0.002
+_FIRST_LOOK_S = 0.003
 _LOOKS = (0.01, 0.1, 1.0)  # for an exec that has not happened yet: a slow disk, a loaded machine
 _QUEUE_MAX = 512  # descriptors held
 
@@ -44,14 +46,14 @@ class Counts:
 @dataclass(slots=True)
 class _Look:
     due: float
-    task: Task
+    process: Process
     expected: Expectation
     wrong: Callable[[str], None]
     tries: int = 0
 
 
 class Verifier:
-    """Owns the tasks that it is given and closes them."""
+    """Owns the processes that it is given and closes them."""
 
     def __init__(self, loop: Loop, clock: Callable[[], float]) -> None:
         self._loop = loop
@@ -60,11 +62,11 @@ class Verifier:
         self._scheduled = False
         self.counts = Counts()
 
-    def expect(self, task: Task, expected: Expectation, wrong: Callable[[str], None]) -> None:
-        """Looks at ``task`` soon; ``wrong`` is called, after the kill, with what was found instead."""
+    def expect(self, process: Process, expected: Expectation, wrong: Callable[[str], None]) -> None:
+        """Looks at ``process`` soon; ``wrong`` is called, after the kill, with what was found instead."""
         if len(self._queue) >= _QUEUE_MAX:
             self._look(self._queue.popleft(), final=True)
-        self._queue.append(_Look(self._clock() + _FIRST_LOOK_S, task, expected, wrong))
+        self._queue.append(_Look(self._clock() + _FIRST_LOOK_S, process, expected, wrong))
         self._schedule()
 
     def _schedule(self) -> None:
@@ -92,7 +94,7 @@ class Verifier:
 
     def _look(self, look: _Look, *, final: bool) -> bool:
         """True when this look was the last: right, wrong or gone."""
-        found = _compare(look.task, look.expected)
+        found = _compare(look.process, look.expected)
         if found is None and not final:
             return False
         if found == "":
@@ -100,23 +102,24 @@ class Verifier:
         elif found is None or found == "gone":
             self.counts.gone += 1
         else:
-            look.task.kill()
+            with contextlib.suppress(ProcessLookupError):
+                look.process.signal(signal.SIGKILL)
             self.counts.wrong += 1
             look.wrong(found)
-        look.task.close()
+        look.process.close()
         return True
 
 
-def _compare(task: Task, expected: Expectation) -> str | None:
+def _compare(process: Process, expected: Expectation) -> str | None:
     """Empty = right, "gone", ``None`` = the exec has not happened (yet), else what is wrong."""
     try:
-        running = task.running()
+        running = process.running()
         if running != expected.after:
             if running == expected.before:
                 return None
             return f"another program (device {running[0]}, inode {running[1]})"
         if expected.argv is not None:
-            seen = task.command_line(len(expected.argv) + 1)
+            seen = process.task.command_line(len(expected.argv) + 1)
             if seen == expected.argv_before:
                 return None
             if seen and seen != expected.argv:

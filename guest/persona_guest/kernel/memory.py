@@ -113,12 +113,13 @@ def _read_vector(tid: int, argv_at: int, raw: bytes, word: int) -> CommandLine:
         usable = len(raw) - len(raw) % word
         if not usable:
             raise OSError(14, "process_vm_readv: argv leaves mapped memory")
-        values = [value for (value,) in struct.iter_unpack(code, raw[:usable])]
-        if 0 in values:
-            pointers += values[: values.index(0)]
-            break
-        pointers += values
-        if len(pointers) > ARGS_MAX:
+        ended = False
+        for (pointer,) in struct.iter_unpack(code, raw[:usable]):
+            if not pointer:
+                ended = True
+                break
+            pointers.append(pointer)
+        if ended or len(pointers) > ARGS_MAX:
             break
         # a pointer may straddle two pages: read on from the last whole one
         at = argv_at + len(pointers) * word

@@ -1,16 +1,14 @@
 """A waiting task as /proc shows it, and files as that task would find them: proc(5), openat2(2), pidfd_open(2).
 
-Everything is relative to a descriptor of /proc/TID, so that a reused thread id is an error
-(ESRCH, ENOENT) and never another task.
+A thread id may be reused once its thread is gone.  While the task waits for the gate it cannot be
+(the caller asks the listener afterwards whether it still waited); later ``Process`` holds on to it.
 """
 
-import contextlib
 import ctypes
 import errno
 import os
 import signal
 import struct
-from collections.abc import Iterator
 from typing import NamedTuple
 
 _SYS_OPENAT2 = 437  # the same on every architecture since it was added
@@ -57,18 +55,13 @@ class Credentials(NamedTuple):
 
 
 class Task:
-    """One thread, pinned by a descriptor of its /proc directory; close it after use."""
+    """One thread, by its id; nothing is held."""
 
-    __slots__ = ("fd", "tid")
+    __slots__ = ("_proc", "tid")
 
     def __init__(self, tid: int) -> None:
         self.tid = tid
-        # not O_PATH: pidfd_send_signal(2) takes a /proc/PID descriptor, but not an O_PATH one
-        self.fd = os.open(f"/proc/{tid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        """Releases the descriptor."""
-        os.close(self.fd)
+        self._proc = f"/proc/{tid}/"
 
     def open_program(self, path: bytes) -> int:
         """An O_PATH descriptor of what ``path`` means to this task: its root, its mounts, its cwd.
@@ -78,9 +71,9 @@ class Task:
         """
         own = _own_link(path)
         if own is not None:
-            return os.open(own, _O_PATH, dir_fd=self.fd)
+            return os.open(self._proc + own, _O_PATH)
         if path.startswith(b"/"):
-            root = os.open("root", _O_PATH_DIRECTORY, dir_fd=self.fd)
+            root = os.open(self._proc + "root", _O_PATH_DIRECTORY)
             try:
                 return _openat2(root, path, _IN_ROOT)
             finally:
@@ -90,13 +83,13 @@ class Task:
     def open_program_at(self, dirfd: int, path: bytes) -> int:
         """The same for execveat(2): ``path`` relative to the task's descriptor ``dirfd``; empty = that file."""
         if not path:
-            return os.open(f"fd/{dirfd}", _O_PATH, dir_fd=self.fd)
+            return os.open(f"{self._proc}fd/{dirfd}", _O_PATH)
         return self._open_below(f"fd/{dirfd}", path)
 
     def _open_below(self, link: str, path: bytes) -> int:
         if not path:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        directory = os.open(link, _O_PATH_DIRECTORY, dir_fd=self.fd)
+        directory = os.open(self._proc + link, _O_PATH_DIRECTORY)
         try:
             return _openat2(directory, path, _PLAIN)
         except OSError as error:
@@ -105,8 +98,8 @@ class Task:
         finally:
             os.close(directory)
         # A symlink or '..' on the way may lead out of the directory: walk from the task's root.
-        root = os.readlink(b"root", dir_fd=self.fd)
-        here = os.readlink(os.fsencode(link), dir_fd=self.fd)
+        root = os.fsencode(os.readlink(self._proc + "root"))
+        here = os.fsencode(os.readlink(self._proc + link))
         if root != b"/":
             if not here.startswith(root + b"/") and here != root:
                 raise OSError(errno.ENOENT, "the directory is outside the task's root", path)
@@ -115,7 +108,7 @@ class Task:
 
     def running(self) -> tuple[int, int]:
         """(device, inode) of the program that the task runs now.  Raises ``OSError`` when it is gone."""
-        status = os.stat("exe", dir_fd=self.fd)
+        status = os.stat(self._proc + "exe")
         return status.st_dev, status.st_ino
 
     def command_line(self, limit: int) -> bytes:
@@ -139,20 +132,15 @@ class Task:
             return None
         return None if value == 0xFFFFFFFF else value
 
-    def kill(self) -> None:
-        """SIGKILL to this very process, whatever has become of its pid; nothing where it is gone."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.fd, signal.SIGKILL)
-
     def working_directory(self) -> str:
         """Where the task is, as a path for people; empty where it cannot be told."""
         try:
-            return os.readlink("cwd", dir_fd=self.fd)
+            return os.readlink(self._proc + "cwd")
         except OSError:
             return ""
 
     def _read(self, name: str, limit: int) -> bytes:
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+        fd = os.open(self._proc + name, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return os.read(fd, limit)
         finally:
@@ -174,23 +162,38 @@ def _own_link(path: bytes) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def pinned(tid: int) -> Iterator[Task]:
-    """A task that is closed at the end of the block."""
-    task = Task(tid)
-    try:
-        yield task
-    finally:
-        task.close()
+class Process:
+    """A process held by a pidfd, so that its pid cannot come to mean another; ``close`` it after use."""
 
+    __slots__ = ("_pidfd", "task")
 
-def is_leader(tid: int) -> bool:
-    """Whether a thread leads its thread group, so that its /proc/TID survives its exec."""
-    try:
-        os.close(os.pidfd_open(tid))
-    except OSError:  # EINVAL, since Linux 6.9 ENOENT: a thread that is no leader
-        return False
-    return True
+    def __init__(self, tid: int) -> None:
+        """Of a thread that is no leader, the process is taken: after its exec that thread leads it.
+
+        Raises ``OSError`` where it is gone.
+        """
+        try:
+            self._pidfd = os.pidfd_open(tid)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOENT):  # Linux 6.9 says ENOENT
+                raise
+            tid = Task(tid).credentials().tgid
+            self._pidfd = os.pidfd_open(tid)
+        self.task = Task(tid)
+
+    def running(self) -> tuple[int, int]:
+        """As ``Task.running``, of this very process.  Raises ``OSError`` when it is gone."""
+        found = self.task.running()
+        self.signal(0)  # still there: so it was this process that was looked at
+        return found
+
+    def signal(self, number: int) -> None:
+        """pidfd_send_signal(2).  Raises ``ProcessLookupError`` when it is gone."""
+        signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        """Lets go of it."""
+        os.close(self._pidfd)
 
 
 def duplicate_descriptor(pid: int, fd: int) -> int:
