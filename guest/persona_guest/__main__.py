@@ -128,6 +128,7 @@ def run(settings: Settings) -> int:
     systemd.notify(f"READY=1\nSTATUS={settings.mode} mode, VM {settings.vm.name}")
     log.info("ready: %s mode, %d sessions taken up", settings.mode, len(supervisor.sessions))
     # what start-up made stays for good: the collector need not walk it again and again between two execs
+    sys.setswitchinterval(0.0005)  # the recorder's thread must not keep a waiting exec for 5 ms
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     loop.run()
