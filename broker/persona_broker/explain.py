@@ -1,6 +1,7 @@
 """What would be decided, and why each policy does or does not apply: the operator's dry run, without a guest."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persona.decisions import Decision, Program, Request, Subject
@@ -34,13 +35,14 @@ def program_named(word: str) -> Program:
     return Program(f"/usr/bin/{word}", (word,), (f"/usr/bin/{word}",))
 
 
-def explain(
-    snapshot: Snapshot, subject: Subject, argv: tuple[str, ...], load: dict[str, float], now: float
-) -> Explanation:
-    """Pure: the world is the load and the time given, with no latch held from before."""
+def world_of(snapshot: Snapshot, load: Mapping[str, float], now: float) -> World:
+    """A world of this load and time, with no threshold exceeded from before."""
     sample = Sample(now, load, "explain")
-    latches = latch(frozenset(), thresholds(snapshot.conditions), sample)
-    world = World(sample, latches, now, 1.0)
+    return World(sample, latch(frozenset(), thresholds(snapshot.conditions), sample), now, 1.0)
+
+
+def explain(snapshot: Snapshot, subject: Subject, argv: tuple[str, ...], world: World) -> Explanation:
+    """Pure: the same engine as for guests."""
     outlook = look(snapshot.conditions, world, 0)
     program = program_named(argv[0])
     decision = snapshot.decide(Request(subject, "", program, argv, "/"), outlook)

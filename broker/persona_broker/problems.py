@@ -1,9 +1,10 @@
 """Errors over HTTP: RFC 9457 problem documents with our stable codes."""
 
+import sqlite3
 from http import HTTPStatus
 
 from flask import Flask, Response, jsonify
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from persona.problems import Fault, PersonaError, Reason
 
@@ -36,16 +37,27 @@ def register(app: Flask) -> None:
 
     def ours(error: PersonaError) -> Response:
         status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
-        return problem(status, error.code, error.message)
+        response = problem(status, error.code, error.message)
+        if error.code is Fault.UNAUTHENTICATED:
+            response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+    def record(error: sqlite3.Error) -> Response:
+        app.logger.error("the record cannot be used: %s", error)
+        return problem(503, Fault.NOT_READY, "the broker's record cannot be used; its log says why")
 
     def http(error: HTTPException) -> Response:
         status = error.code or 500
-        return problem(status, _CODE.get(status, Fault.BAD_REQUEST), error.description or "")
+        response = problem(status, _CODE.get(status, Fault.BAD_REQUEST), error.description or "")
+        if isinstance(error, MethodNotAllowed) and error.valid_methods:
+            response.allow.update(error.valid_methods)
+        return response
 
     def unexpected(error: Exception) -> Response:
         app.logger.exception("unexpected error", exc_info=error)
         return problem(500, Fault.INTERNAL, "the broker failed; its log says why")
 
     app.register_error_handler(PersonaError, ours)
+    app.register_error_handler(sqlite3.Error, record)
     app.register_error_handler(HTTPException, http)
     app.register_error_handler(Exception, unexpected)

@@ -1,5 +1,6 @@
 """The broker's settings: flags over broker.toml over these defaults, each with its reason."""
 
+import ipaddress
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from persona.problems import Fault, PersonaError
+
+WORKERS_MAX = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,7 @@ class Settings:
     tls_cert: str = "/etc/persona/broker.crt"
     tls_key: str = "/etc/persona/broker.key"
     load_source: str = "psutil"  # the broker runs on the host that it judges
+    load_max_age_s: int = 15  # seven missed samples: the watcher is gone, not late
     workers: int = 2  # decisions are CPU: about one a core on a small host
     insecure_loopback: bool = False  # HTTP without TLS, on 127.0.0.1 only
 
@@ -36,18 +40,31 @@ def load(path: Path) -> Settings:
         if key not in known:
             raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {key}: unknown key; known: {', '.join(known)}")
         if type(value) is not known[key]:
-            raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {key}: expected {known[key]}")
+            wanted = getattr(known[key], "__name__", known[key])
+            raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {key}: expected {wanted}, not {value!r}")
     return replace(Settings(), **values)
 
 
-def check_binds(settings: Settings) -> None:
-    """Raises ``PersonaError`` where a bind would speak plainly to the network."""
+def check(settings: Settings) -> None:
+    """What no type says.  Raises ``PersonaError``, also where a bind would speak plainly to the network."""
     if settings.load_source not in ("psutil", "set"):
         raise PersonaError(Fault.BAD_DOCUMENT, "load_source: expected 'psutil' or 'set'")
+    if not 3 <= settings.load_max_age_s <= 3600:  # it is sampled every 2 s
+        raise PersonaError(Fault.BAD_DOCUMENT, "load_max_age_s: expected 3 to 3600")
+    if not 1 <= settings.workers <= WORKERS_MAX:
+        raise PersonaError(Fault.BAD_DOCUMENT, f"workers: expected 1 to {WORKERS_MAX}")
     for bind in (settings.bind, settings.events_bind):
-        if bind.startswith("unix:"):
+        if bind.startswith("unix:/"):
             continue
-        if not re.fullmatch(r"[0-9A-Za-z.:\[\]-]*:\d{1,5}", bind):
+        host, _, port = bind.rpartition(":")
+        if not re.fullmatch(r"[0-9A-Za-z.-]*|\[[0-9A-Fa-f:.]+\]", host) or not re.fullmatch(r"\d{1,5}", port):
             raise PersonaError(Fault.BAD_DOCUMENT, f"bind: {bind!r}: expected HOST:PORT or unix:/PATH")
-        if settings.insecure_loopback and not bind.startswith("127."):
-            raise PersonaError(Fault.BAD_DOCUMENT, f"bind: {bind!r}: without TLS only 127.0.0.1 is served")
+        if settings.insecure_loopback and not _is_loopback(host.strip("[]")):
+            raise PersonaError(Fault.BAD_DOCUMENT, f"bind: {bind!r}: without TLS only 127.0.0.1 or [::1] is served")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name: who knows where it leads tomorrow
+        return False

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persona_broker.policy.engine import Snapshot
-from persona_broker.policy.outlook import Outlook, World, look
+from persona_broker.policy.outlook import Outlook, Sample, World, look
 from persona_broker.store.sqlite import Store
 
-SAMPLE_MAX_AGE_S = 15.0  # seven missed samples: the watcher is gone, not late
 _JUDGE_EVERY_S = 1.0  # hours begin and samples age without anybody writing
 
 
@@ -25,6 +24,7 @@ class View:
     revoked: frozenset[str]
     generation: int
     guests: Mapping[str, str]  # by the hash of their token
+    sample: Sample | None
     written: int  # the record's ``data_version`` that this was made from
     judged_at: float  # monotonic
 
@@ -32,8 +32,9 @@ class View:
 class State:
     """One per process; ``current`` may be called from any thread."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, load_max_age_s: float) -> None:
         self.store = store
+        self._load_max_age_s = load_max_age_s
         self._lock = threading.Lock()
         self._view = self._load(None)
 
@@ -58,9 +59,9 @@ class State:
                 snapshot, revoked = previous.snapshot, previous.revoked
             else:
                 snapshot, revoked = self.store.snapshot(), self.store.revoked()
-            world = World(self.store.sample(), self.store.latches(), time.time(), SAMPLE_MAX_AGE_S)
+            world = World(self.store.sample(), self.store.latches(), time.time(), self._load_max_age_s)
             guests = self.store.tokens()
         outlook = look(snapshot.conditions, world, generation)
         if previous is not None and outlook == previous.outlook and snapshot is previous.snapshot:
             outlook = previous.outlook  # the same object: what was made for it stays good
-        return View(snapshot, outlook, revoked, generation, guests, written, time.monotonic())
+        return View(snapshot, outlook, revoked, generation, guests, world.sample, written, time.monotonic())

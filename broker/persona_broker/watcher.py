@@ -13,7 +13,6 @@ import time
 
 from persona_broker.host.load import LoadSource
 from persona_broker.policy.outlook import Sample, World, latch, look, thresholds
-from persona_broker.state import SAMPLE_MAX_AGE_S
 from persona_broker.store.sqlite import Store
 
 log = logging.getLogger("persona.watcher")
@@ -25,11 +24,12 @@ _LOOK_EVERY_S = 0.02  # how soon a change made by another process is pushed
 class Watcher:
     """``generation`` and ``changed`` are for the streams of the same process."""
 
-    def __init__(self, store: Store, source: LoadSource) -> None:
+    def __init__(self, store: Store, source: LoadSource, load_max_age_s: float) -> None:
         self.changed = threading.Condition()
         self.generation = store.generation()
         self._store = store
         self._source = source
+        self._load_max_age_s = load_max_age_s
         self._snapshot, self._loaded = store.snapshot(), self.generation
         self._unmet: frozenset[str] | None = None
         self._seen: int | None = None
@@ -65,7 +65,7 @@ class Watcher:
             latches = latch(latches, thresholds(self._snapshot.conditions), sample)
             self._store.put_sample(sample, latches)
             self._sample_at = time.monotonic() + _SAMPLE_EVERY_S
-        world = World(sample, latches, time.time(), SAMPLE_MAX_AGE_S)
+        world = World(sample, latches, time.time(), self._load_max_age_s)
         unmet = frozenset(look(self._snapshot.conditions, world, generation).unmet)
         if self._unmet is not None and unmet != self._unmet:
             log.info("conditions changed; not met now: %s", ", ".join(sorted(unmet)) or "none")

@@ -36,20 +36,13 @@ class Broker:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.api, self.events = directory / "api.sock", directory / "events.sock"
+        (directory / "token").touch(mode=0o600)
         (directory / "token").write_text(TOKEN)
         self.process: subprocess.Popen[bytes] | None = None
 
     def argv(self, *words: str) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "persona_broker",
-            "--config",
-            "/nonexistent",
-            "--db",
-            f"{self.directory}/db",
-            *words,
-        ]
+        head = [sys.executable, "-m", "persona_broker", "--config", f"{self.directory}/broker.toml"]
+        return [*head, "--db", f"{self.directory}/db", *words]
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.argv(*words), capture_output=True, text=True, timeout=30, env=environment())
@@ -72,6 +65,12 @@ class Broker:
         if self.process is not None:
             self.process.terminate()
             self.process.wait(20)
+
+    def stream(self, token: str = TOKEN) -> tuple[UnixHttp, http.client.HTTPResponse]:
+        """An event stream that has just begun; close the first."""
+        connection = UnixHttp(self.events)
+        connection.request("GET", "/v1/events", headers={"Authorization": f"Bearer {token}"})
+        return connection, connection.getresponse()
 
     def call(self, method: str, path: str, body: object = None, token: str = TOKEN) -> tuple[int, Any]:
         connection = UnixHttp(self.api)

@@ -1,9 +1,12 @@
 """The operator's commands: files with their lines, dry runs, certificates and tokens."""
 
 import json
+import os
+import pwd
 import ssl
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -112,7 +115,98 @@ def test_certificates(cli: Broker, tmp_path: Path) -> None:
     context.load_cert_chain(tmp_path / "tls" / "broker.crt", tmp_path / "tls" / "broker.key")
 
 
-def test_plain_http_is_for_the_loopback_only(cli: Broker) -> None:
-    done = cli.run("serve", "--bind", "0.0.0.0:1", "--events-bind", "127.0.0.1:2", "--insecure-loopback")
+def test_a_token_file_that_was_there_becomes_private(cli: Broker, tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("x" * 100)
+    (tmp_path / "t").chmod(0o644)
+    assert cli.run("guest", "add", "vm-1", "--token-file", str(tmp_path / "t")).returncode == 0
+    assert stat.S_IMODE((tmp_path / "t").stat().st_mode) == 0o600
+    assert len((tmp_path / "t").read_text().strip()) == 43
+
+
+@pytest.mark.parametrize(
+    ("mode", "token", "why"),
+    [(0o644, "t" * 43, "others may read"), (0o600, "", "at least"), (0o600, "short", "at least")],
+)
+def test_tokens_that_are_none_are_not_registered(cli: Broker, tmp_path: Path, mode: int, token: str, why: str) -> None:
+    (tmp_path / "t").write_text(token)
+    (tmp_path / "t").chmod(mode)
+    done = cli.run("serve", "--guest", "vm-1", "--guest-token-file", str(tmp_path / "t"))
     assert done.returncode == 1
-    assert "without TLS only 127.0.0.1" in done.stderr
+    assert why in done.stderr
+    assert cli.run("guest", "list").stdout == "\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_makes_is_the_services(cli: Broker, tmp_path: Path) -> None:
+    user = pwd.getpwnam("nobody")
+    state = tmp_path / "state"
+    state.mkdir()
+    os.chown(state, user.pw_uid, user.pw_gid)
+    assert cli.run("--db", str(state / "db"), "apply", str(ROOT / "examples")).returncode == 0
+    assert cli.run("tls", "init", "--dir", str(tmp_path / "tls"), "--host", "b", "--user", "nobody").returncode == 0
+    for file in (*state.iterdir(), tmp_path / "tls" / "broker.key"):
+        assert (file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) == (user.pw_uid, 0o600)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("colour = 'red'", "colour: unknown key"),
+        ("workers = '2'", "workers: expected int"),
+        ("workers = 0", "workers: expected 1 to 32"),
+        ("load_source = 'dice'", "load_source: expected"),
+        ("load_max_age_s = 1", "load_max_age_s: expected 3"),
+        ("= =", "broker.toml: "),
+    ],
+)
+def test_settings_that_are_refused(cli: Broker, tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "broker.toml").write_text(text)
+    done = cli.run("serve")
+    assert done.returncode == 1
+    assert why in done.stderr
+
+
+def test_errors_of_files_are_one_line(cli: Broker, tmp_path: Path) -> None:
+    (tmp_path / "db").mkdir()
+    done = cli.run("guest", "list")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+    done = cli.run("guest", "add", "vm", "--token-file", str(tmp_path / "no" / "t"), "--db")
+    assert done.returncode == 2
+    (tmp_path / "x").write_text("not a database, but long enough to be taken for one " * 10)
+    done = cli.run("--db", str(tmp_path / "x"), "guest", "list")
+    assert (done.returncode, done.stderr.count("\n")) == (3, 1)
+
+
+def test_explain_without_a_load_is_about_right_now(cli: Broker) -> None:
+    assert cli.run("apply", str(ROOT / "examples")).returncode == 0
+    ask = ("explain", "--user", "alice", "--vm", "analytics-1", "--", "git", "log")
+    assert cli.run(*ask).stdout.startswith("denied, load_unknown")
+    cli.run("load", "set", "cpu=10")
+    cli.start("--workers", "1")
+    try:
+        assert cli.run(*ask).stdout.startswith("granted under DataAnalyst")
+        cli.run("load", "set", "cpu=80")
+        time.sleep(0.3)
+        cli.run("load", "set", "cpu=65")
+        time.sleep(0.3)
+        assert cli.run(*ask).stdout.startswith("denied, load_exceeds_threshold")  # 65 % on the way down
+        assert json.loads(cli.run("load", "show", "--json").stdout)["load"] == {"cpu": 65.0}
+    finally:
+        cli.stop()
+
+
+def test_hours_by_the_clock_that_is_given(cli: Broker, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(
+        "{kind: Persona, name: A, command_whitelist: [ls]}\n---\n"
+        "{kind: Policy, name: a, subjects: {users: [alice]}, persona: A,"
+        " when: {hours: 'Mon-Fri 07:00-20:00 Europe/Berlin'}}"
+    )
+    for moment, begins in (
+        ("2026-11-24T06:00:00+00:00", "granted"),
+        ("2026-11-24T05:59:59+00:00", "denied, outside_hours: it holds Mon-Fri"),
+        ("2026-07-06T05:00:00+00:00", "granted"),  # summer time
+        ("2026-11-28T12:00:00+00:00", "denied, outside_hours"),
+    ):
+        files = ("--files", str(tmp_path / "x.yaml"), "--at", moment)
+        done = cli.run("explain", "--user", "alice", "--vm", "vm", *files, "--", "ls")
+        assert done.stdout.startswith(begins), moment

@@ -26,17 +26,18 @@ def decide() -> Response:
     name, view = caller()
     value = codec.mapping(body(), "", ("request",), ("min_generation", "explain"))
     request = codec.decode_request(value["request"])
+    explain = codec.boolean(value.get("explain", False), "explain")
     own(request.subject.vm, name)
     _check_current(value, view)
     decision: Decision
     if request.session in view.revoked:
-        decision = Denied(Reason.SESSION_REVOKED, help="an operator revoked this session", lease=_RETRY)
+        help_ = "an operator revoked this session"
+        decision = Denied(Reason.SESSION_REVOKED, help=help_, lease=_RETRY, generation=view.generation)
     else:
         decision = view.snapshot.decide(request, view.outlook)
-    metrics.decided(decision, time.perf_counter() - started)
-    answer = codec.encode_decision(decision)
-    answer["generation"] = view.generation
-    return Response(json.dumps(answer), content_type="application/json")
+    if not explain:  # a question, not a program start
+        metrics.decided(decision, time.perf_counter() - started)
+    return Response(json.dumps(codec.encode_decision(decision)), content_type="application/json")
 
 
 _RETRY = Lease(30.0, Width.ARGV)
@@ -65,6 +66,8 @@ def _admission(*, opening: bool) -> Response:
     name, view = caller()
     value = codec.mapping(body(), "", ("session", "subject", "service", "remote"), ("min_generation",))
     subject = codec.decode_subject(value["subject"])
+    ident = codec.string(value["session"], "session", 64)
+    service, remote = (codec.string(value[field], field) for field in ("service", "remote"))
     own(subject.vm, name)
     _check_current(value, view)
     admission = view.snapshot.admit(subject, view.outlook)
@@ -76,17 +79,8 @@ def _admission(*, opening: bool) -> Response:
             generation=view.generation,
         )
         return jsonify(admitted=False, denied=codec.encode_decision(denied))
-    ident = codec.string(value["session"], "session", 64)
     if opening:
-        row = SessionRow(
-            ident,
-            name,
-            subject,
-            codec.string(value["service"], "service"),
-            codec.string(value["remote"], "remote"),
-            time.time(),
-            revoked=False,
-        )
+        row = SessionRow(ident, name, subject, service, remote, time.time(), revoked=False)
         if not state().store.open_session(row):
             raise PersonaError(Fault.CONFLICT, "another guest has a session of that name")
     entry = admission.entry

@@ -1,40 +1,89 @@
 """The push: one line when something changed, one every few seconds so that silence means a dead stream."""
 
 import json
-import threading
+import logging
+import sqlite3
+from collections import deque
 from collections.abc import Iterator
 
-from flask import Blueprint, Response, current_app
+from flask import Blueprint, Response, current_app, request
 
 from persona.problems import Fault, PersonaError
+from persona_broker import metrics
 from persona_broker.api.guests import guest
+from persona_broker.state import State
 from persona_broker.watcher import Watcher
+
+log = logging.getLogger("persona.events")
 
 blueprint = Blueprint("events", __name__)
 
 BEAT_S = 5.0
 STREAMS_MAX = 500  # each holds a thread of this process, which does nothing else
-_streams = threading.BoundedSemaphore(STREAMS_MAX)
+STREAMS_OF_GUEST = 4  # an agent has one; after a cut its old one may not have ended yet
+
+
+class Streams:
+    """The open streams of this process: of each guest the newest few, so that none can take them all."""
+
+    def __init__(self, watcher: Watcher, state: State) -> None:
+        self._watcher = watcher
+        self._state = state
+        self._open: dict[str, deque[object]] = {}
+
+    def open(self, guest: str) -> object:
+        """A new stream; the guest's oldest ends where it is one too many.  Raises ``PersonaError`` (overloaded)."""
+        stream = object()
+        with self._watcher.changed:
+            mine = self._open.setdefault(guest, deque(maxlen=STREAMS_OF_GUEST))
+            if len(mine) < STREAMS_OF_GUEST and self._count() >= STREAMS_MAX:
+                raise PersonaError(Fault.OVERLOADED, f"{STREAMS_MAX} streams are open already")
+            mine.append(stream)
+            metrics.streams(self._count())
+            self._watcher.changed.notify_all()
+        return stream
+
+    def close(self, guest: str, stream: object) -> None:
+        """It is gone, or was ended by a newer one before."""
+        with self._watcher.changed:
+            mine = self._open.get(guest, deque())
+            if stream in mine:
+                mine.remove(stream)
+            if not mine:
+                self._open.pop(guest, None)
+            metrics.streams(self._count())
+
+    def lines(self, guest: str, stream: object) -> Iterator[bytes]:
+        """JSON lines for as long as the guest listens, is registered and has no newer streams."""
+        seen, why = self._watcher.generation, "hello"
+        while stream in self._open.get(guest, ()) and self._registered(guest):
+            yield json.dumps({"generation": seen, "why": why}).encode() + b"\n"
+            with self._watcher.changed:
+                if self._watcher.generation == seen:
+                    self._watcher.changed.wait(BEAT_S)
+                why = "beat" if self._watcher.generation == seen else "changed"
+                seen = self._watcher.generation
+
+    def _registered(self, guest: str) -> bool:
+        try:
+            return guest in self._state.current().guests.values()
+        except sqlite3.Error as error:
+            log.error("a stream ends, the record cannot be used: %s", error)
+            return False
+
+    def _count(self) -> int:
+        return sum(map(len, self._open.values()))
 
 
 @blueprint.get("/v1/events")
 def events() -> Response:
-    """JSON lines for as long as the guest listens."""
-    guest()
-    watcher: Watcher = current_app.extensions["watcher"]
-    if not _streams.acquire(blocking=False):
-        raise PersonaError(Fault.OVERLOADED, f"{STREAMS_MAX} streams are open already")
-    response = Response(_lines(watcher), content_type="application/x-ndjson")
-    response.call_on_close(_streams.release)
+    """The caller's stream."""
+    from persona_broker.workers import let_last  # with gunicorn, which serves us
+
+    name = guest()
+    streams: Streams = current_app.extensions["streams"]
+    let_last(request.environ["gunicorn.socket"])
+    stream = streams.open(name)
+    response = Response(streams.lines(name, stream), content_type="application/x-ndjson")
+    response.call_on_close(lambda: streams.close(name, stream))
     return response
-
-
-def _lines(watcher: Watcher) -> Iterator[bytes]:
-    seen, why = watcher.generation, "hello"
-    while True:
-        yield json.dumps({"generation": seen, "why": why}).encode() + b"\n"
-        with watcher.changed:
-            if watcher.generation == seen:
-                watcher.changed.wait(BEAT_S)
-            why = "beat" if watcher.generation == seen else "changed"
-            seen = watcher.generation

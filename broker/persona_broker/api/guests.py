@@ -40,11 +40,17 @@ def own(vm: str, caller: str) -> None:
 
 def body() -> Any:
     """The request's JSON.  Raises ``PersonaError`` (bad_request, too_large)."""
-    if (request.content_length or 0) > MAX_BODY:
-        raise PersonaError(Fault.TOO_LARGE, f"at most {MAX_BODY} bytes")
     if request.mimetype != "application/json":
         raise PersonaError(Fault.BAD_REQUEST, "expected content type application/json")
-    data = request.get_data(cache=False)
+    # read by hand: a body in chunks names no length, and older werkzeug then has no bound
+    data = b""
+    while len(data) <= MAX_BODY and (request.content_length or 0) <= MAX_BODY:
+        block = request.stream.read(MAX_BODY + 1 - len(data))
+        if not block:
+            break
+        data += block
+    else:
+        raise PersonaError(Fault.TOO_LARGE, f"at most {MAX_BODY} bytes")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

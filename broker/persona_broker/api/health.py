@@ -29,6 +29,6 @@ def readyz() -> Response:
 
 @blueprint.get("/metrics")
 def numbers() -> Response:
-    """Prometheus text; counters are this worker's own, labelled with its process."""
+    """Prometheus text, of all workers of this broker whichever answers."""
     view = state().current()
     return Response(metrics.render(view, state().store.records_lost()), content_type="text/plain; version=0.0.4")

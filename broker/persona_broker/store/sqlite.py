@@ -6,6 +6,7 @@ raised in the same transaction as the change that it announces.
 
 import hashlib
 import json
+import os
 import secrets
 import sqlite3
 import threading
@@ -68,7 +69,11 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # before SQLite makes it: who may read it knows every guest's commands
+        if not path.exists():  # before SQLite makes it: who may read it knows every guest's commands
+            path.touch(mode=0o600)
+            if os.geteuid() == 0:  # 'sudo persona-broker apply' must not keep the service's user out
+                owner = path.parent.stat()
+                os.chown(path, owner.st_uid, owner.st_gid)
         self._lock = threading.RLock()
         self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
@@ -216,9 +221,12 @@ class Store:
         return token
 
     def remove_guest(self, name: str) -> bool:
-        """Whether there was one."""
+        """Whether there was one; its event streams end."""
         with self._write() as db:
-            return db.execute("DELETE FROM guests WHERE name = ?", (name,)).rowcount > 0
+            found = db.execute("DELETE FROM guests WHERE name = ?", (name,)).rowcount > 0
+            if found:
+                _raise(db)
+            return found
 
     def guests(self) -> list[str]:
         """The names of all guests."""

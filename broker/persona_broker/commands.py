@@ -1,0 +1,283 @@
+"""The operator's commands: each takes the parsed arguments and the settings, prints, and returns the exit code.
+
+Imports what it needs itself, so that no command waits for what only another one uses.
+"""
+
+import argparse
+import json
+import os
+import pwd
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona.conditions import METRICS
+from persona.problems import Fault, PersonaError
+from persona_broker.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from persona.documents import Document
+    from persona_broker.store.sqlite import Store
+
+
+_SERVICE_USER = "persona-broker"  # of the package's unit
+
+
+def store_of(settings: Settings) -> "Store":
+    """The record.  Raises ``sqlite3.Error``, ``OSError``."""
+    from persona_broker.store.sqlite import Store
+
+    return Store(Path(settings.db))
+
+
+def _say(arguments: argparse.Namespace, value: Any, text: str) -> None:
+    print(json.dumps(value) if arguments.json else text)
+
+
+def documents_of(paths: list[Path]) -> "Sequence[Document]":
+    """All documents of files and directories.  Raises ``PersonaError`` with everything that is wrong."""
+    from persona_broker.files import load
+
+    loaded = load(paths)
+    if loaded.problems:
+        raise PersonaError(Fault.BAD_DOCUMENT, "\n".join(["refused:", *map(str, loaded.problems)]))
+    return loaded.documents
+
+
+def check(arguments: argparse.Namespace, _settings: Settings) -> int:
+    """``check FILES``: 0 nothing wrong, 1 problems, each with file, line, field and fix."""
+    from persona_broker.files import load
+
+    loaded = load(arguments.files)
+    if arguments.json:
+        problems = [
+            {
+                "file": p.file,
+                "line": p.line,
+                "field": p.finding.path,
+                "message": p.finding.message,
+                "fix": p.finding.fix,
+            }
+            for p in loaded.problems
+        ]
+        print(json.dumps({"documents": len(loaded.documents), "problems": problems}))
+    else:
+        for problem in loaded.problems:
+            print(problem)
+        count = len(loaded.problems)
+        print(f"{len(loaded.documents)} documents, " + (f"{count} problems" if count else "no problems"))
+    return 1 if loaded.problems else 0
+
+
+def apply(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``apply FILES``: the whole set is replaced, or nothing is."""
+    documents = documents_of(arguments.files)
+    store = store_of(settings)
+    if arguments.dry_run:
+        before = {(type(d).__name__, d.name): d for d, _ in store.documents()}
+        after = {(type(d).__name__, d.name): d for d in documents}
+        changes = {
+            "added": [" ".join(key) for key in after if key not in before],
+            "changed": [" ".join(key) for key in after if key in before and after[key] != before[key]],
+            "removed": [" ".join(key) for key in before if key not in after],
+        }
+    else:
+        applied = store.apply(documents)
+        changes = {
+            "added": list(applied.added),
+            "changed": list(applied.changed),
+            "removed": list(applied.removed),
+        }
+    lines = [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
+    _say(arguments, {**changes, "dry_run": arguments.dry_run}, "\n".join(lines) or "nothing changed")
+    return 0
+
+
+def explain(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``explain -- CMD``: 0 granted, 1 denied.  With neither files nor a load given, as it is right now."""
+    from persona.codec import encode_decision
+    from persona.decisions import Granted, Subject
+    from persona_broker.explain import explain, world_of
+    from persona_broker.policy.outlook import World
+    from persona_broker.store.sqlite import make_snapshot
+
+    now = time.time()
+    if arguments.at:
+        try:
+            moment = datetime.fromisoformat(arguments.at)
+        except ValueError as error:
+            raise PersonaError(Fault.BAD_REQUEST, f"--at: {error}") from None
+        now = moment.timestamp()
+    if arguments.files:
+        snapshot = make_snapshot((document, 0) for document in documents_of(arguments.files))
+        world = world_of(snapshot, {}, now)
+    else:
+        store = store_of(settings)
+        snapshot = store.snapshot()
+        world = World(store.sample(), store.latches(), now, float(settings.load_max_age_s))
+    if arguments.load:
+        world = world_of(snapshot, _load(arguments.load.split(",")), now)
+    subject = Subject(arguments.user, tuple(arguments.group), arguments.vm)
+    found = explain(snapshot, subject, tuple(arguments.command), world)
+    decision = found.decision
+    lines = [f"  {c.policy} -> {c.persona}: {c.verdict}" for c in found.considered]
+    if isinstance(decision, Granted):
+        head = f"granted under {decision.persona.name} (policy {decision.policy})"
+    else:
+        head = f"denied, {decision.reason}: {decision.help}"
+    considered = [{"policy": c.policy, "persona": c.persona, "verdict": c.verdict} for c in found.considered]
+    value = {"decision": encode_decision(decision), "considered": considered}
+    _say(arguments, value, "\n".join([head, *lines]))
+    return 0 if isinstance(decision, Granted) else 1
+
+
+def guest_add(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``guest add NAME``: a new token, shown this once; an old one of that guest is refused from now on."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
+        raise PersonaError(Fault.BAD_REQUEST, f"{arguments.name!r} is no VM name: letters, digits, '.', '_', '-'")
+    token = store_of(settings).add_guest(arguments.name)
+    if arguments.token_file:
+        fd = os.open(arguments.token_file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with open(fd, "w") as file:
+            os.fchmod(fd, 0o600)  # it may have been there before
+            file.truncate()
+            file.write(token + "\n")
+        _say(
+            arguments,
+            {"guest": arguments.name, "token_file": str(arguments.token_file)},
+            f"{arguments.name} added",
+        )
+    else:
+        _say(arguments, {"guest": arguments.name, "token": token}, token)
+    return 0
+
+
+def guest_list(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``guest list``."""
+    names = store_of(settings).guests()
+    _say(arguments, names, "\n".join(names))
+    return 0
+
+
+def guest_remove(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``guest remove NAME``: its token and its event streams end."""
+    if not store_of(settings).remove_guest(arguments.name):
+        raise PersonaError(Fault.NOT_FOUND, f"there is no guest {arguments.name!r}")
+    _say(arguments, {"removed": arguments.name}, f"{arguments.name} removed")
+    return 0
+
+
+def _load(values: list[str]) -> dict[str, float]:
+    found = {}
+    for value in values:
+        metric, _, number = value.partition("=")
+        try:
+            percent = float(number)
+        except ValueError:
+            percent = -1
+        if metric not in METRICS or not 0 <= percent <= 100:
+            raise PersonaError(Fault.BAD_REQUEST, f"{value!r}: expected {'|'.join(METRICS)}=0..100")
+        found[metric] = percent
+    return found
+
+
+def load_set(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``load set METRIC=PERCENT``: all that the settable source says; a metric left out is unknown."""
+    load = _load(arguments.values)
+    store = store_of(settings)
+    store.put_set_load(load)
+    sample = store.sample()
+    if sample is not None and sample.source != "set":
+        note = f"persona-broker: the load is from {sample.source}; this counts once the broker has load_source = set"
+        print(note, file=sys.stderr)
+    _say(arguments, load, ", ".join(f"{metric} {percent:g} %" for metric, percent in load.items()))
+    return 0
+
+
+def load_show(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``load show``: what decisions are made from."""
+    sample = store_of(settings).sample()
+    if sample is None:
+        raise PersonaError(Fault.NOT_FOUND, "there is no sample: is the events process running?")
+    age = time.time() - sample.at
+    text = ", ".join(f"{metric} {percent:.0f} %" for metric, percent in sample.load.items()) or "nothing known"
+    value = {"load": dict(sample.load), "age_s": round(age, 1), "source": sample.source}
+    _say(arguments, value, f"{text} ({sample.source}, {age:.0f} s ago)")
+    return 0
+
+
+def sessions(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``sessions list``."""
+    rows = store_of(settings).sessions()
+    value = [
+        {"id": r.id, "guest": r.guest, "user": r.subject.user, "service": r.service, "remote": r.remote,
+         "opened_at": r.opened_at, "revoked": r.revoked}
+        for r in rows
+    ]  # fmt: skip
+    lines = [
+        f"{r.id}  {r.guest}  {r.subject.user}  {r.service}  {datetime.fromtimestamp(r.opened_at):%F %T}"
+        + ("  revoked" if r.revoked else "")
+        for r in rows
+    ]
+    _say(arguments, value, "\n".join(lines))
+    return 0
+
+
+def revoke(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``sessions revoke ID``: guests hear of it at once."""
+    if store_of(settings).revoke_session(arguments.id) is None:
+        raise PersonaError(Fault.NOT_FOUND, f"there is no open session {arguments.id!r}")
+    _say(arguments, {"revoked": arguments.id}, f"{arguments.id} revoked")
+    return 0
+
+
+def tail(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``records tail``: oldest first; with ``--follow`` until interrupted."""
+    store = store_of(settings)
+    last = 0
+    rows = store.records(0, arguments.n)
+    while True:
+        for last, guest, record in rows:  # noqa: B007 - the last number is where to go on
+            _say(arguments, {"guest": guest, **record}, _record_line(guest, record))
+        if not arguments.follow:
+            return 0
+        sys.stdout.flush()
+        time.sleep(0.5)
+        rows = store.records(last, 1000) if last else store.records(0, 1000)
+
+
+def _record_line(guest: str, record: dict[str, Any]) -> str:
+    what = record["reason"] or record["event"]
+    under = f"{record['persona'] or '-'} ({record['policy'] or '-'})"
+    command = " ".join(record["argv"]) or record["event"]
+    safe = "".join(char if char.isprintable() else "?" for char in command)
+    moment = datetime.fromtimestamp(record["at"])
+    return f"{moment:%F %T}  {guest}  {record['user']}  {record['decision']}  {what}  {under}  {safe}"
+
+
+def tls_init(arguments: argparse.Namespace, _settings: Settings) -> int:
+    """``tls init``: a new authority each time, which guests must be given."""
+    from persona_broker import tls
+
+    replaced = (arguments.dir / "ca.pem").exists()
+    try:
+        tls.make(arguments.dir, arguments.host)
+    except subprocess.CalledProcessError as error:
+        raise PersonaError(Fault.INTERNAL, f"openssl: {error.stderr.decode(errors='replace')}") from error
+    if os.geteuid() == 0 and (arguments.user or _SERVICE_USER in {entry.pw_name for entry in pwd.getpwall()}):
+        try:
+            shutil.chown(arguments.dir / "broker.key", user=arguments.user or _SERVICE_USER)
+        except LookupError:
+            raise PersonaError(Fault.BAD_REQUEST, f"--user: there is no user {arguments.user!r}") from None
+    files = [str(arguments.dir / name) for name in ("ca.pem", "broker.crt", "broker.key")]
+    _say(arguments, files, "\n".join(files))
+    if replaced:
+        print("persona-broker: ca.pem is a new one; guests trust this broker again when they have it", file=sys.stderr)
+    return 0

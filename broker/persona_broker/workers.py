@@ -1,0 +1,84 @@
+"""gunicorn's thread worker with what it lacks towards clients: patience with a bound, and errors as problems.
+
+gunicorn's own timeout watches the worker, not its clients: as many slow ones as there are threads would
+hold them all.
+"""
+
+import contextlib
+import http
+import json
+import socket
+import threading
+import time
+from typing import Any
+from weakref import WeakSet
+
+from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException
+from gunicorn.workers.gthread import ThreadWorker
+
+from persona.problems import Fault
+
+REQUEST_MAX_S = 5.0  # from the first byte of a request to the last of its answer, which takes milliseconds
+PRESSED_MAX_S = 1.0  # the same while every thread is taken
+STUCK_MAX_S = 30.0  # how long a stream's client may leave everything unread
+
+_lasting: WeakSet[socket.socket] = WeakSet()
+
+
+def let_last(connection: socket.socket) -> None:
+    """Excepts a connection (``gunicorn.socket`` of the request) whose answer is meant to last.
+
+    It still ends when its client takes nothing off it for ``STUCK_MAX_S``.
+    """
+    connection.settimeout(STUCK_MAX_S)
+    if connection.family in (socket.AF_INET, socket.AF_INET6):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STUCK_MAX_S * 1000))
+    _lasting.add(connection)
+
+
+class BoundedWorker(ThreadWorker):
+    """Ends connections whose request takes too long to arrive or whose answer too long to be read."""
+
+    def init_process(self) -> None:
+        self._handling: dict[Any, float] = {}
+        threading.Thread(target=self._sweep, name="sweep", daemon=True).start()
+        super().init_process()
+
+    def handle(self, conn: Any) -> Any:
+        self._handling[conn] = time.monotonic()
+        try:
+            return super().handle(conn)
+        finally:
+            self._handling.pop(conn, None)
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """What is no HTTP is answered as every other error is; the rest is gunicorn's to log."""
+        if not isinstance(exc, ParseException):
+            super().handle_error(req, client, addr, exc)
+            return
+        status = http.HTTPStatus.BAD_REQUEST
+        if isinstance(exc, LimitRequestHeaders):
+            status = http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        elif isinstance(exc, LimitRequestLine):
+            status = http.HTTPStatus.REQUEST_URI_TOO_LONG
+        code = Fault.BAD_REQUEST if status == http.HTTPStatus.BAD_REQUEST else Fault.TOO_LARGE
+        body = {"type": "about:blank", "title": status.phrase, "status": status, "code": code, "detail": "not HTTP"}
+        data = json.dumps(body)
+        head = (
+            f"HTTP/1.1 {status:d} {status.phrase}\r\nConnection: close\r\n"
+            f"Content-Type: application/problem+json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
+        with contextlib.suppress(OSError):  # whoever sends no HTTP may not wait for the answer either
+            client.sendall((head + data).encode())
+
+    def _sweep(self) -> None:
+        while True:
+            time.sleep(0.5)
+            handling = [item for item in list(self._handling.items()) if item[0].sock not in _lasting]
+            patience = REQUEST_MAX_S if len(handling) < self.cfg.threads else PRESSED_MAX_S
+            latest = time.monotonic() - patience
+            for conn, since in handling:
+                if since < latest:
+                    with contextlib.suppress(OSError):  # it ended meanwhile
+                        # the plain socket below TLS: a TLS goodbye could block on the same peer
+                        socket.socket.shutdown(conn.sock, socket.SHUT_RDWR)

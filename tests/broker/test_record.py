@@ -1,0 +1,107 @@
+"""The record: versions, what is of one moment, what is bounded, and who may read the file."""
+
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from persona_broker.state import State
+from persona_broker.store.sqlite import SessionRow, Store
+
+from persona.codec import Record
+from persona.decisions import Subject
+from persona.documents import parse_document
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(tmp_path / "db")
+    yield store
+    store.close()
+
+
+def documents(*patterns: str) -> list[Any]:
+    return [
+        parse_document({"kind": "Persona", "name": "A", "command_whitelist": list(patterns)}),
+        parse_document({"kind": "Policy", "name": "a", "subjects": {"users": ["alice"]}, "persona": "A"}),
+    ]
+
+
+def test_a_version_is_new_only_where_the_content_is(store: Store) -> None:
+    assert store.apply(documents("ls")).added == ("Persona A", "Policy a")
+    first = store.generation()
+    assert store.apply(documents("ls")).changed == ()
+    assert store.apply(documents("cat")).changed == ("Persona A",)
+    assert store.apply(documents("ls")).changed == ("Persona A",)
+    assert [version for version, _ in store.versions("Persona", "A")] == [1, 2, 3]  # going back is a new version
+    assert store.versions("Persona", "A")[0][1] == documents("ls")[0]
+    assert store.generation() > first
+    assert store.apply(documents("ls")[:1]).removed == ("Policy a",)
+
+
+def test_nobody_else_reads_it(store: Store, tmp_path: Path) -> None:
+    store.apply(documents("ls"))
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("db*")} == {0o600}
+
+
+def test_records_and_sessions_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persona_broker.store.sqlite.RECORDS_KEPT", 10)
+    monkeypatch.setattr("persona_broker.store.sqlite.SESSIONS_KEPT", 5)
+    record = Record(1.0, "s", "alice", "/x", ("x",), "granted", None, "A", 1, "a", "exec", False, False)
+    for _ in range(6):
+        store.add_records("vm", [record] * 4, lost=1)
+    assert len(store.records(0, 100)) == 10
+    assert store.records_lost() == 6
+    for guest in ("vm", "other"):
+        for number in range(8):
+            ident = f"{guest}-{number}"
+            assert store.open_session(SessionRow(ident, guest, Subject("a", (), guest), "", "", number, False))
+            if number == 0:
+                store.revoke_session(ident)
+    # the newest of each, and the revoked one: who floods does not become free by it
+    assert {s.id for s in store.sessions() if s.guest == "vm"} == {"vm-0", "vm-4", "vm-5", "vm-6", "vm-7"}
+    assert store.revoked() == {"vm-0", "other-0"}
+
+
+def test_two_guests_cannot_share_a_session(store: Store) -> None:
+    row = SessionRow("s", "vm", Subject("alice", (), "vm"), "", "", 1.0, False)
+    assert store.open_session(row)
+    assert store.open_session(row)
+    assert not store.open_session(SessionRow("s", "other", Subject("bob", (), "other"), "", "", 1.0, False))
+    assert not store.end_session("s", "other")
+    assert store.end_session("s", "vm")
+
+
+def test_no_thread_answers_from_before_a_change(tmp_path: Path) -> None:
+    """Once a change is written, whoever asks gets it, also while another thread is busy loading it."""
+    writer, state = Store(tmp_path / "db"), State(Store(tmp_path / "db"), 15)
+    stop, late = threading.Event(), []
+    written = writer.generation()
+
+    def ask() -> None:
+        while not stop.is_set():
+            known = written
+            found = state.current().generation
+            if found < known:
+                late.append((found, known))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        written = writer.raise_generation()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert late == []
+
+
+def test_a_record_that_cannot_be_read_decides_nothing(tmp_path: Path) -> None:
+    state = State(Store(tmp_path / "db"), 15)
+    assert state.current().generation == 1
+    state.store.close()
+    with pytest.raises(sqlite3.Error):
+        state.current()
