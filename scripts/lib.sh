@@ -1,4 +1,4 @@
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2034 # the lists of packages are for those who source this
 # Shared by the scripts: what they need from apt and pip, installed only where it is missing.
 
 # What the demo needs: builds the packages, makes and boots the guest, runs the broker.

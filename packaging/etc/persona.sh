@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # One line at an interactive login that says which persona applies. Silent for everything else, so
 # that scp, sftp, rsync and git find their protocols undisturbed; never fails a login.
 case "$-" in
