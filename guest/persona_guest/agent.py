@@ -102,8 +102,8 @@ class Agent:
         self._opening[session.id] = (session, None)
 
         def answered(result: Admitted | Denied) -> None:
-            if session.id not in self._opening:
-                return  # the opener is gone
+            if self._gone(session, result):
+                return
             self._note_admission(session, result)
             if isinstance(result, Admitted):
                 self._opening[session.id] = (session, result)
@@ -198,6 +198,14 @@ class Agent:
             os.close(fd)
         self.supervisor.answer_left_over()
 
+    def _gone(self, session: Session, result: Admitted | Denied) -> bool:
+        """Whether the opener went away while the broker was asked; what was opened there is closed then."""
+        if session.id in self._opening:
+            return False
+        if isinstance(result, Admitted):
+            self.questions.closed(session)
+        return True
+
     def _note_admission(self, session: Session, result: Admitted | Denied) -> None:
         denied = result if isinstance(result, Denied) else None
         self._record(self._login_record(session.id, session.subject.user, "admission", denied))
@@ -271,7 +279,7 @@ class Agent:
         self._opening[session.id] = (session, None)
 
         def answered(result: Admitted | Denied) -> None:
-            if session.id not in self._opening:
+            if self._gone(session, result):
                 return
             self._note_admission(session, result)
             if isinstance(result, Admitted):

@@ -1,6 +1,7 @@
 """The agent's pure parts: leases, shebang lines, packets, messages, settings, who is exempt."""
 
 import contextlib
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from persona_guest.broker_client.http import Connection
+from persona_guest.broker_client.recorder import Recorder
 from persona_guest.core import pam_wire
 from persona_guest.core.admission import Exemption, exemption
 from persona_guest.core.leases import LeaseBook, Question
 from persona_guest.core.messages import denial_line, printable
 from persona_guest.core.script import Format, Shebang, interpreter_argv, parse_head
 from persona_guest.kernel import seccomp
-from persona_guest.settings import Gate, Mode, SettingsError, load, parse
+from persona_guest.settings import Broker, Gate, Mode, SettingsError, load, parse
 
+from persona.codec import MAX_BODY, Record, decode_record
 from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Width
 from persona.problems import Reason
 
@@ -199,3 +203,25 @@ def test_the_filter_knows_every_abi(arch: int, nr: int, arg1: int, action: int) 
 def test_an_unknown_machine_has_no_filter() -> None:
     with pytest.raises(NotImplementedError):
         seccomp.gate_filter("pdp11")
+
+
+def test_records_of_long_command_lines_fit_into_the_brokers_bodies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bodies: list[dict[str, Any]] = []
+
+    def call(_self: Connection, _method: str, _path: str, body: dict[str, Any], _deadline: float) -> tuple[int, None]:
+        bodies.append(json.loads(json.dumps(body)))
+        return 204, None
+
+    monkeypatch.setattr(Connection, "call", call)
+    recorder = Recorder(Broker(), lambda _record: None)
+    long = tuple("\x01" * 256 for _ in range(16))
+    for number in range(300):
+        recorder.add(
+            Record(number, "s", "u", "/" + "\x01" * 4000, long, "denied", None, None, None, None, "exec", False, False)
+        )
+    recorder.close()
+    assert sum(len(body["records"]) for body in bodies) == 300
+    assert max(len(json.dumps(body)) for body in bodies) <= MAX_BODY
+    assert all(decode_record(record) for body in bodies for record in body["records"])

@@ -4,13 +4,15 @@ The loop appends to a bounded queue; a thread writes.  What does not fit is coun
 sent: nothing is lost silently.
 """
 
+import json
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
-from persona.codec import Record, encode_record
+from persona.codec import MAX_BODY, Record, encode_record
 from persona_guest.broker_client.http import BrokerError, Connection
 from persona_guest.settings import Broker
 
@@ -18,6 +20,7 @@ log = logging.getLogger("persona.record")
 
 _QUEUE_MAX = 20_000
 _BATCH = 200
+_BATCH_SIZE = MAX_BODY // 2  # one more record, at its largest, still fits into the body
 _INTERVAL_S = 0.5
 
 
@@ -28,7 +31,8 @@ class Recorder:
         self._queue: deque[Record] = deque()
         self._lost = 0
         self._journal = journal
-        self._unsent: list[Record] = []
+        self._unsent: list[dict[str, Any]] = []
+        self._size = 0
         self._connection = Connection(settings)
         self._timeout = settings.timeout_s * 5
         self._stop = threading.Event()
@@ -54,12 +58,14 @@ class Recorder:
 
     def _flush(self) -> None:
         while self._queue or self._unsent or self._lost:
-            while self._queue and len(self._unsent) < _BATCH:
+            while self._queue and len(self._unsent) < _BATCH and self._size < _BATCH_SIZE:
                 record = self._queue.popleft()
                 self._journal(record)
-                self._unsent.append(record)
+                value = encode_record(record)
+                self._size += len(json.dumps(value))  # a user chooses how long command lines are
+                self._unsent.append(value)
             lost = self._lost
-            body = {"records": [encode_record(record) for record in self._unsent], "lost": lost}
+            body = {"records": self._unsent, "lost": lost}
             try:
                 status, _ = self._connection.call("POST", "/v1/records", body, time.monotonic() + self._timeout)
             except BrokerError:
@@ -68,7 +74,11 @@ class Recorder:
                 # Refused, not unreachable: sending the same again would be refused for ever.
                 log.error("the broker refused %d records: HTTP status %d", len(self._unsent), status)
                 self._lost += len(self._unsent)
-                self._unsent.clear()
+                self._sent()
                 return
             self._lost -= lost
-            self._unsent.clear()
+            self._sent()
+
+    def _sent(self) -> None:
+        self._unsent.clear()
+        self._size = 0
