@@ -1,6 +1,6 @@
 """What a worker decides from: the snapshot and the outlook, each swapped by one assignment.
 
-A worker looks at the record before every decision (microseconds) and rebuilds only what changed.
+A worker looks at the record before it decides and rebuilds only what changed.
 """
 
 import threading
@@ -12,6 +12,7 @@ from persona_broker.policy.engine import Snapshot
 from persona_broker.policy.outlook import Outlook, Sample, World, look
 from persona_broker.store.sqlite import Store
 
+_CHECK_EVERY_S = 0.002  # before any guest can have been told of a change; one that has says so
 _JUDGE_EVERY_S = 1.0  # hours begin and samples age without anybody writing
 
 
@@ -36,20 +37,24 @@ class State:
         self.store = store
         self._load_max_age_s = load_max_age_s
         self._lock = threading.Lock()
+        self._check_at = 0.0  # monotonic
         self._view = self._load(None)
 
-    def current(self) -> View:
-        """The view as of now.  Raises ``sqlite3.Error`` where the record cannot be read: no decision then."""
+    def current(self, at_least: int = 0) -> View:
+        """The view as of now, a moment old at most and of no generation below ``at_least`` that there is.
+
+        Raises ``sqlite3.Error`` where the record cannot be read: no decision then.
+        """
         view = self._view
-        if self._is_current(view):
+        if time.monotonic() < self._check_at and view.generation >= at_least:
             return view
         with self._lock:  # whoever waits here waits for what it would have to load itself
-            if not self._is_current(self._view):
-                self._view = self._load(self._view)
-            return self._view
-
-    def _is_current(self, view: View) -> bool:
-        return self.store.data_version() == view.written and time.monotonic() - view.judged_at < _JUDGE_EVERY_S
+            view = self._view
+            now = time.monotonic()
+            if self.store.data_version() != view.written or now - view.judged_at >= _JUDGE_EVERY_S:
+                view = self._view = self._load(view)
+            self._check_at = now + _CHECK_EVERY_S
+            return view
 
     def _load(self, previous: View | None) -> View:
         written = self.store.data_version()  # first: what is written meanwhile makes the view old, never the reverse

@@ -81,7 +81,9 @@ def _end(children: Collection[int]) -> None:
         os.waitpid(pid, 0)
 
 
-class _UnixConnection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket, whose path stands for the host."""
+
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
@@ -93,7 +95,7 @@ def answers(endpoint: Endpoint) -> bool:
     bind = endpoint.bind
     connection: http.client.HTTPConnection
     if bind.startswith("unix:"):
-        connection = _UnixConnection(bind.removeprefix("unix:"), timeout=1)
+        connection = UnixConnection(bind.removeprefix("unix:"), timeout=1)
     else:
         host, _, port = bind.rpartition(":")
         host = host.strip("[]")

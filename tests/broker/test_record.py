@@ -3,6 +3,7 @@
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_two_guests_cannot_share_a_session(store: Store) -> None:
 
 
 def test_no_thread_answers_from_before_a_change(tmp_path: Path) -> None:
-    """Once a change is written, whoever asks gets it, also while another thread is busy loading it."""
+    """Whoever knows of a change gets an answer from after it, also while another thread is busy loading it."""
     writer, state = Store(tmp_path / "db"), State(Store(tmp_path / "db"), 15)
     stop, late = threading.Event(), []
     written = writer.generation()
@@ -84,7 +85,7 @@ def test_no_thread_answers_from_before_a_change(tmp_path: Path) -> None:
     def ask() -> None:
         while not stop.is_set():
             known = written
-            found = state.current().generation
+            found = state.current(known).generation
             if found < known:
                 late.append((found, known))
 
@@ -99,9 +100,19 @@ def test_no_thread_answers_from_before_a_change(tmp_path: Path) -> None:
     assert late == []
 
 
+def test_a_change_that_nobody_was_told_of_is_seen_at_once_too(tmp_path: Path) -> None:
+    writer, state = Store(tmp_path / "db"), State(Store(tmp_path / "db"), 15)
+    for _ in range(20):
+        state.current()
+        written = writer.raise_generation()
+        time.sleep(0.005)
+        assert state.current().generation == written
+
+
 def test_a_record_that_cannot_be_read_decides_nothing(tmp_path: Path) -> None:
     state = State(Store(tmp_path / "db"), 15)
     assert state.current().generation == 1
     state.store.close()
+    time.sleep(0.005)
     with pytest.raises(sqlite3.Error):
         state.current()

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from flask import Blueprint, Response, jsonify
@@ -11,7 +12,7 @@ from persona.decisions import Decision, Denied, Lease, Width
 from persona.documents import to_mapping
 from persona.problems import Fault, PersonaError, Reason
 from persona_broker import metrics
-from persona_broker.api.guests import body, caller, guest, own, state
+from persona_broker.api.guests import body, guest, own, state
 from persona_broker.policy.engine import Entry
 from persona_broker.state import View
 from persona_broker.store.sqlite import SessionRow
@@ -23,12 +24,12 @@ blueprint = Blueprint("decisions", __name__)
 def decide() -> Response:
     """One program start."""
     started = time.perf_counter()
-    name, view = caller()
+    name = guest()
     value = codec.mapping(body(), "", ("request",), ("min_generation", "explain"))
     request = codec.decode_request(value["request"])
     explain = codec.boolean(value.get("explain", False), "explain")
     own(request.subject.vm, name)
-    _check_current(value, view)
+    view = _current(value)
     decision: Decision
     if request.session in view.revoked:
         help_ = "an operator revoked this session"
@@ -43,11 +44,13 @@ def decide() -> Response:
 _RETRY = Lease(30.0, Width.ARGV)
 
 
-def _check_current(value: Any, view: View) -> None:
-    """Never answers from anything older than what the guest has been told.  Raises ``PersonaError``."""
+def _current(value: Mapping[str, Any]) -> View:
+    """What to answer from: nothing older than what the guest has been told.  Raises ``PersonaError``."""
     wanted = codec.integer(value.get("min_generation", 0), "min_generation")
+    view = state().current(wanted)
     if view.generation < wanted:
         raise PersonaError(Fault.NOT_READY, f"generation {wanted} is not here, the newest is {view.generation}")
+    return view
 
 
 @blueprint.post("/v1/admissions")
@@ -63,13 +66,13 @@ def open_session() -> Response:
 
 
 def _admission(*, opening: bool) -> Response:
-    name, view = caller()
+    name = guest()
     value = codec.mapping(body(), "", ("session", "subject", "service", "remote"), ("min_generation",))
     subject = codec.decode_subject(value["subject"])
     ident = codec.string(value["session"], "session", 64)
     service, remote = (codec.string(value[field], field) for field in ("service", "remote"))
     own(subject.vm, name)
-    _check_current(value, view)
+    view = _current(value)
     admission = view.snapshot.admit(subject, view.outlook)
     metrics.admitted(admission.admitted)
     if not admission.admitted:
@@ -107,7 +110,7 @@ def end_session(ident: str) -> tuple[str, int]:
 @blueprint.get("/v1/sessions/<ident>/personas")
 def entries(ident: str) -> Response:
     """Everything that the user of a session can get, in policy order."""
-    name, view = caller()
+    name, view = guest(), state().current()
     session = state().store.session(ident)
     if session is None or session.guest != name:
         raise PersonaError(Fault.NOT_FOUND, "no such session of this guest")

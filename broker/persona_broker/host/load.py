@@ -41,7 +41,8 @@ class MachineSource:
         import psutil  # only a broker with this source pays for it
 
         self._psutil = psutil
-        psutil.cpu_percent(interval=_FIRST_S)  # or the first reading would be of the start of this process
+        psutil.cpu_percent()
+        time.sleep(_FIRST_S)  # or the first reading would be of nearly no time
         self._bytes = self._transferred()
         self._at = time.monotonic()
 
