@@ -7,7 +7,6 @@ at is counted: this check has the last word only until a kernel that can (BPF LS
 
 import contextlib
 import signal
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +17,8 @@ from persona_guest.loop import Loop
 
 _FIRST_LOOK_S = 0.003
 _LOOKS = (0.01, 0.1, 1.0)  # for an exec that has not happened yet: a slow disk, a loaded machine
-_QUEUE_MAX = 512  # descriptors held
+_OPEN_MAX = 512  # descriptors held
+_RIGHT, _GONE = "", "gone"
 
 
 class Expectation(NamedTuple):
@@ -45,61 +45,69 @@ class Counts:
 
 @dataclass(slots=True)
 class _Look:
-    due: float
     process: Process
     expected: Expectation
     wrong: Callable[[str], None]
+    due: float
     tries: int = 0
 
 
 class Verifier:
-    """Owns the processes that it is given and closes them."""
+    """Owns the processes that it is given and closes them; at most one look a process is open."""
 
     def __init__(self, loop: Loop, clock: Callable[[], float]) -> None:
         self._loop = loop
         self._clock = clock
-        self._queue: deque[_Look] = deque()
+        self._open: dict[int, _Look] = {}  # by pid, oldest first
         self._scheduled = False
         self.counts = Counts()
 
     def expect(self, process: Process, expected: Expectation, wrong: Callable[[str], None]) -> None:
-        """Looks at ``process`` soon; ``wrong`` is called, after the kill, with what was found instead."""
-        if len(self._queue) >= _QUEUE_MAX:
-            self._look(self._queue.popleft(), final=True)
-        self._queue.append(_Look(self._clock() + _FIRST_LOOK_S, process, expected, wrong))
-        self._schedule()
+        """Looks at ``process`` soon; ``wrong`` is called, after the kill, with what was found instead.
 
-    def _schedule(self) -> None:
-        if not self._scheduled and self._queue:
+        A process that starts the next program already shows by ``expected.before`` what came of the
+        last one: a shell that replaces itself twice within a moment is not caught for it.
+        """
+        pid = process.task.tid
+        earlier = self._open.get(pid)
+        if earlier is not None:
+            self._close(pid, _superseded(earlier, expected.before))
+        elif len(self._open) >= _OPEN_MAX:
+            oldest, look = next(iter(self._open.items()))
+            self._close(oldest, _compare(look.process, look.expected) or "")
+        self._open[pid] = _Look(process, expected, wrong, self._clock() + _FIRST_LOOK_S)
+        self._schedule(_FIRST_LOOK_S)
+
+    def forget(self, pid: int) -> None:
+        """What this process starts from now on is nobody's business: the gate was released."""
+        if pid in self._open:
+            self._close(pid, _GONE)
+
+    def _schedule(self, seconds: float) -> None:
+        if not self._scheduled:
             self._scheduled = True
-            self._loop.call_later(max(0.0, self._queue[0].due - self._clock()), self._sweep)
+            self._loop.call_later(seconds, self._sweep)
 
     def _sweep(self) -> None:
         self._scheduled = False
         now = self._clock()
-        while self._queue and self._queue[0].due <= now:
-            look = self._queue.popleft()
-            if self._look(look, final=look.tries >= len(_LOOKS)):
+        for pid, look in list(self._open.items()):
+            if look.due > now:
                 continue
-            wait = _LOOKS[look.tries]
-            look.tries += 1
-            look.due = now + wait
-            self._loop.call_later(wait, _bind(self._again, look))
-        self._schedule()
+            found = _compare(look.process, look.expected)
+            if found is None and look.tries < len(_LOOKS):
+                look.due = now + _LOOKS[look.tries]
+                look.tries += 1
+            else:
+                self._close(pid, _GONE if found is None else found)
+        if self._open:
+            self._schedule(max(0.001, min(look.due for look in self._open.values()) - now))
 
-    def _again(self, look: _Look) -> None:
-        look.due = 0.0
-        self._queue.appendleft(look)
-        self._sweep()
-
-    def _look(self, look: _Look, *, final: bool) -> bool:
-        """True when this look was the last: right, wrong or gone."""
-        found = _compare(look.process, look.expected)
-        if found is None and not final:
-            return False
-        if found == "":
+    def _close(self, pid: int, found: str) -> None:
+        look = self._open.pop(pid)
+        if found == _RIGHT:
             self.counts.right += 1
-        elif found is None or found == "gone":
+        elif found == _GONE:
             self.counts.gone += 1
         else:
             with contextlib.suppress(ProcessLookupError):
@@ -107,17 +115,25 @@ class Verifier:
             self.counts.wrong += 1
             look.wrong(found)
         look.process.close()
-        return True
+
+
+def _superseded(look: _Look, running: Image) -> str:
+    """What came of an exec whose process waits for its next one, running ``running``."""
+    try:
+        look.process.signal(0)
+    except ProcessLookupError:
+        return _GONE  # another process has its pid now
+    if running == look.expected.after:
+        return _RIGHT
+    return _GONE if running == look.expected.before else _another(running)
 
 
 def _compare(process: Process, expected: Expectation) -> str | None:
-    """Empty = right, "gone", ``None`` = the exec has not happened (yet), else what is wrong."""
+    """_RIGHT, _GONE, ``None`` = the exec has not happened (yet), else what is wrong."""
     try:
-        running = process.running()
+        running = Image(*process.running())
         if running != expected.after:
-            if running == expected.before:
-                return None
-            return f"another program (device {running[0]}, inode {running[1]})"
+            return None if running == expected.before else _another(running)
         if expected.argv is not None:
             seen = process.task.command_line(len(expected.argv) + 1)
             if seen == expected.argv_before:
@@ -125,9 +141,9 @@ def _compare(process: Process, expected: Expectation) -> str | None:
             if seen and seen != expected.argv:
                 return "other arguments"
     except OSError:
-        return "gone"
-    return ""
+        return _GONE
+    return _RIGHT
 
 
-def _bind(call: Callable[[_Look], None], look: _Look) -> Callable[[], None]:
-    return lambda: call(look)
+def _another(running: Image) -> str:
+    return f"another program (device {running.device}, inode {running.inode})"

@@ -1,0 +1,91 @@
+"""The look after the start: right, wrong, gone, and a process that goes on to its next program."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+from persona_guest.gate.identity import Image
+from persona_guest.gate.verify import Expectation, Verifier
+from persona_guest.kernel.task import Process
+from persona_guest.loop import Loop
+
+
+def image(path: str) -> Image:
+    status = os.stat(path)
+    return Image(status.st_dev, status.st_ino)
+
+
+SLEEP, TRUE, PYTHON = image("/usr/bin/sleep"), image("/usr/bin/true"), image("/usr/bin/python3")
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["/usr/bin/sleep", "60"])
+    time.sleep(0.05)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def settle(verifier: Verifier, loop: Loop, seconds: float = 0.3) -> None:
+    loop.call_later(seconds, loop.stop)
+    loop.run()
+
+
+def watch(pid: int, *expectations: Expectation) -> tuple[Verifier, list[str]]:
+    loop = Loop()
+    verifier = Verifier(loop, time.monotonic)
+    found: list[str] = []
+    for expected in expectations:
+        verifier.expect(Process(pid), expected, found.append)
+    settle(verifier, loop)
+    return verifier, found
+
+
+def test_right(sleeper: subprocess.Popen[bytes]) -> None:
+    verifier, found = watch(sleeper.pid, Expectation(PYTHON, SLEEP, None, None))
+    assert (verifier.counts.right, found) == (1, [])
+    assert sleeper.poll() is None
+
+
+def test_another_program_is_killed(sleeper: subprocess.Popen[bytes]) -> None:
+    verifier, found = watch(sleeper.pid, Expectation(PYTHON, TRUE, None, None))
+    assert verifier.counts.wrong == 1
+    assert "another program" in found[0]
+    assert sleeper.wait(5) == -9
+
+
+@pytest.mark.parametrize(
+    ("argv", "killed"),
+    [(b"/usr/bin/sleep\x0060\0", False), (b"/usr/bin/sleep\x0061\0", True), (b"/usr/bin/sleep\0", True)],
+)
+def test_arguments(sleeper: subprocess.Popen[bytes], argv: bytes, killed: bool) -> None:
+    _, found = watch(sleeper.pid, Expectation(PYTHON, SLEEP, argv, None))
+    assert found == (["other arguments"] if killed else [])
+    assert (sleeper.poll() is not None or sleeper.wait(5) == -9) if killed else sleeper.poll() is None
+
+
+def test_the_next_program_of_the_same_process_is_not_the_last_ones_fault(sleeper: subprocess.Popen[bytes]) -> None:
+    first, second = Expectation(PYTHON, TRUE, None, None), Expectation(TRUE, SLEEP, None, None)
+    verifier, found = watch(sleeper.pid, first, second)
+    assert (verifier.counts.right, found) == (2, [])
+
+
+def test_a_next_program_that_begins_from_a_wrong_one_is_killed(sleeper: subprocess.Popen[bytes]) -> None:
+    first, second = Expectation(PYTHON, TRUE, None, None), Expectation(SLEEP, SLEEP, None, None)
+    _, found = watch(sleeper.pid, first, second)
+    assert "another program" in found[0]
+    assert sleeper.wait(5) == -9
+
+
+def test_gone() -> None:
+    process = subprocess.Popen(["/usr/bin/true"])
+    held = Process(process.pid)
+    process.wait()
+    loop = Loop()
+    verifier = Verifier(loop, time.monotonic)
+    verifier.expect(held, Expectation(PYTHON, TRUE, None, None), lambda _: None)
+    settle(verifier, loop, 0.05)
+    assert verifier.counts.gone == 1
