@@ -6,6 +6,7 @@ prevents a decision is a denial.  In complain mode the same happens, is recorded
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections import deque
@@ -29,6 +30,8 @@ from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Process, Task
 from persona_guest.loop import GONE, READABLE, Loop, Timer
 from persona_guest.settings import Mode, Settings
+
+log = logging.getLogger("persona.gate")
 
 Ask = Callable[[Request, Callable[[Decision], None]], None]
 
@@ -114,7 +117,7 @@ class Supervisor:
             if gated is None:
                 self._inflight.clear(slot)
             else:
-                self._handle(gated, seccomp.parse_notification(raw), slot)
+                self._answer(gated, seccomp.parse_notification(raw), slot)
 
     def find(self, pid: int) -> Gated | None:
         """The session that a process belongs to, by audit session id or by descent; ``None`` = none."""
@@ -159,10 +162,17 @@ class Supervisor:
             if notification is not None:
                 began = time.thread_time()
                 slot = self._inflight.put(gated.session.id, self._buffer)
-                self._handle(gated, notification, slot)
+                self._answer(gated, notification, slot)
                 self.times.append(time.thread_time() - began)
         elif events & GONE:
             self._end(gated)
+
+    def _answer(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
+        try:
+            self._handle(gated, notification, slot)
+        except Exception:  # whatever a caller's exec can provoke: it is denied, and the agent serves the others
+            log.exception("an exec could not be judged; it is denied")
+            self._fail(gated, notification.id, slot, errno.EACCES)
 
     def _handle(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
         if self.released:
@@ -262,8 +272,8 @@ class Supervisor:
             before = Image(*task.running())
             argv_before = task.command_line(65536) if narrow and before == attempt.final else None
             process = Process(task.tid)
-        except OSError:  # killed while it waited
-            self._drop(pending)
+        except OSError:  # killed while it waited, or no descriptor left: never leave it waiting
+            self._fail(gated, pending.ident, pending.slot, errno.EACCES)
             return
         # complain mode lets go on what it would deny: a look could not tell that from a race
         enforcing = self.settings.mode is Mode.ENFORCE

@@ -1,0 +1,90 @@
+"""The supervisor's own promise: whatever goes wrong while an exec is judged, it is answered, with a denial."""
+
+import ctypes
+import os
+from collections.abc import Callable
+
+import pytest
+from persona_guest.core.leases import LeaseBook
+from persona_guest.core.sessions import Session
+from persona_guest.gate import attempt
+from persona_guest.gate.identity import Identifier
+from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.supervisor import Supervisor
+from persona_guest.kernel import seccomp
+from persona_guest.loop import Loop
+from persona_guest.settings import Mode, Settings
+
+from persona.decisions import Decision, Granted, Lease, PersonaRef, Request, Subject, Width
+
+
+def gated_child(program: str) -> tuple[int, int]:
+    """A child that puts the filter on itself and execs, its exit code the errno: (pid, its listener)."""
+    parent, child = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        seccomp.set_no_new_privs()
+        own = seccomp.install_listener(seccomp.gate_filter())
+        os.write(child[1], str(own).encode())
+        os.read(parent[0], 1)
+        os.close(own)
+        try:
+            os.execv(program, [program])
+        except OSError as error:
+            os._exit(error.errno or 1)
+    number = int(os.read(child[0], 16))
+    pidfd = os.pidfd_open(pid)
+    listener: int = ctypes.CDLL(None).syscall(438, pidfd, number, 0)
+    os.write(parent[1], b"x")
+    os.close(pidfd)
+    return pid, listener
+
+
+def supervise(listener: int, decide: Callable[[Request], Decision]) -> None:
+    loop = Loop()
+
+    def ask(request: Request, done: Callable[[Decision], None]) -> None:
+        done(decide(request))
+
+    supervisor = Supervisor(
+        Settings(mode=Mode.ENFORCE), loop, Identifier(Settings().gate), LeaseBook(), InFlight(), ask,
+        lambda record: None, lambda session: loop.stop(),
+    )  # fmt: skip
+    session = Session("s-1", Subject("u", (), "vm"), os.getuid(), "t", "", "/nonexistent", os.getpid(), None, 0)
+    supervisor.add(session, listener)
+    loop.call_later(10, loop.stop)
+    loop.run()
+
+
+def granted(_request: Request) -> Decision:
+    return Granted(PersonaRef("A", 1), "p", Lease(1, Width.PROGRAM))
+
+
+def outcome(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_granted() -> None:
+    pid, listener = gated_child("/usr/bin/true")
+    supervise(listener, granted)
+    assert outcome(pid) == 0
+
+
+def test_an_error_while_judging_is_a_denial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(attempt, "read", broken)
+    pid, listener = gated_child("/usr/bin/true")
+    supervise(listener, granted)
+    assert outcome(pid) == 13
+
+
+def test_no_descriptor_left_is_a_denial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(_tid: int) -> None:
+        raise OSError(24, "too many open files")
+
+    monkeypatch.setattr("persona_guest.gate.supervisor.Process", exhausted)
+    pid, listener = gated_child("/usr/bin/true")
+    supervise(listener, granted)
+    assert outcome(pid) == 13
