@@ -35,6 +35,8 @@ from persona_guest.settings import Mode, Settings
 
 log = logging.getLogger("persona.agent")
 
+_SESSIONS_PER_USER = 500  # each holds a descriptor here and in systemd's store
+
 
 class Agent:
     """Sessions from their first packet to their last exec."""
@@ -99,32 +101,42 @@ class Agent:
             reply_to(reply(Verdict.PASS))
             return None
         session = self._session(caller, pid)
+
+        def refuse(denied: Denied) -> None:
+            reply_to(reply(Verdict.DENY, admission_line(caller.user, self.settings.vm.name, denied)))
+
+        self._open(session, refuse, lambda: reply_to(reply(Verdict.GATE, instructions=self._filter)))
+        return session.id
+
+    def _open(self, session: Session, refuse: Callable[[Denied], None], gate: Callable[[], None]) -> None:
+        """Asks the broker, then calls one of the two, unless the opener has gone away meanwhile."""
         self._opening[session.id] = (session, None)
 
         def answered(result: Admitted | Denied) -> None:
-            if self._gone(session, result):
+            if session.id not in self._opening:
+                if isinstance(result, Admitted):
+                    self.questions.closed(session)
                 return
             self._note_admission(session, result)
             if isinstance(result, Admitted):
                 self._opening[session.id] = (session, result)
+                self.base[session.id] = result
             elif self.settings.mode is Mode.ENFORCE:
                 self._opening.pop(session.id)
-                reply_to(reply(Verdict.DENY, admission_line(caller.user, self.settings.vm.name, result)))
+                refuse(result)
                 return
-            reply_to(reply(Verdict.GATE, instructions=self._filter))
+            gate()
 
         self.questions.admit(session, answered, opening=True)
-        return session.id
 
     def listener(self, session_id: str, fd: int, reply_to: Reply) -> None:
         """The filter is in place; answer for it from now on."""
-        opening = self._opening.pop(session_id, None)
-        if opening is None:
-            os.close(fd)
-            reply_to(reply(Verdict.DENY, "persona: this session was not admitted"))
-            return
-        self._begin(opening[0], opening[1], fd)
-        reply_to(reply(Verdict.DONE))
+        try:
+            self._take(session_id, fd)
+        except PersonaError as error:
+            reply_to(reply(Verdict.DENY, f"persona: {error.message}"))
+        else:
+            reply_to(reply(Verdict.DONE))
 
     def present(self, pid: int, session_id: str, reply_to: Reply) -> None:
         """A session inside a session: it keeps the outer gate, if that is ours."""
@@ -137,6 +149,7 @@ class Agent:
     def abandoned(self, session_id: str) -> None:
         """An opened session whose listener will not come."""
         opening = self._opening.pop(session_id, None)
+        self.base.pop(session_id, None)
         if opening is not None and opening[1] is not None:
             self.questions.closed(opening[0])
 
@@ -162,15 +175,26 @@ class Agent:
 
     # --- sessions ---------------------------------------------------------------------------------
 
-    def _begin(self, session: Session, admitted: Admitted | None, fd: int) -> None:
+    def _take(self, session_id: str, fd: int) -> None:
+        """Begins a session that was admitted.  Raises ``PersonaError`` and closes ``fd`` otherwise."""
+        session, admitted = self._opening.pop(session_id, (None, None))
+        if session is None or (admitted is None and self.settings.mode is Mode.ENFORCE):
+            os.close(fd)
+            raise PersonaError(Reason.SESSION_UNKNOWN, "this session was not admitted")
+        if not seccomp.is_listener(fd) or self._count(session.uid) >= _SESSIONS_PER_USER:
+            os.close(fd)
+            self.base.pop(session_id, None)
+            self.questions.closed(session)
+            raise PersonaError(Fault.BAD_REQUEST, "that is no listener, or this user has too many sessions")
         path = self._directory / f"{session.id}.json"
         path.touch(mode=0o600)
         path.write_text(json.dumps(to_json(session)))
         systemd.store(session.id, fd)
-        if admitted is not None:
-            self.base[session.id] = admitted
         self.supervisor.add(session, fd)
         log.info("session %s of %s gated (%s)", session.id, printable(session.subject.user), session.service)
+
+    def _count(self, uid: int) -> int:
+        return sum(gated.session.uid == uid for gated in self.supervisor.sessions.values())
 
     def ended(self, session: Session) -> None:
         """The last process of a session is gone."""
@@ -197,14 +221,6 @@ class Agent:
         for fd in listeners.values():
             os.close(fd)
         self.supervisor.answer_left_over()
-
-    def _gone(self, session: Session, result: Admitted | Denied) -> bool:
-        """Whether the opener went away while the broker was asked; what was opened there is closed then."""
-        if session.id in self._opening:
-            return False
-        if isinstance(result, Admitted):
-            self.questions.closed(session)
-        return True
 
     def _note_admission(self, session: Session, result: Admitted | Denied) -> None:
         denied = result if isinstance(result, Denied) else None
@@ -276,39 +292,22 @@ class Agent:
         """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
         caller = caller_of(uid, shell)
         session = self._session(caller, pid)
-        self._opening[session.id] = (session, None)
 
-        def answered(result: Admitted | Denied) -> None:
-            if self._gone(session, result):
-                return
-            self._note_admission(session, result)
-            if isinstance(result, Admitted):
-                self._opening[session.id] = (session, result)
-                self.base[session.id] = result
-            elif self.settings.mode is Mode.ENFORCE:
-                self._opening.pop(session.id)
-                line = admission_line(caller.user, self.settings.vm.name, result)
-                reply_to({"ok": False, "code": str(result.reason), "message": line})
-                return
-            reply_to(
-                {
-                    "ok": True,
-                    "verdict": "install",
-                    "filter": base64.b64encode(self._filter).decode(),
-                    "greeting": self.greeting(session),
-                }
-            )
+        def refuse(denied: Denied) -> None:
+            line = admission_line(caller.user, self.settings.vm.name, denied)
+            reply_to({"ok": False, "code": str(denied.reason), "message": line})
 
-        self.questions.admit(session, answered, opening=True)
+        def gate() -> None:
+            instructions = base64.b64encode(self._filter).decode()
+            greeting = self.greeting(session)
+            reply_to({"ok": True, "verdict": "install", "filter": instructions, "greeting": greeting})
+
+        self._open(session, refuse, gate)
         return session.id
 
     def listener_from_shell(self, session_id: str, fd: int) -> None:
-        """The listener of ``persona-shell``.  Raises ``PersonaError`` where it was not admitted."""
-        opening = self._opening.pop(session_id, None)
-        if opening is None:
-            os.close(fd)
-            raise PersonaError(Reason.SESSION_UNKNOWN, "no gate was asked for, or the login was refused")
-        self._begin(opening[0], opening[1], fd)
+        """The listener of ``persona-shell``.  Raises ``PersonaError`` where it is not taken."""
+        self._take(session_id, fd)
 
 
 def caller_of(uid: int, shell: str = "") -> Caller:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,13 @@ def test_two_hundred_at_once(gated: Run) -> None:
     assert gated("for i in $(seq 200); do (sleep 0.2; echo x) & done; wait").stdout.count("x") == 200
 
 
-def test_nothing_is_left_behind(gated: Run) -> None:
-    gated("true")
-    left = subprocess.run(["pgrep", "-f", "persona-try-"], capture_output=True, text=True, check=False)
-    assert left.stdout == ""
-    assert not list(Path("/tmp").glob("persona-try-*"))
+def test_nothing_is_left_behind(gated: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(prefix="left-") as scratch:  # short: socket paths have 107 characters
+        monkeypatch.setenv("TMPDIR", scratch)
+        assert gated("echo in").stdout == "in\n"
+        left = subprocess.run(["pgrep", "-f", scratch], capture_output=True, text=True, check=False)
+        assert left.stdout == ""
+        assert list(Path(scratch).iterdir()) == []
 
 
 def test_bad_documents_are_named(gated: Run, tmp_path: Path) -> None:

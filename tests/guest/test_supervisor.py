@@ -88,3 +88,12 @@ def test_no_descriptor_left_is_a_denial(monkeypatch: pytest.MonkeyPatch) -> None
     pid, listener = gated_child("/usr/bin/true")
     supervise(listener, granted)
     assert outcome(pid) == 13
+
+
+def test_only_a_listener_is_taken_for_one() -> None:
+    pid, listener = gated_child("/usr/bin/true")
+    assert seccomp.is_listener(listener)
+    with open("/dev/null") as null:
+        assert not seccomp.is_listener(null.fileno())
+    supervise(listener, granted)
+    assert outcome(pid) == 0

@@ -204,6 +204,11 @@ def _respond(listener: int, response: bytes) -> bool:
     return True
 
 
+def is_listener(fd: int) -> bool:
+    """Whether a descriptor that somebody handed over is what he says."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:seccomp notify"
+
+
 def use_synchronous_wakeup(listener: int) -> bool:
     """Asks for wake-ups on the task's own CPU (Linux 6.6); false where the kernel has none."""
     try:
