@@ -31,7 +31,7 @@ def streams(settings: Settings) -> Flask:
     watcher = Watcher(store, source, settings.load_max_age_s)
     watcher.look()  # the first sample before the first answer: until then no load is known
     threading.Thread(target=watcher.run, name="watcher", daemon=True).start()
-    app.extensions["streams"] = events.Streams(watcher, app.extensions["persona"])
+    app.extensions["streams"] = events.Streams(watcher, app.extensions["state"])
     app.register_blueprint(events.blueprint)
     app.register_blueprint(health.blueprint)
     return app
@@ -40,6 +40,7 @@ def streams(settings: Settings) -> Flask:
 def _base(settings: Settings) -> Flask:
     app = Flask("persona_broker", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    app.extensions["persona"] = State(Store(Path(settings.db)), settings.load_max_age_s)
+    app.extensions["state"] = State(Store(Path(settings.db)), settings.load_max_age_s)
+    app.extensions["store"] = Store(Path(settings.db))
     problems.register(app)
     return app

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,25 +79,19 @@ def check(arguments: argparse.Namespace, _settings: Settings) -> int:
 
 def apply(arguments: argparse.Namespace, settings: Settings) -> int:
     """``apply FILES``: the whole set is replaced, or nothing is."""
+    from persona_broker.policy.changes import compare, identities
+
     documents = documents_of(arguments.files)
     store = store_of(settings)
-    if arguments.dry_run:
-        before = {(type(d).__name__, d.name): d for d, _ in store.documents()}
-        after = {(type(d).__name__, d.name): d for d in documents}
-        changes = {
-            "added": [" ".join(key) for key in after if key not in before],
-            "changed": [" ".join(key) for key in after if key in before and after[key] != before[key]],
-            "removed": [" ".join(key) for key in before if key not in after],
-        }
-    else:
-        applied = store.apply(documents)
-        changes = {
-            "added": list(applied.added),
-            "changed": list(applied.changed),
-            "removed": list(applied.removed),
-        }
-    lines = [f"{what}: {', '.join(names)}" for what, names in changes.items() if names]
-    _say(arguments, {**changes, "dry_run": arguments.dry_run}, "\n".join(lines) or "nothing changed")
+    changes = compare(store.applied(), identities(documents)) if arguments.dry_run else store.apply(documents)
+    lines = [
+        f"{what}: {', '.join(names)}"
+        for what, names in (("added", changes.added), ("changed", changes.changed), ("removed", changes.removed))
+        if names
+    ]
+    if changes.reordered:
+        lines.append("the order changed")
+    _say(arguments, {**asdict(changes), "dry_run": arguments.dry_run}, "\n".join(lines) or "nothing changed")
     return 0
 
 

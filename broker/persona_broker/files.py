@@ -80,9 +80,11 @@ def _files(paths: Iterable[Path], problems: list[Located]) -> list[Path]:
 
 
 def _read(file: Path) -> str:
-    if file.stat().st_size > FILE_MAX:
+    with file.open("rb") as opened:
+        data = opened.read(FILE_MAX + 1)
+    if len(data) > FILE_MAX:
         raise ValueError(f"larger than {FILE_MAX} bytes")
-    return file.read_text("utf-8")
+    return data.decode("utf-8")
 
 
 def _line(path: str, lines: Lines) -> int:

@@ -31,10 +31,13 @@ class View:
 
 
 class State:
-    """One per process; ``current`` may be called from any thread."""
+    """One per process; ``current`` may be called from any thread.
+
+    Its connection only reads, so that no decision waits for a lock that a writer waits for.
+    """
 
     def __init__(self, store: Store, load_max_age_s: float) -> None:
-        self.store = store
+        self._store = store
         self._load_max_age_s = load_max_age_s
         self._lock = threading.Lock()
         self._check_at = 0.0  # monotonic
@@ -51,21 +54,21 @@ class State:
         with self._lock:  # whoever waits here waits for what it would have to load itself
             view = self._view
             now = time.monotonic()
-            if self.store.data_version() != view.written or now - view.judged_at >= _JUDGE_EVERY_S:
+            if self._store.data_version() != view.written or now - view.judged_at >= _JUDGE_EVERY_S:
                 view = self._view = self._load(view)
             self._check_at = now + _CHECK_EVERY_S
             return view
 
     def _load(self, previous: View | None) -> View:
-        written = self.store.data_version()  # first: what is written meanwhile makes the view old, never the reverse
-        with self.store.reading():
-            generation = self.store.generation()
+        written = self._store.data_version()  # first: what is written meanwhile makes the view old, never the reverse
+        with self._store.reading():
+            generation = self._store.generation()
             if previous is not None and previous.generation == generation:
                 snapshot, revoked = previous.snapshot, previous.revoked
             else:
-                snapshot, revoked = self.store.snapshot(), self.store.revoked()
-            world = World(self.store.sample(), self.store.latches(), time.time(), self._load_max_age_s)
-            guests = self.store.tokens()
+                snapshot, revoked = self._store.snapshot(), self._store.revoked()
+            world = World(self._store.sample(), self._store.latches(), time.time(), self._load_max_age_s)
+            guests = self._store.tokens()
         outlook = look(snapshot.conditions, world, generation)
         if previous is not None and outlook == previous.outlook and snapshot is previous.snapshot:
             outlook = previous.outlook  # the same object: what was made for it stays good

@@ -3,10 +3,12 @@
 import json
 import os
 import pwd
+import sqlite3
 import ssl
 import stat
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,7 @@ def test_check_names_file_line_field_and_fix(cli: Broker, tmp_path: Path) -> Non
         "a: &a [1]\nb: &b [*a, *a]\n"
         + "".join(f"{chr(99 + i)}: &{chr(99 + i)} [{', '.join([f'*{chr(98 + i)}'] * 9)}]\n" for i in range(12)),
         "!!python/object/apply:os.system [id]",
+        "x" * (5 << 20),
         "[" * 500,
     ],
 )
@@ -73,11 +76,26 @@ def test_examples_are_right(cli: Broker) -> None:
 
 
 def test_apply_is_whole_or_not_at_all(cli: Broker, tmp_path: Path) -> None:
-    assert "added" in cli.run("apply", "--dry-run", str(ROOT / "examples")).stdout
-    assert cli.run("apply", str(ROOT / "examples")).returncode == 0
+    dry = cli.run("apply", "--dry-run", str(ROOT / "examples")).stdout
+    assert dry.startswith("added: ")
+    assert cli.run("apply", str(ROOT / "examples")).stdout == dry
     (tmp_path / "bad.yaml").write_text(BAD)
     assert cli.run("apply", str(ROOT / "examples"), str(tmp_path / "bad.yaml")).returncode == 1
     assert cli.run("apply", str(ROOT / "examples")).stdout == "nothing changed\n"
+    (tmp_path / "good.yaml").write_text("{kind: Persona, name: Deploy, command_whitelist: [sh]}")
+    changes = json.loads(cli.run("apply", "--json", str(tmp_path / "good.yaml")).stdout)
+    assert changes["changed"] == ["Persona Deploy"]
+    assert "Policy analysts-by-day" in changes["removed"]
+
+
+def test_a_set_of_a_version_that_is_no_longer_read_can_be_replaced(cli: Broker) -> None:
+    assert cli.run("apply", str(ROOT / "examples")).returncode == 0
+    with closing(sqlite3.connect(cli.directory / "db", isolation_level=None)) as record:
+        record.execute("""UPDATE documents SET digest = 'old', body = '{"kind": "Persona"}'""")
+    done = cli.run("explain", "--user", "alice", "--vm", "v", "--", "ls")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert cli.run("apply", str(ROOT / "examples")).returncode == 0
+    assert "denied" in cli.run("explain", "--user", "bob", "--vm", "v", "--", "ls").stdout
 
 
 def test_explain(cli: Broker) -> None:

@@ -34,7 +34,10 @@ def documents(*patterns: str) -> list[Any]:
 def test_a_version_is_new_only_where_the_content_is(store: Store) -> None:
     assert store.apply(documents("ls")).added == ("Persona A", "Policy a")
     first = store.generation()
-    assert store.apply(documents("ls")).changed == ()
+    assert not store.apply(documents("ls"))
+    assert store.generation() == first  # no lease ends for nothing
+    assert store.apply(documents("ls")[::-1]).reordered  # the order is what decides
+    assert store.generation() == first + 1
     assert store.apply(documents("cat")).changed == ("Persona A",)
     assert store.apply(documents("ls")).changed == ("Persona A",)
     assert [version for version, _ in store.versions("Persona", "A")] == [1, 2, 3]  # going back is a new version
@@ -110,9 +113,10 @@ def test_a_change_that_nobody_was_told_of_is_seen_at_once_too(tmp_path: Path) ->
 
 
 def test_a_record_that_cannot_be_read_decides_nothing(tmp_path: Path) -> None:
-    state = State(Store(tmp_path / "db"), 15)
+    store = Store(tmp_path / "db")
+    state = State(store, 15)
     assert state.current().generation == 1
-    state.store.close()
+    store.close()
     time.sleep(0.005)
     with pytest.raises(sqlite3.Error):
         state.current()

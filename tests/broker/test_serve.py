@@ -5,8 +5,10 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.broker.conftest import Broker, environment
+from tests.broker.conftest import VM, Broker, environment
 
 
 @contextmanager
@@ -147,25 +149,48 @@ def test_without_a_certificate_it_says_how_to_make_one(tmp_path: Path) -> None:
     assert "persona-broker tls init" in done.stderr
 
 
+def question() -> dict[str, object]:
+    program = {"path": "/usr/bin/git", "names": ["git"], "paths": ["/usr/bin/git"]}
+    request = {
+        "subject": {"user": "alice", "groups": [], "vm": VM}, "session": "s", "program": program,
+        "argv": ["git"], "cwd": "/", "argv_complete": True,
+    }  # fmt: skip
+    return {"request": request}
+
+
+def test_no_decision_waits_for_a_writer(tmp_path: Path) -> None:
+    """Somebody applies a huge set: records have to wait until that is written, decisions do not."""
+    with running(tmp_path) as (broker, _):
+        with closing(sqlite3.connect(tmp_path / "db", isolation_level=None)) as writer:
+            writer.execute("BEGIN IMMEDIATE")
+            records = {"records": [], "lost": 1}
+            waiting = threading.Thread(target=broker.call, args=("POST", "/v1/records", records))
+            waiting.start()
+            time.sleep(0.3)
+            began = time.monotonic()
+            for _ in range(10):
+                assert broker.call("POST", "/v1/decisions", question())[0] == 200
+            assert time.monotonic() - began < 1
+            assert waiting.is_alive()
+            writer.execute("COMMIT")
+        waiting.join(10)
+        assert b"records_lost_total 1" in broker.call("GET", "/metrics")[1]
+
+
 def test_samples_that_stop_are_not_low_load(tmp_path: Path) -> None:
     """The events process ends; what the other would decide from then on, it decides from no load at all."""
     (tmp_path / "broker.toml").write_text("load_max_age_s = 3\n")
     with running(tmp_path) as (broker, process):
         broker.run("load", "set", "cpu=10")
-        program = {"path": "/usr/bin/git", "names": ["git"], "paths": ["/usr/bin/git"]}
-        request = {
-            "subject": {"user": "alice", "groups": [], "vm": "analytics-1"}, "session": "s", "program": program,
-            "argv": ["git"], "cwd": "/", "argv_complete": True,
-        }  # fmt: skip
         time.sleep(0.2)
-        assert broker.call("POST", "/v1/decisions", {"request": request})[1]["decision"] == "granted"
+        assert broker.call("POST", "/v1/decisions", question())[1]["decision"] == "granted"
         for pid in [process.pid, *children(process.pid)]:
             os.kill(pid, signal.SIGSTOP)  # nobody may restart or end the other part
         watcher = next(pid for arbiter in children(process.pid) for pid in children(arbiter) if serves(pid, broker))
         os.kill(watcher, signal.SIGSTOP)
         try:
             deadline = time.monotonic() + 25
-            while (found := broker.call("POST", "/v1/decisions", {"request": request})[1])["decision"] == "granted":
+            while (found := broker.call("POST", "/v1/decisions", question())[1])["decision"] == "granted":
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
             assert found["reason"] == "load_unknown"

@@ -12,7 +12,7 @@ from persona.decisions import Decision, Denied, Lease, Width
 from persona.documents import to_mapping
 from persona.problems import Fault, PersonaError, Reason
 from persona_broker import metrics
-from persona_broker.api.guests import body, guest, own, state
+from persona_broker.api.guests import body, guest, own, state, store
 from persona_broker.policy.engine import Entry
 from persona_broker.state import View
 from persona_broker.store.sqlite import SessionRow
@@ -84,7 +84,7 @@ def _admission(*, opening: bool) -> Response:
         return jsonify(admitted=False, denied=codec.encode_decision(denied))
     if opening:
         row = SessionRow(ident, name, subject, service, remote, time.time(), revoked=False)
-        if not state().store.open_session(row):
+        if not store().open_session(row):
             raise PersonaError(Fault.CONFLICT, "another guest has a session of that name")
     entry = admission.entry
     ref = entry.versioned.ref if entry and entry.versioned else None
@@ -102,7 +102,7 @@ def _admission(*, opening: bool) -> Response:
 @blueprint.delete("/v1/sessions/<ident>")
 def end_session(ident: str) -> tuple[str, int]:
     """A session is over."""
-    if not state().store.end_session(ident, guest()):
+    if not store().end_session(ident, guest()):
         raise PersonaError(Fault.NOT_FOUND, "no such session of this guest")
     return "", 204
 
@@ -111,7 +111,7 @@ def end_session(ident: str) -> tuple[str, int]:
 def entries(ident: str) -> Response:
     """Everything that the user of a session can get, in policy order."""
     name, view = guest(), state().current()
-    session = state().store.session(ident)
+    session = store().session(ident)
     if session is None or session.guest != name:
         raise PersonaError(Fault.NOT_FOUND, "no such session of this guest")
     found = view.snapshot.entries(session.subject, view.outlook)
@@ -142,5 +142,5 @@ def records() -> tuple[str, int]:
     if not isinstance(items, list) or len(items) > codec.MAX_RECORDS:
         raise PersonaError(Fault.BAD_REQUEST, f"records: expected a list of at most {codec.MAX_RECORDS}")
     parsed = [codec.decode_record(item, f"records[{index}]") for index, item in enumerate(items)]
-    state().store.add_records(name, parsed, codec.integer(value["lost"], "lost"))
+    store().add_records(name, parsed, codec.integer(value["lost"], "lost"))
     return "", 204

@@ -7,7 +7,7 @@ from flask import Blueprint, Response, jsonify
 from persona.documents import Document, Persona, Policy, to_mapping
 from persona.problems import Fault, PersonaError
 from persona.schema import SCHEMA
-from persona_broker.api.guests import guest, state
+from persona_broker.api.guests import guest, store
 
 blueprint = Blueprint("documents", __name__)
 
@@ -18,13 +18,13 @@ def _show(document: Document, version: int) -> dict[str, Any]:
 
 def _applied(kind: type[Document]) -> Response:
     guest()
-    shown = [_show(document, version) for document, version in state().store.documents() if type(document) is kind]
+    shown = [_show(document, version) for document, version in store().documents() if type(document) is kind]
     return jsonify(items=shown)
 
 
 def _one(kind: str, name: str, version: int | None) -> Response:
     guest()
-    for number, document in reversed(state().store.versions(kind, name)):
+    for number, document in reversed(store().versions(kind, name)):
         if version in (None, number):
             return jsonify(_show(document, number))
     raise PersonaError(Fault.NOT_FOUND, f"there is no such {kind.lower()}")

@@ -8,12 +8,18 @@ from flask import current_app, request
 from persona.codec import MAX_BODY
 from persona.problems import Fault, PersonaError
 from persona_broker.state import State
-from persona_broker.store.sqlite import hash_token
+from persona_broker.store.sqlite import Store, hash_token
 
 
 def state() -> State:
     """This process's state."""
-    found: State = current_app.extensions["persona"]
+    found: State = current_app.extensions["state"]
+    return found
+
+
+def store() -> Store:
+    """The record, to look things up and to write; whoever writes may have to wait."""
+    found: Store = current_app.extensions["store"]
     return found
 
 

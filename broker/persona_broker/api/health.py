@@ -6,7 +6,7 @@ from flask import Blueprint, Response, jsonify
 
 from persona.problems import Fault, PersonaError
 from persona_broker import metrics
-from persona_broker.api.guests import state
+from persona_broker.api.guests import state, store
 
 blueprint = Blueprint("health", __name__)
 
@@ -31,4 +31,4 @@ def readyz() -> Response:
 def numbers() -> Response:
     """Prometheus text, of all workers of this broker whichever answers."""
     view = state().current()
-    return Response(metrics.render(view, state().store.records_lost()), content_type="text/plain; version=0.0.4")
+    return Response(metrics.render(view, store().records_lost()), content_type="text/plain; version=0.0.4")

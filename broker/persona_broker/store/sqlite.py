@@ -20,7 +20,8 @@ from typing import Any
 from persona.codec import Record, encode_record
 from persona.conditions import Threshold
 from persona.decisions import Subject
-from persona.documents import Document, Persona, Policy, digest, parse_document, to_mapping
+from persona.documents import Document, Persona, Policy, parse_document, to_mapping
+from persona_broker.policy.changes import Changes, Identity, compare, identities
 from persona_broker.policy.engine import Snapshot, Versioned
 from persona_broker.policy.outlook import Latches, Sample
 
@@ -40,6 +41,8 @@ CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY AUTOINCREMENT, guest 
 INSERT OR IGNORE INTO meta VALUES ('generation', '1'), ('records_lost', '0');
 """
 
+_NEWEST_VERSIONS = "SELECT kind, name, max(version), digest FROM documents GROUP BY kind, name"  # digest of that row
+
 
 @dataclass(frozen=True, slots=True)
 class SessionRow:
@@ -52,16 +55,6 @@ class SessionRow:
     remote: str
     opened_at: float
     revoked: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What ``apply`` changed, by kind and name."""
-
-    added: tuple[str, ...]
-    changed: tuple[str, ...]
-    removed: tuple[str, ...]
-    generation: int
 
 
 class Store:
@@ -161,35 +154,32 @@ class Store:
 
     # --- documents --------------------------------------------------------------------------------
 
-    def apply(self, documents: Sequence[Document]) -> Applied:
-        """Replaces the whole set in one transaction; a version is new only where the content is."""
+    def apply(self, documents: Sequence[Document]) -> Changes:
+        """Replaces the whole set in one transaction; a version is new only where the content is.
+
+        The generation rises only where something changed: leases outlive an ``apply`` of the same.
+        """
+        now, after = time.time(), identities(documents)
+        bodies = [json.dumps(to_mapping(document)) for document in documents]
         with self._write() as db:
-            before = {
-                (kind, name): version for kind, name, version in db.execute("SELECT kind, name, version FROM applied")
-            }
+            changes = compare(self.applied(), after)
+            if not changes:
+                return changes
             db.execute("DELETE FROM applied")
-            after: dict[tuple[str, str], int] = {}
-            for position, document in enumerate(documents):
-                kind, key = type(document).__name__, digest(document)
-                last = db.execute(
-                    "SELECT version, digest FROM documents WHERE kind = ? AND name = ? ORDER BY version DESC LIMIT 1",
-                    (kind, document.name),
-                ).fetchone()
-                version = last[0] if last and last[1] == key else (last[0] if last else 0) + 1
-                if not last or version != last[0]:
-                    body = json.dumps(to_mapping(document))
-                    row = (kind, document.name, version, key, body, time.time())
-                    db.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", row)
-                db.execute("INSERT INTO applied VALUES (?, ?, ?, ?)", (position, kind, document.name, version))
-                after[kind, document.name] = version
-            generation = _raise(db)
-        label = "{0[0]} {0[1]}".format
-        return Applied(
-            tuple(label(key) for key in after if key not in before),
-            tuple(label(key) for key in after if key in before and before[key] != after[key]),
-            tuple(label(key) for key in before if key not in after),
-            generation,
-        )
+            newest = {(kind, name): (version, key) for kind, name, version, key in db.execute(_NEWEST_VERSIONS)}
+            for position, ((kind, name, key), body) in enumerate(zip(after, bodies, strict=True)):
+                version, known = newest.get((kind, name), (0, None))
+                if key != known:
+                    version += 1
+                    db.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", (kind, name, version, key, body, now))
+                db.execute("INSERT INTO applied VALUES (?, ?, ?, ?)", (position, kind, name, version))
+            _raise(db)
+        return changes
+
+    def applied(self) -> list[Identity]:
+        """What is applied, in order; for comparison, without parsing it."""
+        query = "SELECT kind, name, digest FROM applied JOIN documents USING (kind, name, version) ORDER BY position"
+        return [(kind, name, key) for kind, name, key in self._rows(query)]
 
     def documents(self) -> list[tuple[Document, int]]:
         """The applied set in order, each with its version."""

@@ -1,0 +1,37 @@
+"""What applying a set of documents would change: the same answer for a dry run and for the real one."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from persona.documents import Document, digest
+
+Identity = tuple[str, str, str]  # kind, name, digest of the content
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """By kind and name; ``reordered`` where what stays comes in another order.  False where nothing changes."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    reordered: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed or self.removed or self.reordered)
+
+
+def identities(documents: Iterable[Document]) -> list[Identity]:
+    """What documents are compared by."""
+    return [(type(document).__name__, document.name, digest(document)) for document in documents]
+
+
+def compare(before: Sequence[Identity], after: Sequence[Identity]) -> Changes:
+    """From one set to another."""
+    old, new = ({f"{kind} {name}": key for kind, name, key in items} for items in (before, after))
+    return Changes(
+        tuple(name for name in new if name not in old),
+        tuple(name for name in new if name in old and old[name] != new[name]),
+        tuple(name for name in old if name not in new),
+        reordered=[name for name in old if name in new] != [name for name in new if name in old],
+    )
