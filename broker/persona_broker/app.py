@@ -13,6 +13,7 @@ from persona_broker.settings import Settings
 from persona_broker.state import State
 from persona_broker.store.sqlite import Store
 from persona_broker.watcher import Watcher
+from persona_broker.workers import at_exit
 
 
 def api(settings: Settings) -> Flask:
@@ -32,6 +33,7 @@ def streams(settings: Settings) -> Flask:
     watcher.look()  # the first sample before the first answer: until then no load is known
     threading.Thread(target=watcher.run, name="watcher", daemon=True).start()
     app.extensions["streams"] = events.Streams(watcher, app.extensions["state"])
+    at_exit(app.extensions["streams"].end)
     app.register_blueprint(events.blueprint)
     app.register_blueprint(health.blueprint)
     return app

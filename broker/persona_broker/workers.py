@@ -7,9 +7,12 @@ hold them all.
 import contextlib
 import http
 import json
+import os
+import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -36,8 +39,26 @@ def let_last(connection: socket.socket) -> None:
     _lasting.add(connection)
 
 
+_at_exit: list[Callable[[], None]] = []
+
+
+def at_exit(call: Callable[[], None]) -> None:
+    """Has something called when this worker is told to end, before it waits for answers in progress."""
+    _at_exit.append(call)
+
+
 class BoundedWorker(ThreadWorker):
     """Ends connections whose request takes too long to arrive or whose answer too long to be read."""
+
+    def run(self) -> None:
+        # the pipe that signals write to: the wait for connections ends with it, not a second later
+        self.poller.register(self.PIPE[0], selectors.EVENT_READ, lambda pipe: os.read(pipe, 512))
+        super().run()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        super().handle_exit(sig, frame)
+        for call in _at_exit:
+            call()
 
     def init_process(self) -> None:
         self._handling: dict[Any, float] = {}

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -75,15 +75,17 @@ def test_nothing_outlives_the_supervisor(tmp_path: Path) -> None:
         await_end([*arbiters, *workers])
 
 
-def test_it_stops_quickly_though_streams_are_open(tmp_path: Path) -> None:
-    with running(tmp_path) as (broker, process):
-        connection, response = broker.stream()
-        with closing(connection):
+@pytest.mark.parametrize("streams", [0, 3])
+def test_it_stops_quickly_though_streams_are_open(tmp_path: Path, streams: int) -> None:
+    with running(tmp_path) as (broker, process), ExitStack() as stack:
+        for _ in range(streams):
+            connection, response = broker.stream()
+            stack.callback(connection.close)
             assert json.loads(response.readline())["why"] == "hello"
-            began = time.monotonic()
-            process.terminate()
-            assert process.wait(20) == 0
-            assert time.monotonic() - began < 4
+        began = time.monotonic()
+        process.terminate()
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 3  # no stream is waited for: its next beat may be 5 s away
 
 
 def free_port() -> int:
@@ -170,7 +172,7 @@ def test_no_decision_waits_for_a_writer(tmp_path: Path) -> None:
             began = time.monotonic()
             for _ in range(10):
                 assert broker.call("POST", "/v1/decisions", question())[0] == 200
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 2  # a writer waits for 5
             assert waiting.is_alive()
             writer.execute("COMMIT")
         waiting.join(10)

@@ -13,6 +13,7 @@ from persona_broker import metrics
 from persona_broker.api.guests import guest
 from persona_broker.state import State
 from persona_broker.watcher import Watcher
+from persona_broker.workers import let_last
 
 log = logging.getLogger("persona.events")
 
@@ -30,6 +31,7 @@ class Streams:
         self._watcher = watcher
         self._state = state
         self._open: dict[str, deque[object]] = {}
+        self._ending = False
 
     def open(self, guest: str) -> object:
         """A new stream; the guest's oldest ends where it is one too many.  Raises ``PersonaError`` (overloaded)."""
@@ -53,10 +55,16 @@ class Streams:
                 self._open.pop(guest, None)
             metrics.streams(self._count())
 
+    def end(self) -> None:
+        """All of them, soon: the process stops."""
+        self._ending = True
+        with self._watcher.changed:
+            self._watcher.changed.notify_all()
+
     def lines(self, guest: str, stream: object) -> Iterator[bytes]:
         """JSON lines for as long as the guest listens, is registered and has no newer streams."""
         seen, why = self._watcher.generation, "hello"
-        while stream in self._open.get(guest, ()) and self._registered(guest):
+        while not self._ending and stream in self._open.get(guest, ()) and self._registered(guest):
             yield json.dumps({"generation": seen, "why": why}).encode() + b"\n"
             with self._watcher.changed:
                 if self._watcher.generation == seen:
@@ -78,8 +86,6 @@ class Streams:
 @blueprint.get("/v1/events")
 def events() -> Response:
     """The caller's stream."""
-    from persona_broker.workers import let_last  # with gunicorn, which serves us
-
     name = guest()
     streams: Streams = current_app.extensions["streams"]
     let_last(request.environ["gunicorn.socket"])
