@@ -80,7 +80,7 @@ def start(stack: ExitStack, home: Path, files: list[str]) -> None:
     config = home / "guest.toml"
     config.write_text(
         f'mode = "enforce"\n[vm]\nname = "{VM}"\n[broker]\nurl = "unix:{home}/api.sock"\n'
-        f'events_url = "unix:{home}/events.sock"\ntoken_file = "{token}"\n'
+        f'events_url = "unix:{home}/events.sock"\ntoken_file = "{token}"\ntimeout_s = 10.0\n'
         "[gate]\nuid_min = 0\nnever_gate_root = false\n"
         f'[paths]\nruntime_dir = "{home}/run"\nstate_dir = "{home}/state"\n'
     )
@@ -91,7 +91,10 @@ def start(stack: ExitStack, home: Path, files: list[str]) -> None:
             _await(ready.fileno(), broker, "the embedded broker")
             if ready.read(6) != b"ready\n":
                 raise TrialError(_why(broker, "the embedded broker"))
-        _await(notified.fileno(), agent, "the embedded agent")
+        message = b""
+        while b"READY=1" not in message:  # its first word is of a descriptor to keep
+            _await(notified.fileno(), agent, "the embedded agent")
+            message = notified.recv(4096)
 
 
 def _personas(files: list[str]) -> list[str] | None:
