@@ -53,7 +53,10 @@ def strings(value: object, path: str, count: int, limit: int = _NAME) -> tuple[s
     """A list of strings.  Raises ``CodecError``."""
     if not isinstance(value, list) or len(value) > count:
         raise CodecError(path, f"expected a list of at most {count} strings")
-    return tuple(string(item, f"{path}[{index}]", limit) for index, item in enumerate(value))
+    for index, item in enumerate(value):
+        if not isinstance(item, str) or len(item) > limit:
+            raise CodecError(f"{path}[{index}]", f"expected a string of at most {limit} characters")
+    return tuple(value)
 
 
 def integer(value: object, path: str) -> int:

@@ -7,6 +7,7 @@ worker answers it, and a worker that dies takes nothing along.
 import mmap
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from persona.decisions import Decision, Denied
@@ -36,7 +37,7 @@ def use_row(row: int) -> None:
 def decided(decision: Decision, seconds: float) -> None:
     """Counts one decision and its time."""
     outcome = decision.reason if isinstance(decision, Denied) else "granted"
-    bucket = next(edge for edge in _BUCKETS_S if seconds <= edge)
+    bucket = _BUCKETS_S[bisect_left(_BUCKETS_S, seconds)]
     with _lock:
         _memory[_begin + _cell[outcome]] += 1
         _memory[_begin + _cell[bucket]] += 1
