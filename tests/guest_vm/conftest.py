@@ -1,56 +1,106 @@
-"""One guest for all guest tests: booted, persona-guest installed by apt, enforcing, its broker on this host."""
+"""One guest for all guest tests: booted, persona-guest installed by apt, enforcing, its broker on this host.
 
+It is frozen when it is ready and put back to that moment for each file of tests and after each failure,
+so that no test inherits what another left.
+"""
+
+import contextlib
+import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import ROOT, Broker, await_connected, site
+from tests.guest_vm.site import ROOT, Broker, await_connected, configure, site
 
 ARTIFACTS = ROOT / "build" / "artifacts"
 DOCUMENTS = [ROOT / "examples", Path(__file__).parent / "documents"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs the guest."""
+    """Marks what needs the guest."""
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if isinstance(item, pytest.Function) and "_warm" in item.fixturenames:
             item.add_marker(pytest.mark.guest)
             item.add_marker(pytest.mark.timeout(900))
 
 
-@pytest.fixture(scope="session")
-def _site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Broker]]:
-    with site(tmp_path_factory.mktemp("site")) as (machine, broker):
-        broker.run("apply", *map(str, DOCUMENTS))
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Lets the guest fixture know how its test ended."""
+    report = yield
+    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    return report
+
+
+class Warm:
+    """A gated guest and its broker; the guest can be put back to how it was when it was ready."""
+
+    def __init__(self, machine: Machine, broker: Broker) -> None:
+        self.machine, self.broker = machine, broker
+        self._used_by: str | None = None
         # the target of every escape: harmless, on no whitelist, and it tells that it ran
         machine.must("cp /usr/bin/touch /usr/local/bin/forbidden && loginctl terminate-user alice || true")
-        yield machine, broker
-        ARTIFACTS.mkdir(parents=True, exist_ok=True)
-        (ARTIFACTS / "journal.txt").write_text(machine.root("journalctl -b --no-pager", timeout=120).out)
-        (ARTIFACTS / "console.txt").write_text(machine.console_tail())
-        (ARTIFACTS / "broker.txt").write_text((broker.directory / "log").read_text())
+        machine.freeze()
+
+    def ready_for(self, file: str) -> None:
+        """Each file of tests begins with a guest that no other has touched."""
+        if self.broker.process is None:
+            self.broker.start()
+        self.broker.load(30)
+        if self._used_by not in (None, file):
+            self.machine.thaw()
+            configure(self.machine, self.broker)
+        self._used_by = file
+        await_connected(self.machine)
+
+    def spoil(self, test: str) -> None:
+        """Keeps what a failed test leaves to look at; the next one begins anew."""
+        self._used_by = test
+        self.keep(test)
+
+    def keep(self, name: str) -> None:
+        """The guest's journal and console and the broker's log, in ``build/artifacts/NAME``."""
+        folder = ARTIFACTS / re.sub(r"[^\w.-]+", "_", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a guest that hangs has its console still
+            (folder / "journal.txt").write_text(self.machine.root("journalctl -b --no-pager", timeout=60).out)
+        (folder / "console.txt").write_text(self.machine.console_tail())
+        (folder / "broker.txt").write_text((self.broker.directory / "log").read_text())
+
+
+@pytest.fixture(scope="session")
+def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    shutil.rmtree(ARTIFACTS, ignore_errors=True)
+    with site(tmp_path_factory.mktemp("site")) as (machine, broker):
+        broker.run("apply", *map(str, DOCUMENTS))
+        warm = Warm(machine, broker)
+        yield warm
+        warm.keep("end")
 
 
 @pytest.fixture
-def guest(_site: tuple[Machine, Broker]) -> Iterator[Machine]:
+def guest(_warm: Warm, request: pytest.FixtureRequest) -> Iterator[Machine]:
     """The guest, its agent connected and the load low when a test begins."""
-    machine, broker = _site
-    if broker.process is None:
-        broker.start()
-    broker.load(30)
-    await_connected(machine)
-    yield machine
-    if machine.root("systemctl is-active persona-agent", timeout=60).out.strip() != "active":
+    _warm.ready_for(request.path.name)
+    yield _warm.machine
+    if request.node.stash.get(_FAILED, False):
+        _warm.spoil(request.node.name)
+    elif _warm.machine.root("systemctl is-active persona-agent", timeout=60).out.strip() != "active":
+        _warm.spoil(request.node.name)
         pytest.fail("the agent is not running after the test")
 
 
 @pytest.fixture
-def broker(_site: tuple[Machine, Broker]) -> Broker:
+def broker(_warm: Warm) -> Broker:
     """The broker on this host."""
-    return _site[1]
+    return _warm.broker
 
 
 @pytest.fixture(scope="session")

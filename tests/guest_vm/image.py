@@ -4,13 +4,17 @@ Cached under a name that is a hash of everything that goes into it; never relied
 broken cache is rebuilt.  Needs root, mmdebstrap, e2fsprogs and qemu-utils.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +22,9 @@ HERE = Path(__file__).parent
 HOST_ALIAS = "persona-lab"  # what every guest is called in known_hosts, whatever its port
 SIZE = "6G"  # sparse
 USERS = {"alice": 1000, "bob": 1001, "carol": 1002, "deploy": 1003, "admin": 1004}
+STEP_LIMIT_S = 1800
+PATIENCE_S = 15
+STALE_S = 7 * 86400  # an image that nobody used for so long is removed when another is made
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic", "virtio_rng")
 
 # Run inside the new root.  Argument 1 of the hook is the root's path on the host.
@@ -64,14 +71,44 @@ def packages() -> list[str]:
 
 
 def build() -> Image:
-    """The image, from the cache or made now (about two minutes).  Raises ``CalledProcessError``."""
+    """The image, from the cache or made now (about a minute).  Raises ``CalledProcessError``."""
     recipe = hashlib.sha256(Path(__file__).read_bytes() + (HERE / "packages.txt").read_bytes()).hexdigest()[:16]
     home = cache_dir() / f"image-{recipe}"
-    image = Image(home / "disk.qcow2", home / "vmlinuz", home / "initrd.img", home / "key", home / "known_hosts")
-    if (home / "complete").exists():
-        return image
-    say("making the Debian 12 guest image (once; about two minutes)")
     cache_dir().mkdir(parents=True, exist_ok=True)
+    with _alone():
+        if not (home / "complete").exists():
+            say("making the Debian 12 guest image (once; one to three minutes)")
+            _clear(home)
+            _make(home)
+            say("the guest image is ready")
+        (home / "complete").touch()  # in use
+    return Image(home / "disk.qcow2", home / "vmlinuz", home / "initrd.img", home / "key", home / "known_hosts")
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One builder at a time: a second one waits and then finds the image."""
+    with open(cache_dir() / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another process to make the guest image")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _clear(home: Path) -> None:
+    """Removes what builders that were killed left, and what nobody used for long."""
+    for left in cache_dir().glob("building-*"):
+        # mmdebstrap's mounts live in a namespace of its own; the option is there should that change
+        subprocess.run(["rm", "-rf", "--one-file-system", str(left)], check=True, timeout=300)
+    for image in cache_dir().glob("image-*"):
+        used = image / "complete"
+        if image == home or not used.exists() or time.time() - used.stat().st_mtime > STALE_S:
+            shutil.rmtree(image)
+
+
+def _make(home: Path) -> None:
     with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="building-") as scratch:
         work = Path(scratch)
         root = work / "root"
@@ -79,23 +116,16 @@ def build() -> Image:
         _bootstrap(root, (work / "key.pub").read_text())
         say("writing the disk")
         shutil.copy(next(root.glob("boot/vmlinuz-*")), work / "vmlinuz")
+        shutil.copy(next(root.glob("boot/initrd.img-*")), work / "initrd.img")
         host_key = (root / "etc/ssh/ssh_host_ed25519_key.pub").read_text().split()
         (work / "known_hosts").write_text(f"{HOST_ALIAS} {host_key[0]} {host_key[1]}\n")
-        shutil.copy(next(root.glob("boot/initrd.img-*")), work / "initrd.img")
         raw = work / "disk.raw"
         run("truncate", "-s", SIZE, str(raw))
         run("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=1,nodiscard", "-d", str(root), str(raw))
         run("qemu-img", "convert", "-O", "qcow2", str(raw), str(work / "disk.qcow2"))
-        shutil.rmtree(home, ignore_errors=True)
         home.mkdir()
         for name in ("disk.qcow2", "vmlinuz", "initrd.img", "key", "key.pub", "known_hosts"):
             shutil.move(work / name, home / name)
-        for stale in cache_dir().glob("image-*"):
-            if stale != home:
-                shutil.rmtree(stale, ignore_errors=True)
-        (home / "complete").touch()
-    say("the guest image is ready")
-    return image
 
 
 def _bootstrap(root: Path, public_key: str) -> None:
@@ -121,11 +151,25 @@ def _bootstrap(root: Path, public_key: str) -> None:
 
 
 def run(*argv: str) -> None:
-    """Runs a command whose output is only of interest when it fails."""
-    done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=1800)
-    if done.returncode:
-        sys.stderr.write(done.stdout[-4000:] + done.stderr[-4000:])
-        raise subprocess.CalledProcessError(done.returncode, argv[0])
+    """Runs a command whose output is only of interest when it fails; says every 15 s that it goes on."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        try:
+            for _ in range(STEP_LIMIT_S // PATIENCE_S):
+                try:
+                    code = process.wait(PATIENCE_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    say(f"  {argv[0]} is at work")
+            else:
+                raise subprocess.TimeoutExpired(argv[0], STEP_LIMIT_S)
+        finally:
+            process.terminate()  # mmdebstrap undoes its mounts when it is asked to end
+            process.wait(60)
+        if code:
+            log.seek(0)
+            sys.stderr.write(log.read()[-8000:])
+            raise subprocess.CalledProcessError(code, argv[0])
 
 
 _STARTED = time.monotonic()
@@ -137,4 +181,5 @@ def say(what: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is ended and removed
     print(build().disk)

@@ -1,4 +1,4 @@
-"""``scripts/lab``: a site that outlives its starter, found again through a state file."""
+"""``scripts/lab``: a guest and its broker that stay up, found again through the files that they leave."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.guest_vm.image import cache_dir
+from tests.guest_vm.image import cache_dir, say
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, bring_up
 
@@ -19,16 +19,14 @@ def home() -> Path:
 
 
 def start() -> tuple[Machine, Broker]:
-    """A fresh lab; one that runs is stopped first."""
-    stop()
+    """A fresh lab that outlives this process; one that runs is stopped first."""
+    if stop():
+        say("stopped the lab that was running")
     home().mkdir(parents=True)
     with contextlib.ExitStack() as stack:
-        machine, broker = bring_up(home(), stack)
+        machine, broker = bring_up(home(), stack, outlive=True)
         stack.pop_all()  # it stays up
-    if broker.process is None:
-        raise RuntimeError("the broker is not running")
-    ports = {"ssh": machine.port, "broker": broker.process.pid}
-    (home() / "state.json").write_text(json.dumps(ports))
+    (home() / "state.json").write_text(json.dumps({"ssh": machine.port}))
     return machine, broker
 
 
@@ -40,11 +38,10 @@ def attach() -> tuple[Machine, Broker]:
 
 
 def stop() -> bool:
-    """Ends guest and broker and removes everything; whether there was anything."""
+    """Ends guest and broker, however far they came, and removes everything; whether there was anything."""
     if not home().exists():
         return False
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-        os.kill(int(json.loads((home() / "state.json").read_text())["broker"]), 15)
+    Broker.attach(home() / "broker").end()
     Machine.attach(home() / "vm", 0).stop()
     shutil.rmtree(home())
     return True
@@ -52,12 +49,13 @@ def stop() -> bool:
 
 def how_to(machine: Machine) -> str:
     """How to get in, and how to end it."""
+    lab = "sudo scripts/lab" if "SUDO_USER" in os.environ else "scripts/lab"
     return (
         "The guest is up. As alice (gated), as bob (refused), as root (never gated):\n"
-        "    scripts/lab ssh alice\n"
-        "    scripts/lab load 82        # the host is busy now; 'scripts/lab load 30' ends it\n"
+        f"    {lab} ssh alice\n"
+        f"    {lab} load 82        # the host is busy now; '{lab} load 30' ends it\n"
         f"or: {' '.join(machine.ssh_argv('alice'))}\n"
-        "To stop it: scripts/lab stop"
+        f"To stop it: {lab} stop"
     )
 
 
@@ -77,10 +75,7 @@ def main(words: list[str]) -> int:
             argv = attach()[0].ssh_argv(words[1])
             return subprocess.run([*argv, *words[2:]], check=False).returncode
         else:
-            print(
-                "usage: scripts/lab start | stop | ssh USER [COMMAND] | load PERCENT | status",
-                file=sys.stderr,
-            )
+            print("usage: scripts/lab start | stop | ssh USER [COMMAND] | load PERCENT | status", file=sys.stderr)
             return 2
     except FileNotFoundError:
         print("no lab is running: scripts/lab start", file=sys.stderr)

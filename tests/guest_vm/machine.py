@@ -1,12 +1,13 @@
 """A guest VM under QEMU (TCG: the kernels here boot without KVM) and ssh into it.
 
-Each machine runs on an overlay of the image, so nothing it does survives it.  User-mode networking:
-the guest reaches this host as 10.0.2.2, this host reaches the guest's sshd on a forwarded port.
+Each machine runs on an overlay of the image, so nothing it does survives it, and it can be frozen
+and put back to that moment.  User-mode networking: the guest reaches this host as 10.0.2.2, this host
+reaches the guest's sshd on a forwarded port.
 """
 
 import contextlib
+import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -18,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.guest_vm.image import HOST_ALIAS, Image, say
+from tests.guest_vm.login import Session
 
 HOST_SEEN_FROM_GUEST = "10.0.2.2"
 BOOT_TIMEOUT_S = 240
+SNAPSHOT = "frozen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,44 +47,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Session:
-    """A bash of one login, asked command by command."""
+def process_of(pidfile: Path) -> int | None:
+    """The process that a pid file names, if it lives and its command line names the pid file's directory.
 
-    def __init__(self, argv: list[str]) -> None:
-        self.process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
-        )
-        if self.process.stdin is None or self.process.stdout is None:
-            raise RuntimeError("no pipes")
-        self._in, self._out = self.process.stdin, self.process.stdout
+    The second because a file outlives its process, and after a while the number is another's.
+    """
+    try:
+        pid = int(pidfile.read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        return None
+    return pid if str(pidfile.parent).encode() in command else None
 
-    def ask(self, command: str, timeout: float = 60) -> str:
-        """What one command line prints, both streams.  Raises ``TimeoutError``."""
-        self.write(command)
-        return self.read(timeout, command)
 
-    def write(self, command: str) -> None:
-        """Starts a command line; ``read`` its output before the next."""
-        self._in.write(f"{command}\necho '#'END\n".encode())
-
-    def read(self, timeout: float = 60, command: str = "") -> str:
-        """What the command line that was written prints.  Raises ``TimeoutError``."""
-        text = b""
-        deadline = time.monotonic() + timeout
-        while not text.endswith(b"#END\n"):
-            if not select.select([self._out], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError(f"{command}: no end within {timeout} s: {text!r}")
-            chunk = os.read(self._out.fileno(), 65536)
-            if not chunk:
-                raise EOFError(f"{command}: the session ended: {text!r}")
-            text += chunk
-        return text.removesuffix(b"#END\n").decode("utf-8", "replace")
-
-    def close(self) -> None:
-        """Ends the login."""
-        self._in.close()
-        self._out.close()
-        self.process.wait(30)
+def ends_with_us(outlive: bool) -> list[str]:
+    """What to put before a command that must not be left behind by a killed test run."""
+    return [] if outlive else ["setpriv", "--pdeathsig", "TERM", "--"]
 
 
 class Machine:
@@ -95,22 +76,8 @@ class Machine:
         shutil.copy(image.key, self._key)
         shutil.copy(image.known_hosts, directory)
         self._key.chmod(0o600)
-        subprocess.run(
-            [
-                "qemu-img",
-                "create",
-                "-q",
-                "-f",
-                "qcow2",
-                "-F",
-                "qcow2",
-                "-b",
-                str(image.disk),
-                str(self._overlay),
-            ],
-            check=True,
-            timeout=60,
-        )
+        create = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image.disk)]
+        subprocess.run([*create, str(self._overlay)], check=True, timeout=60)
 
     @classmethod
     def attach(cls, directory: Path, port: int) -> "Machine":
@@ -126,6 +93,8 @@ class Machine:
         self.pidfile = directory / "pid"
         self._key = directory / "key"
         self._overlay = directory / "overlay.qcow2"
+        self._monitor = directory / "qmp"
+        self._process: subprocess.Popen[bytes] | None = None
 
     def _argv(self) -> list[str]:
         append = "root=/dev/vda rw console=ttyS0 quiet loglevel=4 mitigations=off audit=1"
@@ -137,27 +106,75 @@ class Machine:
             "-netdev", f"user,id=net,hostfwd=tcp:127.0.0.1:{self.port}-:22",
             "-device", "virtio-net-pci,netdev=net", "-device", "virtio-rng-pci",
             "-serial", f"file:{self.console}", "-pidfile", str(self.pidfile),
+            "-qmp", f"unix:{self._monitor},server=on,wait=off",
         ]  # fmt: skip
 
-    def start(self) -> None:
-        """Boots until sshd answers root.  Raises ``TimeoutError`` with the end of the console."""
-        subprocess.run([*self._argv(), "-daemonize"], check=True, stdin=subprocess.DEVNULL, timeout=60)
+    def start(self, *, outlive: bool = False) -> None:
+        """Boots until sshd answers root.  Raises ``TimeoutError`` with the end of the console.
+
+        The guest ends with the thread that started it, unless it is to ``outlive`` it.
+        """
+        with open(self.directory / "qemu.log", "ab") as log:
+            self._process = subprocess.Popen(
+                [*ends_with_us(outlive), *self._argv()],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
         deadline = time.monotonic() + BOOT_TIMEOUT_S
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if self.ssh("root", "true", timeout=30).code == 0:
                     return
             time.sleep(1)
-        raise TimeoutError(f"the guest did not come up:\n{self.console_tail()}")
+        said = (self.directory / "qemu.log").read_text("utf-8", "replace")
+        raise TimeoutError(f"the guest did not come up:\n{said}{self.console_tail()}")
 
     def stop(self) -> None:
         """Ends the guest at once; its disk is an overlay that nobody reads again."""
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            pid = int(self.pidfile.read_text())
-            os.kill(pid, signal.SIGKILL)
-            for _ in range(100):
-                os.kill(pid, 0)
-                time.sleep(0.05)
+        self._hang_up()
+        if (pid := process_of(self.pidfile)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(20)
+            self._process = None
+        deadline = time.monotonic() + 20
+        while process_of(self.pidfile) is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def freeze(self) -> None:
+        """Keeps the guest's memory and disk of this moment for ``thaw``.  Raises ``RuntimeError``."""
+        self._hang_up()
+        self._tell(f"savevm {SNAPSHOT}")
+
+    def thaw(self) -> None:
+        """Back to that moment, which for the guest's clock is now.  Connections that were open then are dead."""
+        self._hang_up()
+        self._tell(f"loadvm {SNAPSHOT}")
+        self.must(f"date -u -s @{time.time():.0f} >/dev/null")
+
+    def _tell(self, command: str) -> None:
+        """One command for QEMU's monitor.  Raises ``RuntimeError`` with its complaint."""
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(120)
+            monitor.connect(str(self._monitor))
+            with monitor.makefile("rw") as stream:
+                for message in (
+                    {"execute": "qmp_capabilities"},
+                    {"execute": "human-monitor-command", "arguments": {"command-line": command}},
+                ):
+                    stream.write(json.dumps(message) + "\n")
+                    stream.flush()
+                    answer: dict[str, object] = {}
+                    while not answer.keys() & {"return", "error"}:  # the greeting and events come in between
+                        answer = json.loads(stream.readline())
+                    if answer.get("error") or (isinstance(answer["return"], str) and answer["return"].strip()):
+                        raise RuntimeError(f"{command}: {answer}")
+
+    def _hang_up(self) -> None:
+        """Ends root's kept connection, which would hang on a guest that went away under it."""
+        argv = [*self.ssh_argv("root", "-O", "exit", "-o", f"ControlPath={self.directory}/c")]
+        subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL, timeout=20, check=False)
 
     def console_tail(self) -> str:
         """The last lines that the guest printed."""
@@ -207,14 +224,8 @@ class Machine:
 
     def root(self, command: str, timeout: float = 300, stdin: str | None = None) -> Result:
         """As root, over one kept connection."""
-        control = (
-            "-o",
-            "ControlMaster=auto",
-            "-o",
-            f"ControlPath={self.directory}/c",
-            "-o",
-            "ControlPersist=600",
-        )
+        kept = ("ControlMaster=auto", f"ControlPath={self.directory}/c", "ControlPersist=600")
+        control = tuple(word for option in kept for word in ("-o", option))
         return self.ssh("root", command, timeout=timeout, options=control, stdin=stdin)
 
     def must(self, command: str, timeout: float = 300, stdin: str | None = None) -> str:
@@ -230,12 +241,8 @@ class Machine:
         at = argv.index("-p")
         argv[at], argv[0] = "-P", "scp"
         target = argv.pop()
-        subprocess.run(
-            [*argv, "-q", *map(str, sources), f"{target}:{to}"],
-            check=True,
-            timeout=300,
-            stdin=subprocess.DEVNULL,
-        )
+        words = [*argv, "-q", *map(str, sources), f"{target}:{to}"]
+        subprocess.run(words, check=True, timeout=300, stdin=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.guest_vm.image import build, say
-from tests.guest_vm.machine import HOST_SEEN_FROM_GUEST, Machine, free_port
+from tests.guest_vm.machine import HOST_SEEN_FROM_GUEST, Machine, ends_with_us, free_port, process_of
 
 ROOT = Path(__file__).resolve().parents[2]
 VM = "analytics-1"
@@ -29,11 +30,16 @@ class Broker:
 
     @classmethod
     def attach(cls, directory: Path) -> "Broker":
-        """The record of a broker that another process started; it takes commands, not start and stop."""
+        """The record of a broker that another process started; it takes commands and ``end``."""
         broker = cls.__new__(cls)
         broker.directory = directory
         broker.process = None
         return broker
+
+    @property
+    def pidfile(self) -> Path:
+        """Names the process that serves."""
+        return self.directory / "pid"
 
     def argv(self, *words: str) -> list[str]:
         """The command line of ``persona-broker`` on this record."""
@@ -47,23 +53,22 @@ class Broker:
             raise RuntimeError(f"persona-broker {' '.join(words)}: {done.stdout}{done.stderr}")
         return done.stdout
 
-    def start(self) -> None:
-        """Serves until ``stop``; returns when both ports accept."""
-        tls = [
-            "--tls-cert",
-            str(self.directory / "broker.crt"),
-            "--tls-key",
-            str(self.directory / "broker.key"),
-        ]
+    def start(self, *, outlive: bool = False) -> None:
+        """Serves until ``stop``, or until the thread that called ends; returns when both ports accept."""
+        tls = ["--tls-cert", str(self.directory / "broker.crt"), "--tls-key", str(self.directory / "broker.key")]
         binds = ["--bind", f"127.0.0.1:{self.port}", "--events-bind", f"127.0.0.1:{self.events_port}"]
         reading, writing = os.pipe()
         with open(self.directory / "log", "ab") as log:
             self.process = subprocess.Popen(
-                self.argv("serve", *binds, *tls, "--load-source", "set", "--ready-fd", str(writing)),
+                [
+                    *ends_with_us(outlive),
+                    *self.argv("serve", *binds, *tls, "--load-source", "set", "--ready-fd", str(writing)),
+                ],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(writing,), env=environment(),
                 start_new_session=True,
             )  # fmt: skip
         os.close(writing)
+        self.pidfile.write_text(str(self.process.pid))
         with os.fdopen(reading, "rb") as ready:
             if ready.read(6) != b"ready\n":
                 raise RuntimeError((self.directory / "log").read_text())
@@ -74,6 +79,14 @@ class Broker:
             self.process.terminate()
             self.process.wait(20)
             self.process = None
+
+    def end(self) -> None:
+        """``stop`` for one that another process started."""
+        if (pid := process_of(self.pidfile)) is not None:
+            os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while process_of(self.pidfile) is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def load(self, cpu: float) -> None:
         """The host's CPU load from now on, percent."""
@@ -135,13 +148,13 @@ def site(directory: Path | None = None) -> Iterator[tuple[Machine, Broker]]:
         yield machine, broker
 
 
-def bring_up(directory: Path, stack: contextlib.ExitStack) -> tuple[Machine, Broker]:
+def bring_up(directory: Path, stack: contextlib.ExitStack, *, outlive: bool = False) -> tuple[Machine, Broker]:
     """The same in steps that say what they do; ``stack`` ends what was started."""
     image = build()
     machine = Machine(image, directory / "vm")
     stack.callback(machine.stop)
     say("booting the guest")
-    machine.start()
+    machine.start(outlive=outlive)
     say("installing persona-guest in it with apt")
     install(machine)
     say("starting the broker and loading the example personas and policies")
@@ -149,7 +162,7 @@ def bring_up(directory: Path, stack: contextlib.ExitStack) -> tuple[Machine, Bro
     broker.run("apply", str(ROOT / "examples"))
     broker.load(30)
     stack.callback(broker.stop)
-    broker.start()
+    broker.start(outlive=outlive)
     configure(machine, broker)
     say("the guest is gated")
     return machine, broker

@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-from tests.guest_vm.machine import Machine, Session
+from tests.guest_vm.login import Session
+from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, await_connected
 
 

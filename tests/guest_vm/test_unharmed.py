@@ -7,44 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest_vm.login import Terminal
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT
 
 
-class Terminal:
-    """An interactive login, typed into and read until a text comes."""
-
-    def __init__(self, guest: Machine, *command: str) -> None:
-        argv = [*guest.ssh_argv("alice", "-tt"), *command]
-        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if self.process.stdin is None or self.process.stdout is None:
-            raise RuntimeError("no pipes")
-        self._in, self._out = self.process.stdin, self.process.stdout
-        os.set_blocking(self._out.fileno(), False)
-        self.text = ""
-
-    def type(self, text: str) -> None:
-        self._in.write(text.encode())
-        self._in.flush()
-
-    def expect(self, text: str, timeout: float = 30) -> None:
-        deadline = time.monotonic() + timeout
-        while text not in self.text:
-            self.text += (self._out.read() or b"").decode("utf-8", "replace")
-            assert time.monotonic() < deadline, f"no {text!r} in {self.text!r}"
-            time.sleep(0.05)
-        self.text = self.text.partition(text)[2]
-
-    def close(self) -> None:
-        self._in.close()
-        self.process.terminate()
-        self.process.wait(20)
-        self._out.close()
+def terminal_of(guest: Machine, *command: str) -> Terminal:
+    return Terminal([*guest.ssh_argv("alice", "-tt"), *command])
 
 
 @pytest.mark.parametrize("shell", ["bash --norc", "zsh -f"])
 def test_job_control(guest: Machine, shell: str) -> None:
-    terminal = Terminal(guest, shell)
+    terminal = terminal_of(guest, shell)
     try:
         terminal.type("PS1='READY> '\n")
         terminal.expect("READY> ")
@@ -67,7 +41,7 @@ def test_job_control(guest: Machine, shell: str) -> None:
 
 
 def test_tab_completion(guest: Machine) -> None:
-    terminal = Terminal(guest)
+    terminal = terminal_of(guest)
     try:
         terminal.expect("$ ")
         terminal.type("ls -d /etc/host\t\t")
