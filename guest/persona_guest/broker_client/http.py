@@ -78,7 +78,7 @@ class Connection:
                 return self._exchange(method, path, payload, deadline)
             except (OSError, http.client.HTTPException) as error:
                 self.close()
-                stale = kept and attempt == 1 and not isinstance(error, TimeoutError)
+                stale = kept and attempt == 1 and isinstance(error, OSError) and not isinstance(error, TimeoutError)
                 if not stale:  # a kept connection may have been closed while it was idle: once more
                     reason = Reason.BROKER_UNREACHABLE if isinstance(error, OSError) else Reason.BROKER_MISBEHAVED
                     raise BrokerError(reason, _describe(error)) from error
@@ -113,6 +113,7 @@ class Connection:
             content += chunk
         if len(content) > _ANSWER_MAX:
             raise BrokerError(Reason.BROKER_MISBEHAVED, "an answer over 1 MiB")
+        response.close()  # a 204 has no end to read to, and left open it would refuse the next answer
         if response.will_close:
             self.close()
         if not content:
