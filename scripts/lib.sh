@@ -10,13 +10,35 @@ libpam0g-dev fakeroot git ca-certificates tzdata"
 TEST_PACKAGES="python3-venv python3-systemd shellcheck pamtester lintian rsync openssh-server make gcc-multilib procps \
 busybox-static strace sudo nmap"
 
+export PERSONA_STARTED="${PERSONA_STARTED:-$(date +%s)}"
+
 say() {
-    printf '[%s] %s\n' "$(date +%T)" "$*"
+    printf '[%4d s] %s\n' "$(($(date +%s) - PERSONA_STARTED))" "$*"
+}
+
+# Runs a command whose output matters only if it fails; says every 20 s where it is.
+quietly() {
+    (
+        log=$(mktemp)
+        trap 'rm -f "$log"' EXIT
+        "$@" >"$log" 2>&1 </dev/null &
+        job=$!
+        ticks=0
+        while kill -0 "$job" 2>/dev/null; do
+            sleep 1
+            ticks=$((ticks + 1))
+            [ $((ticks % 20)) -ne 0 ] || say "  $(tail -n 1 "$log" | tr -cd '[:print:]' | cut -c 1-90)"
+        done
+        code=0
+        wait "$job" || code=$?
+        [ "$code" -eq 0 ] || tail -n 40 "$log" >&2
+        exit "$code"
+    )
 }
 
 need_root() {
     if [ "$(id -u)" -ne 0 ]; then
-        echo "$0: needs root: it installs packages and makes a guest image. Run: sudo $0" >&2
+        echo "$0: needs root, for apt, the guest image and the lab's files. Run: sudo $0" >&2
         exit 2
     fi
 }
@@ -32,9 +54,9 @@ need_packages() {
     [ -n "$missing" ] || return 0
     say "installing with apt:$missing"
     export DEBIAN_FRONTEND=noninteractive
-    apt-get update -q >/dev/null
+    quietly apt-get update -q
     # shellcheck disable=SC2086 # a list of words
-    apt-get install -y -q --no-install-recommends $missing >/dev/null
+    quietly apt-get install -y -q --no-install-recommends $missing
 }
 
 # The tests' virtual environment, on Debian's own Python: its python3-systemd exists for no other.
@@ -45,7 +67,7 @@ need_venv() {
         say "making the tests' virtual environment"
         rm -rf "$venv"
         /usr/bin/python3 -m venv --system-site-packages "$venv"
-        "$venv/bin/pip" install -q --disable-pip-version-check -r tests/requirements.txt
+        quietly "$venv/bin/pip" install --disable-pip-version-check -r tests/requirements.txt
         touch "$stamp"
     fi
 }
@@ -57,7 +79,7 @@ need_newest_venv() {
         say "making a virtual environment of the newest Flask, gunicorn, PyYAML and psutil"
         rm -rf "$newest"
         /usr/bin/python3 -m venv "$newest"
-        "$newest/bin/pip" install -q --disable-pip-version-check flask gunicorn pyyaml psutil \
+        quietly "$newest/bin/pip" install --disable-pip-version-check flask gunicorn pyyaml psutil \
             pytest pytest-timeout hypothesis jsonschema
         touch "$newest/.complete"
     fi

@@ -92,7 +92,9 @@ def guest(_warm: Warm, request: pytest.FixtureRequest) -> Iterator[Machine]:
     yield _warm.machine
     if request.node.stash.get(_FAILED, False):
         _warm.spoil(request.node.name)
-    elif _warm.machine.root("systemctl is-active persona-agent", timeout=60).out.strip() != "active":
+        return
+    wait = "for i in $(seq 15); do systemctl -q is-active persona-agent && exit 0; sleep 1; done; exit 1"
+    if _warm.machine.root(wait, timeout=60).code:
         _warm.spoil(request.node.name)
         pytest.fail("the agent is not running after the test")
 
