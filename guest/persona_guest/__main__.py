@@ -137,6 +137,7 @@ def run(settings: Settings) -> int:
     socket.close()
     stream.close()
     link.close()
+    supervisor.flush()
     recorder.close()
     return 0
 

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from persona_guest.core.leases import Question
 from persona_guest.core.script import NESTING_MAX, Format, Shebang, interpreter_argv
@@ -13,8 +13,7 @@ from persona_guest.kernel.task import Task
 _AT_FDCWD = -100
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """What a task is about to run.
 
     ``stages`` is the file itself, then, for a script, the same start seen as its interpreter's: any

@@ -28,12 +28,12 @@ class InFlight:
         self._map = mmap.mmap(fd, SLOTS * _SLOT.size)
         self._free = [slot for slot in range(SLOTS - 1, -1, -1) if not self._map[slot * _SLOT.size]]
 
-    def put(self, session: str, raw: bytes | bytearray) -> int:
+    def put(self, session: bytes, raw: bytes | bytearray) -> int:
         """Remembers a raw struct seccomp_notif; the slot to clear, or -1 where the table is full."""
         if not self._free:
             return -1
         slot = self._free.pop()
-        _SLOT.pack_into(self._map, slot * _SLOT.size, 1, session.encode(), bytes(raw))
+        _SLOT.pack_into(self._map, slot * _SLOT.size, 1, session, raw)
         return slot
 
     def clear(self, slot: int) -> None:

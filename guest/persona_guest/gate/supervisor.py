@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from persona.codec import Record
@@ -28,13 +28,14 @@ from persona_guest.gate.terminal import tell
 from persona_guest.gate.verify import Expectation, Verifier
 from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Process, Task
-from persona_guest.loop import GONE, READABLE, Loop, Timer
+from persona_guest.loop import GONE, READABLE, Loop
 from persona_guest.settings import Mode, Settings
 
 log = logging.getLogger("persona.gate")
 
 Ask = Callable[[Request, Callable[[Decision], None]], None]
 
+_NOTE_S = 0.01  # how long a decision waits to be recorded: an exec must not wait for that
 _LINES_PER_SECOND = 20  # denial lines to one session: a loop of denied commands must not flood
 _ANCESTORS_MAX = 32
 
@@ -47,6 +48,7 @@ class Gated:
     listener: int
     holder: int
     shell: Image | None
+    name: bytes  # the session's id, as the table of notifications in flight has it
     lines: int = 0
     lines_at: int = 0
     last: Granted | None = None
@@ -62,9 +64,8 @@ class Pending:
     task: Task
     attempt: Attempt
     stage: int = 0
-    denials: list[Denied] = field(default_factory=list)
+    denials: tuple[Denied, ...] = ()
     leased: bool = True
-    timer: Timer | None = None
 
 
 class Supervisor:
@@ -95,6 +96,7 @@ class Supervisor:
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._holders: dict[object, int] = {}
         self._waiting: dict[Question, list[Pending]] = {}
+        self._notes: list[tuple[float, Pending, str, Decision | None]] = []
         self.times: deque[float] = deque(maxlen=4096)  # CPU seconds from a notification's receipt to its answer
 
     # --- sessions ---------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class Supervisor:
     def add(self, session: Session, listener: int) -> None:
         """Takes over the listener of a session and answers for it from now on."""
         seccomp.use_synchronous_wakeup(listener)
-        gated = Gated(session, listener, self.holder(session), self._shell_of(session))
+        gated = Gated(session, listener, self.holder(session), self._shell_of(session), session.id.encode())
         self.sessions[session.id] = gated
         self._loop.watch(listener, READABLE, lambda events: self._ready(gated, events))
 
@@ -161,7 +163,7 @@ class Supervisor:
             notification = seccomp.receive(gated.listener, self._buffer)
             if notification is not None:
                 began = time.thread_time()
-                slot = self._inflight.put(gated.session.id, self._buffer)
+                slot = self._inflight.put(gated.name, self._buffer)
                 self._answer(gated, notification, slot)
                 self.times.append(time.thread_time() - began)
         elif events & GONE:
@@ -185,9 +187,6 @@ class Supervisor:
         except OSError as error:
             self._unreadable(gated, notification.id, slot, error)
             return
-        if not seccomp.still_valid(gated.listener, notification.id):
-            self._inflight.clear(slot)  # what was read may have been another task's
-            return
         self._decide(Pending(gated, notification.id, slot, task, attempt))
 
     def _unreadable(self, gated: Gated, ident: int, slot: int, error: OSError) -> None:
@@ -204,7 +203,7 @@ class Supervisor:
             found, argv = attempt.stages[pending.stage]
             question = attempt.question(pending.stage, gated.holder)
             if not found.trusted:
-                pending.denials.append(untrusted(found))
+                pending.denials += (untrusted(found),)
                 pending.stage += 1
                 continue
             decision = self._leases.lookup(question, time.monotonic())
@@ -218,7 +217,7 @@ class Supervisor:
             if isinstance(decision, Granted):
                 self._allow(pending, decision)
                 return
-            pending.denials.append(decision)
+            pending.denials += (decision,)
             pending.stage += 1
         if self._is_login_shell(pending) or self._is_plumbing(pending) or self._is_services_own(pending):
             self._allow(pending, None)
@@ -228,6 +227,8 @@ class Supervisor:
             self._deny(pending, pending.denials[0 if first.trusted else -1])
 
     def _enquire(self, pending: Pending, question: Question, argv: tuple[bytes, ...]) -> None:
+        if not self._still_waits(pending):
+            return
         waiting = self._waiting.get(question)
         if waiting is not None:
             waiting.append(pending)
@@ -253,41 +254,58 @@ class Supervisor:
         ):
             decision = self._leases.within_grace(question, now) or decision
         for pending in self._waiting.pop(question, ()):
-            if not seccomp.still_valid(pending.gated.listener, pending.ident):
-                self._drop(pending)
-            elif isinstance(decision, Granted):
+            if isinstance(decision, Granted):
                 self._allow(pending, decision)
             else:
-                pending.denials.append(decision)
+                pending.denials += (decision,)
                 pending.stage += 1
                 self._decide(pending)
+
+    def _still_waits(self, pending: Pending) -> bool:
+        """Whether what was read of the task was its own; without, nothing may be said or asked of it.
+
+        An answer needs no such look: one that the kernel takes proves that the task waited all along.
+        """
+        if seccomp.still_valid(pending.gated.listener, pending.ident):
+            return True
+        self._inflight.clear(pending.slot)
+        return False
 
     # --- the answers ------------------------------------------------------------------------------
 
     def _allow(self, pending: Pending, granted: Granted | None) -> None:
-        gated, attempt, task = pending.gated, pending.attempt, pending.task
-        # of a command line too long to read, no argument can have mattered
-        narrow = granted is not None and granted.lease.width is Width.ARGV and attempt.complete
+        gated = pending.gated
+        # complain mode lets go on what it would deny: a look could not tell that from a race
+        enforcing = self.settings.mode is Mode.ENFORCE
         try:
-            before = Image(*task.running())
-            argv_before = task.command_line(65536) if narrow and before == attempt.final else None
-            process = Process(task.tid)
+            look = self._before(pending, granted) if enforcing else None
         except OSError:  # killed while it waited, or no descriptor left: never leave it waiting
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
             return
-        # complain mode lets go on what it would deny: a look could not tell that from a race
-        enforcing = self.settings.mode is Mode.ENFORCE
-        if self._go_on(gated, pending.ident, pending.slot) and enforcing:
-            argv = b"".join(argument + b"\0" for argument in attempt.final_argv) if narrow else None
-            expected = Expectation(before, attempt.final, argv, argv_before)
-            self.verifier.expect(process, expected, lambda found: self._caught(pending, found))
-        else:
-            process.close()
+        if not self._go_on(gated, pending.ident, pending.slot):
+            if look is not None:
+                look[0].close()
+            return  # what was read may have been another task's
+        if look is not None:
+            self.verifier.expect(*look, lambda found: self._caught(pending, found))
         if granted is not None:
             gated.last = granted
         self._note(pending, "exec", granted)
 
+    def _before(self, pending: Pending, granted: Granted | None) -> tuple[Process, Expectation]:
+        """The waiting process, held, and what it must be once it goes on.  Raises ``OSError`` when it is gone."""
+        attempt, task = pending.attempt, pending.task
+        before = Image(*task.running())
+        argv = argv_before = None
+        # of a command line too long to read, no argument can have mattered
+        if granted is not None and granted.lease.width is Width.ARGV and attempt.complete:
+            argv = b"".join(argument + b"\0" for argument in attempt.final_argv)
+            argv_before = task.command_line(65536) if before == attempt.final else None
+        return Process(task.tid), Expectation(before, attempt.final, argv, argv_before)
+
     def _deny(self, pending: Pending, denied: Denied) -> None:
+        if not self._still_waits(pending):
+            return
         gated = pending.gated
         complain = self.settings.mode is Mode.COMPLAIN
         self._note(pending, "exec", denied)
@@ -299,9 +317,6 @@ class Supervisor:
                 with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
                     tell(pending.task.credentials().tgid, denial_line(name, denied))
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
-
-    def _drop(self, pending: Pending) -> None:
-        self._inflight.clear(pending.slot)
 
     def _go_on(self, gated: Gated, ident: int, slot: int) -> bool:
         alive = seccomp.respond_continue(gated.listener, ident)
@@ -324,25 +339,34 @@ class Supervisor:
         return gated.lines <= _LINES_PER_SECOND
 
     def _note(self, pending: Pending, event: str, decision: Decision | None) -> None:
+        if not self._notes:
+            self._loop.call_later(_NOTE_S, self.flush)
+        self._notes.append((time.time(), pending, event, decision))
+
+    def flush(self) -> None:
+        """Hands on what is to be recorded; call before the agent ends."""
+        notes, self._notes = self._notes, []
+        for note in notes:
+            self._record(self._to_record(*note))
+
+    def _to_record(self, at: float, pending: Pending, event: str, decision: Decision | None) -> Record:
         session = pending.gated.session
         granted = decision if isinstance(decision, Granted) else None
         denied = decision if isinstance(decision, Denied) else None
-        self._record(
-            Record(
-                at=time.time(),
-                session=session.id,
-                user=session.subject.user,
-                program=pending.attempt.stages[0][0].program.path,
-                argv=tuple(os.fsdecode(argument[:256]) for argument in pending.attempt.argv[:16]),
-                decision="denied" if denied else "granted",
-                reason=denied.reason if denied else None,
-                persona=granted.persona.name if granted else denied.persona if denied else None,
-                persona_version=granted.persona.version if granted else None,
-                policy=decision.policy if decision else None,
-                event=event,
-                leased=pending.leased,
-                complain=self.settings.mode is Mode.COMPLAIN,
-            )
+        return Record(
+            at=at,
+            session=session.id,
+            user=session.subject.user,
+            program=pending.attempt.stages[0][0].program.path,
+            argv=tuple(os.fsdecode(argument[:256]) for argument in pending.attempt.argv[:16]),
+            decision="denied" if denied else "granted",
+            reason=denied.reason if denied else None,
+            persona=granted.persona.name if granted else denied.persona if denied else None,
+            persona_version=granted.persona.version if granted else None,
+            policy=decision.policy if decision else None,
+            event=event,
+            leased=pending.leased,
+            complain=self.settings.mode is Mode.COMPLAIN,
         )
 
     # --- what a session starts by itself ----------------------------------------------------------

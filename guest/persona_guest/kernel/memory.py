@@ -30,6 +30,7 @@ _readv.argtypes = (
 )
 
 _data = bytearray(_IOVS * _PAGE)
+_view = memoryview(_data)
 _local = bytearray(16)
 _remote = bytearray(16 * _IOVS)
 _data_at = ctypes.addressof((ctypes.c_char * len(_data)).from_buffer(_data))
@@ -74,7 +75,7 @@ def read_string(tid: int, address: int, limit: int) -> bytes | None:
         span = _span(address + size, _PAGE)
         if _gather(tid, [span]) < span[1]:
             raise OSError(14, "process_vm_readv: the string leaves mapped memory")
-        chunk = bytes(_data[: span[1]])
+        chunk = bytes(_view[: span[1]])
         end = chunk.find(0)
         if end >= 0:
             parts.append(chunk[:end])
@@ -98,54 +99,56 @@ def read_call(tid: int, path_at: int, argv_at: int, word: int) -> tuple[bytes | 
     if got < first:
         raise OSError(14, "process_vm_readv: the path leaves mapped memory")
     end = _data.find(0, 0, first)
-    raw_vector = bytes(_data[first:got])
-    path = bytes(_data[:end]) if end >= 0 else read_string(tid, path_at, PATH_MAX)
+    path = bytes(_view[:end]) if end >= 0 else None
+    raw_vector = bytes(_view[first:got])
+    if path is None:
+        path = read_string(tid, path_at, PATH_MAX)
     if not argv_at:
         return path, CommandLine((), True)
     return path, _read_vector(tid, argv_at, raw_vector, word)
 
 
-def _read_vector(tid: int, argv_at: int, raw: bytes, word: int) -> CommandLine:
-    pointers: list[int] = []
-    code = "=Q" if word == 8 else "=I"
-    complete = True
+def _pointers(tid: int, argv_at: int, raw: bytes, word: int) -> list[int]:
+    """argv's pointers up to its null, at most one more than ARGS_MAX; ``raw`` is its beginning."""
+    found: list[int] = []
+    code = "Q" if word == 8 else "I"
     while True:
-        usable = len(raw) - len(raw) % word
-        if not usable:
+        count = len(raw) // word
+        if not count:
             raise OSError(14, "process_vm_readv: argv leaves mapped memory")
-        ended = False
-        for (pointer,) in struct.iter_unpack(code, raw[:usable]):
-            if not pointer:
-                ended = True
-                break
-            pointers.append(pointer)
-        if ended or len(pointers) > ARGS_MAX:
-            break
+        values = struct.unpack_from(f"={count}{code}", raw)
+        if 0 in values:
+            found += values[: values.index(0)]
+            return found
+        found += values
+        if len(found) > ARGS_MAX:
+            return found
         # a pointer may straddle two pages: read on from the last whole one
-        at = argv_at + len(pointers) * word
+        at = argv_at + len(found) * word
         left = _PAGE - at % _PAGE
         spans = [(at, left)] if left >= word else [(at, left), (at + left, word - left)]
-        raw = bytes(_data[: _gather(tid, spans)])
-    if len(pointers) > ARGS_MAX:
-        del pointers[ARGS_MAX:]
-        complete = False
+        raw = bytes(_view[: _gather(tid, spans)])
+
+
+def _read_vector(tid: int, argv_at: int, raw: bytes, word: int) -> CommandLine:
+    pointers = _pointers(tid, argv_at, raw, word)
+    complete = len(pointers) <= ARGS_MAX
     argv: list[bytes] = []
     total = 0
-    for begin in range(0, len(pointers), _IOVS):
-        batch = pointers[begin : begin + _IOVS]
-        spans = [_span(address, _GUESS) for address in batch]
+    for begin in range(0, min(len(pointers), ARGS_MAX), _IOVS):
+        spans = [_span(address, _GUESS) for address in pointers[begin : min(begin + _IOVS, ARGS_MAX)]]
         got = _gather(tid, spans)
         offset = 0
-        for address, (_, length) in zip(batch, spans, strict=True):
+        for address, length in spans:
             if offset + length > got:
                 raise OSError(14, "process_vm_readv: an argument leaves mapped memory")
             end = _data.find(0, offset, offset + length)
             if end >= 0:
-                argv.append(bytes(_data[offset:end]))
+                argv.append(bytes(_view[offset:end]))
             else:
-                saved, rest_at = bytes(_data[offset:got]), offset
+                saved = bytes(_view[offset:got])
                 whole = read_string(tid, address, ARGV_BYTES_MAX)
-                _data[rest_at:got] = saved
+                _view[offset:got] = saved
                 if whole is None:
                     return CommandLine(tuple(argv), False)
                 argv.append(whole)

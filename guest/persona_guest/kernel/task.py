@@ -149,6 +149,8 @@ class Task:
 
 def _own_link(path: bytes) -> str | None:
     """The name below /proc/TID of a path through /proc/self and the like, which means the *caller's* own."""
+    if not path.startswith((b"/proc/", b"/dev/fd/")):
+        return None
     for prefix, below in ((b"/proc/self/", ""), (b"/proc/thread-self/", ""), (b"/dev/fd/", "fd/")):
         if path.startswith(prefix):
             name = path[len(prefix) :]
