@@ -24,6 +24,7 @@ from persona_guest.broker_client.events import Connected, Event, Stream
 from persona_guest.broker_client.link import Link
 from persona_guest.broker_client.recorder import Recorder
 from persona_guest.core.leases import LeaseBook
+from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.supervisor import Supervisor
@@ -96,7 +97,15 @@ def run(settings: Settings) -> int:
         questions.decide(request, done)
 
     supervisor = Supervisor(
-        settings, loop, identifier, leases, inflight, ask, recorder.add, lambda session: agent.ended(session)
+        settings,
+        loop,
+        identifier,
+        leases,
+        inflight,
+        Guard(_hung),
+        ask,
+        recorder.add,
+        lambda session: agent.ended(session),
     )
     agent = Agent(settings, supervisor, leases, questions, recorder.add)
 
@@ -119,6 +128,7 @@ def run(settings: Settings) -> int:
 
     stream = Stream(settings.broker, lambda event: loop.deliver(lambda: heard(event)))
     loop.call_every(1.0, lambda: identifier.refresh(time.monotonic()))
+    loop.call_every(5.0, agent.announce_again)
     loop.call_every(0.25, lambda: link.sweep(time.monotonic()))
     interval = systemd.watchdog_interval()
     if interval is not None:
@@ -147,6 +157,11 @@ def _die(failure: threading.ExceptHookArgs) -> None:
     thread = failure.thread.name if failure.thread else "a thread"
     log.critical("%s failed", thread, exc_info=failure.exc_value)
     os._exit(70)  # EX_SOFTWARE, sysexits.h
+
+
+def _hung() -> None:
+    """The loop waits in the kernel for a user and cannot be called back: a new agent begins without that exec."""
+    os._exit(70)
 
 
 def _alive() -> None:

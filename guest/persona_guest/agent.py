@@ -21,7 +21,7 @@ from persona.codec import Record
 from persona.decisions import Denied, Granted, Subject
 from persona.problems import Fault, PersonaError, Reason
 from persona_guest.broker_client.events import Changed, Connected, Event, Lost
-from persona_guest.core.admission import Exemption, exemption
+from persona_guest.core.admission import Exemption, Recent, exemption
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.messages import admission_line, printable
 from persona_guest.core.pam_wire import Caller, Verdict, reply
@@ -30,7 +30,7 @@ from persona_guest.gate.supervisor import Gated, Supervisor
 from persona_guest.ipc.pam_socket import Reply
 from persona_guest.kernel import seccomp, systemd
 from persona_guest.kernel.task import Task
-from persona_guest.questions import Admitted, Questions
+from persona_guest.questions import UNANSWERED, Admitted, Questions
 from persona_guest.settings import Mode, Settings
 
 log = logging.getLogger("persona.agent")
@@ -58,6 +58,8 @@ class Agent:
         self._filter = seccomp.gate_filter()
         self._opening: dict[str, tuple[Session, Admitted | None]] = {}
         self.base: dict[str, Admitted] = {}
+        self._recent: Recent[Admitted] = Recent()
+        self._unannounced: dict[str, Session] = {}
         self._directory = Path(settings.paths.runtime_dir) / "sessions"
         self._directory.mkdir(mode=0o700, exist_ok=True)
 
@@ -87,6 +89,8 @@ class Agent:
         session = self._session(caller, pid)
 
         def answered(result: Admitted | Denied) -> None:
+            if isinstance(result, Admitted) and self.questions.streaming:
+                self._recent.keep(pid, session.subject, result, self.leases.generation, time.monotonic())
             if isinstance(result, Admitted) or self.settings.mode is Mode.COMPLAIN:
                 reply_to(reply(Verdict.PASS))
             else:
@@ -109,7 +113,18 @@ class Agent:
         return session.id
 
     def _open(self, session: Session, refuse: Callable[[Denied], None], gate: Callable[[], None]) -> None:
-        """Asks the broker, then calls one of the two, unless the opener has gone away meanwhile."""
+        """Calls one of the two, at once if the broker has just admitted this user to this process.
+
+        Otherwise asks it first, and calls neither if the opener has gone away meanwhile.
+        """
+        recent = self._recent.take(session.monitor, session.subject, self.leases.generation, time.monotonic())
+        if recent is not None and self.questions.streaming:
+            self._opening[session.id] = (session, recent)
+            self.base[session.id] = recent
+            self._note_admission(session, recent)
+            gate()
+            self._announce(session)
+            return
         self._opening[session.id] = (session, None)
 
         def answered(result: Admitted | Denied) -> None:
@@ -125,9 +140,29 @@ class Agent:
                 self._opening.pop(session.id)
                 refuse(result)
                 return
+            elif result.reason in UNANSWERED:
+                self._unannounced[session.id] = session
             gate()
 
         self.questions.admit(session, answered, opening=True)
+
+    def _announce(self, session: Session) -> None:
+        """Tells the broker that a session exists; ``announce_again`` repeats what did not arrive."""
+        self._unannounced[session.id] = session
+
+        def answered(result: Admitted | Denied) -> None:
+            if isinstance(result, Denied) and result.reason in UNANSWERED:
+                return
+            self._unannounced.pop(session.id, None)
+            if session.id not in self._opening and session.id not in self.supervisor.sessions:
+                self.questions.closed(session)
+
+        self.questions.admit(session, answered, opening=True)
+
+    def announce_again(self) -> None:
+        """Call every few seconds."""
+        for session in list(self._unannounced.values()):
+            self._announce(session)
 
     def listener(self, session_id: str, fd: int, reply_to: Reply) -> None:
         """The filter is in place; answer for it from now on."""
@@ -150,6 +185,7 @@ class Agent:
         """An opened session whose listener will not come."""
         opening = self._opening.pop(session_id, None)
         self.base.pop(session_id, None)
+        self._unannounced.pop(session_id, None)
         if opening is not None and opening[1] is not None:
             self.questions.closed(opening[0])
 
@@ -184,6 +220,7 @@ class Agent:
         if not seccomp.is_listener(fd) or self._count(session.uid) >= _SESSIONS_PER_USER:
             os.close(fd)
             self.base.pop(session_id, None)
+            self._unannounced.pop(session_id, None)
             self.questions.closed(session)
             raise PersonaError(Fault.BAD_REQUEST, "that is no listener, or this user has too many sessions")
         path = self._directory / f"{session.id}.json"
@@ -200,6 +237,7 @@ class Agent:
         """The last process of a session is gone."""
         (self._directory / f"{session.id}.json").unlink(missing_ok=True)
         self.base.pop(session.id, None)
+        self._unannounced.pop(session.id, None)
         systemd.forget(session.id)
         self.questions.closed(session)
         self._record(self._login_record(session.id, session.subject.user, "session_end", None))

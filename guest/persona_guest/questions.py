@@ -12,6 +12,7 @@ from persona_guest.broker_client.link import Answer, Link, Outcome
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.sessions import Session
 
+UNANSWERED = (Reason.BROKER_UNREACHABLE, Reason.BROKER_MISBEHAVED, Reason.AGENT_OVERLOADED)
 _AGAIN_MAX = 3  # answers older than the newest event that are asked again, before it is called a fault
 # A refusal for want of an answer is reused this briefly, so that a loop of commands does not become
 # a loop of timeouts, and recovery is still felt at once.

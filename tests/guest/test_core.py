@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from persona_guest.broker_client.http import Connection
 from persona_guest.broker_client.recorder import Recorder
 from persona_guest.core import pam_wire
-from persona_guest.core.admission import Exemption, exemption
+from persona_guest.core.admission import Exemption, Recent, exemption
 from persona_guest.core.leases import LeaseBook, Question
 from persona_guest.core.messages import denial_line, printable
 from persona_guest.core.script import Format, Shebang, interpreter_argv, parse_head
@@ -20,7 +20,7 @@ from persona_guest.kernel import seccomp
 from persona_guest.settings import Broker, Gate, Mode, SettingsError, load, parse
 
 from persona.codec import MAX_BODY, Record, decode_record
-from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Width
+from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Subject, Width
 from persona.problems import Reason
 
 LS = Program("/usr/bin/ls", ("ls",), ("/usr/bin/ls",))
@@ -225,3 +225,17 @@ def test_records_of_long_command_lines_fit_into_the_brokers_bodies(
     assert sum(len(body["records"]) for body in bodies) == 300
     assert max(len(json.dumps(body)) for body in bodies) <= MAX_BODY
     assert all(decode_record(record) for body in bodies for record in body["records"])
+
+
+def test_an_admission_is_used_again_once_by_the_same_process_until_an_event_comes() -> None:
+    alice, bob = Subject("alice", (), "vm"), Subject("bob", (), "vm")
+    recent: Recent[str] = Recent()
+    recent.keep(7, alice, "yes", generation=3, now=100.0)
+    assert recent.take(8, alice, 3, 100.1) is None
+    assert recent.take(7, bob, 3, 100.1) is None
+    assert recent.take(7, alice, 3, 100.1) == "yes"
+    assert recent.take(7, alice, 3, 100.1) is None
+    recent.keep(7, alice, "yes", 3, 100.0)
+    assert recent.take(7, alice, 4, 100.1) is None, "a policy may have changed"
+    recent.keep(7, alice, "yes", 3, 100.0)
+    assert recent.take(7, alice, 3, 120.0) is None, "too old"

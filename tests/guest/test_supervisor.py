@@ -8,6 +8,7 @@ import pytest
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.sessions import Session
 from persona_guest.gate import attempt
+from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.supervisor import Supervisor
@@ -47,8 +48,8 @@ def supervise(listener: int, decide: Callable[[Request], Decision]) -> None:
         done(decide(request))
 
     supervisor = Supervisor(
-        Settings(mode=Mode.ENFORCE), loop, Identifier(Settings().gate), LeaseBook(), InFlight(), ask,
-        lambda record: None, lambda session: loop.stop(),
+        Settings(mode=Mode.ENFORCE), loop, Identifier(Settings().gate), LeaseBook(), InFlight(),
+        Guard(lambda: None), ask, lambda record: None, lambda session: loop.stop(),
     )  # fmt: skip
     session = Session("s-1", Subject("u", (), "vm"), os.getuid(), "t", "", "/nonexistent", os.getpid(), None, 0)
     supervisor.add(session, listener)

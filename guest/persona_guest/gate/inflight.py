@@ -1,7 +1,8 @@
 """The notifications that are received and not answered yet, in memory that outlives the agent.
 
 The kernel delivers a notification once.  An agent that dies in between would leave its task waiting
-for ever; so each is written to a memfd that systemd keeps (FDSTORE), and the next agent answers it.
+for ever; so each is written to a memfd that systemd keeps (FDSTORE), and the next agent judges it
+anew.  One in whose reading two agents ended may be what they died of: it is not read a third time.
 """
 
 import mmap
@@ -12,6 +13,7 @@ from persona_guest.kernel.seccomp import NOTIF_SIZE
 
 SLOTS = 4096
 _NAME_SIZE = 40
+_FREE, _READING, _READING_AGAIN, _READ = range(4)  # the first byte of a slot
 _SLOT = struct.Struct(f"=B7x{_NAME_SIZE}s{NOTIF_SIZE}s")
 
 
@@ -33,20 +35,26 @@ class InFlight:
         if not self._free:
             return -1
         slot = self._free.pop()
-        _SLOT.pack_into(self._map, slot * _SLOT.size, 1, session, raw)
+        _SLOT.pack_into(self._map, slot * _SLOT.size, _READING, session, raw)
         return slot
+
+    def read(self, slot: int) -> None:
+        """The task's memory has been read; the notification of ``slot`` waits for an answer."""
+        if slot >= 0:
+            self._map[slot * _SLOT.size] = _READ
 
     def clear(self, slot: int) -> None:
         """The notification of ``slot`` is answered."""
         if slot >= 0:
-            self._map[slot * _SLOT.size] = 0
+            self._map[slot * _SLOT.size] = _FREE
             self._free.append(slot)
 
-    def left_over(self) -> list[tuple[int, str, bytes]]:
-        """(slot, session, raw struct) of everything that an earlier agent did not answer."""
+    def left_over(self) -> list[tuple[int, str, bytes, bool]]:
+        """(slot, session, raw struct, whether to read it) of everything that an earlier agent did not answer."""
         found = []
         for slot in range(SLOTS):
             used, name, raw = _SLOT.unpack_from(self._map, slot * _SLOT.size)
-            if used:
-                found.append((slot, name.rstrip(b"\0").decode("ascii", "replace"), raw))
+            if used != _FREE:
+                self._map[slot * _SLOT.size] = _READING_AGAIN
+                found.append((slot, name.rstrip(b"\0").decode("ascii", "replace"), raw, used != _READING_AGAIN))
         return found

@@ -22,6 +22,7 @@ from persona_guest.core.messages import denial_line, shown_name
 from persona_guest.core.sessions import Session
 from persona_guest.gate import attempt as attempts
 from persona_guest.gate.attempt import Attempt
+from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identified, Identifier, Image
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.terminal import tell
@@ -78,6 +79,7 @@ class Supervisor:
         identifier: Identifier,
         leases: LeaseBook,
         inflight: InFlight,
+        guard: Guard,
         ask: Ask,
         record: Callable[[Record], None],
         ended: Callable[[Session], None],
@@ -90,6 +92,7 @@ class Supervisor:
         self._identifier = identifier
         self._leases = leases
         self._inflight = inflight
+        self._guard = guard
         self._ask = ask
         self._record = record
         self._ended = ended
@@ -114,12 +117,15 @@ class Supervisor:
 
     def answer_left_over(self) -> None:
         """Answers what an agent before this one received and did not answer."""
-        for slot, name, raw in self._inflight.left_over():
+        for slot, name, raw, readable in self._inflight.left_over():
             gated = self.sessions.get(name)
+            notification = seccomp.parse_notification(raw)
             if gated is None:
                 self._inflight.clear(slot)
+            elif readable:
+                self._answer(gated, notification, slot)
             else:
-                self._answer(gated, seccomp.parse_notification(raw), slot)
+                self._unreadable(gated, notification.id, slot, OSError(errno.EACCES, "the agent hung in it"))
 
     def find(self, pid: int) -> Gated | None:
         """The session that a process belongs to, by audit session id or by descent; ``None`` = none."""
@@ -182,11 +188,14 @@ class Supervisor:
             self._go_on(gated, notification.id, slot)
             return
         task = Task(notification.tid)
+        self._guard.enter(gated.session)
         try:
             attempt = attempts.read(task, notification, self._identifier)
         except OSError as error:
             self._unreadable(gated, notification.id, slot, error)
             return
+        finally:
+            self._guard.leave()
         self._decide(Pending(gated, notification.id, slot, task, attempt))
 
     def _unreadable(self, gated: Gated, ident: int, slot: int, error: OSError) -> None:
@@ -229,6 +238,7 @@ class Supervisor:
     def _enquire(self, pending: Pending, question: Question, argv: tuple[bytes, ...]) -> None:
         if not self._still_waits(pending):
             return
+        self._inflight.read(pending.slot)
         waiting = self._waiting.get(question)
         if waiting is not None:
             waiting.append(pending)

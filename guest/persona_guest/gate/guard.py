@@ -1,0 +1,78 @@
+"""Notices that the agent hangs in somebody's memory, and ends who makes it hang.
+
+A waiting task's arguments may lie in a page that a file system of the user's own (FUSE) has still to
+deliver: then reading them waits for a process that the gate itself may be holding, and with it every
+other session waits.  Nothing else that the agent does for an exec depends on a user.  It must never
+take a busy machine for an attack: a read that ordinary swapping delays ends within the limit.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from persona_guest.core.messages import printable
+from persona_guest.core.sessions import Session
+from persona_guest.kernel.task import Task
+
+log = logging.getLogger("persona.gate")
+
+LIMIT_S = 1.0  # thousands of times what reading takes
+_LOOK_S = 0.25
+
+
+class Guard:
+    """``enter`` and ``leave`` around what may hang, in the loop's thread; a thread of its own watches.
+
+    Past the limit every process of the session's user is killed: his file system goes with it, and
+    the read fails.  Where that does not help for as long again, ``give_up`` is called: a new agent
+    denies what this one hangs in without reading it.
+    """
+
+    def __init__(self, give_up: Callable[[], None], limit_s: float = LIMIT_S) -> None:
+        self._give_up = give_up
+        self._limit_s = limit_s
+        self._entered: tuple[float, Session] | None = None
+        threading.Thread(target=self._watch, name="guard", daemon=True).start()
+
+    def enter(self, session: Session) -> None:
+        """From now on a task of ``session`` may make us wait."""
+        self._entered = (time.monotonic(), session)
+
+    def leave(self) -> None:
+        """It did not."""
+        self._entered = None
+
+    def _watch(self) -> None:
+        answered: tuple[float, Session] | None = None
+        while True:
+            time.sleep(_LOOK_S)
+            entered = self._entered
+            if entered is None or time.monotonic() - entered[0] < self._limit_s:
+                continue
+            since, session = entered
+            if answered is not entered and session.uid != 0:
+                log.critical("%s makes the gate wait: all his processes are killed", printable(session.subject.user))
+                kill_all_of(session.uid)
+                answered = entered
+            elif session.uid == 0 or time.monotonic() - since > 2 * self._limit_s:
+                log.critical("the gate hangs in an exec of %s", printable(session.subject.user))
+                self._give_up()
+                return
+
+
+def kill_all_of(uid: int) -> None:
+    """SIGKILL for every process that has ``uid`` among its user ids."""
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        with contextlib.suppress(OSError, KeyError):  # gone meanwhile
+            pidfd = os.pidfd_open(int(name))
+            try:
+                if uid in Task(int(name)).credentials().uids:
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            finally:
+                os.close(pidfd)

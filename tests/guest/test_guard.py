@@ -1,0 +1,132 @@
+"""A user who makes the agent wait in his memory: he is ended, and the agent goes on."""
+
+import ctypes
+import mmap
+import os
+import signal
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from persona_guest.core.sessions import Session
+from persona_guest.gate.guard import Guard
+from persona_guest.gate.inflight import InFlight
+from persona_guest.kernel import memory
+
+from persona.decisions import Subject
+
+pytestmark = pytest.mark.root
+
+UID = 54_321
+_libc = ctypes.CDLL(None, use_errno=True)
+MS_NOSUID, MS_NODEV, MNT_DETACH = 2, 4, 2
+INIT, LOOKUP, GETATTR, OPEN, READ = 26, 1, 3, 14, 15  # linux/fuse.h
+_IN = struct.Struct("=IIQQIIII")
+_ATTRIBUTES = struct.pack("=QQQQQQIIIIIIIIII", 2, 4096, 8, 0, 0, 0, 0, 0, 0, 0o100444, 1, UID, UID, 0, 4096, 0)
+
+
+def serve(fuse: int, asked: int) -> None:
+    """A file system of one file whose content never comes: a fake only in that it is so small."""
+    while True:
+        request = os.read(fuse, 135_168)
+        _, opcode, unique, _, _, _, _, _ = _IN.unpack_from(request)
+        if opcode == INIT:
+            answer = struct.pack("=IIIIHHIIHHI", 7, 31, 0, 0, 16, 12, 4096, 1, 0, 0, 0) + bytes(28)
+        elif opcode == LOOKUP:
+            answer = struct.pack("=QQQQII", 2, 0, 60, 60, 0, 0) + _ATTRIBUTES
+        elif opcode == GETATTR:
+            answer = struct.pack("=QII", 60, 0, 0) + _ATTRIBUTES
+        elif opcode == OPEN:
+            answer = struct.pack("=QII", 1, 0, 0)
+        elif opcode == READ:
+            os.write(asked, b"x")
+            continue
+        else:
+            os.write(fuse, struct.pack("=IiQ", 16, -38, unique))
+            continue
+        os.write(fuse, struct.pack("=IiQ", 16 + len(answer), 0, unique) + answer)
+
+
+@pytest.fixture
+def hostage() -> Iterator[tuple[int, int, int]]:
+    """(pid, address, pipe): memory of a process of UID that nobody delivers; the pipe tells who asks for it."""
+    if not Path("/dev/fuse").exists():
+        pytest.skip("this machine has no /dev/fuse")
+    with tempfile.TemporaryDirectory() as directory:
+        fuse = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={fuse},rootmode=40000,user_id={UID},group_id={UID}".encode()
+        if _libc.mount(b"hostage", directory.encode(), b"fuse", MS_NOSUID | MS_NODEV, options) != 0:
+            pytest.skip(f"FUSE cannot be mounted here: {os.strerror(ctypes.get_errno())}")
+        asked, asking = os.pipe()
+        ready, readying = os.pipe()
+        server = os.fork()
+        if server == 0:
+            os.setresuid(UID, UID, UID)
+            serve(fuse, asking)
+        os.close(fuse)
+        victim = os.fork()
+        if victim == 0:
+            os.setresgid(UID, UID, UID)
+            os.setresuid(UID, UID, UID)
+            pages = mmap.mmap(os.open(f"{directory}/f", os.O_RDONLY), 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+            buffer = ctypes.py_object(pages)
+            address = ctypes.c_void_p()
+            del buffer
+            view = (ctypes.c_char * 48)()  # a Py_buffer: its first word is where the pages are
+            ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(pages), view, 0)
+            address = ctypes.c_void_p.from_buffer(view)
+            os.write(readying, struct.pack("=Q", address.value or 0))
+            time.sleep(60)
+            os._exit(0)
+        os.close(readying)
+        (at,) = struct.unpack("=Q", os.read(ready, 8))
+        try:
+            yield victim, at, asked
+        finally:
+            for pid in (server, victim):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            _libc.umount2(directory.encode(), MNT_DETACH)
+            for fd in (asked, asking, ready):
+                os.close(fd)
+
+
+def session(uid: int) -> Session:
+    return Session("s-1", Subject("mallory", (), "vm"), uid, "sshd", "", "/bin/bash", 1, None, 0.0)
+
+
+def test_who_makes_the_agent_wait_is_killed_and_the_agent_goes_on(hostage: tuple[int, int, int]) -> None:
+    pid, address, asked = hostage
+    gave_up: list[float] = []
+    guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.5)
+    began = time.monotonic()
+    guard.enter(session(UID))
+    with pytest.raises(OSError, match=r"process_vm_readv|memory"):
+        memory.read_call(pid, address, address + 64, 8)
+    guard.leave()
+    assert os.read(asked, 1) == b"x", "the page was really asked for"
+    assert 0.5 <= time.monotonic() - began < 3
+    assert not gave_up
+
+
+def test_where_killing_does_not_help_the_agent_gives_up() -> None:
+    gave_up: list[float] = []
+    guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.2)
+    guard.enter(session(UID))
+    time.sleep(1.2)
+    assert gave_up
+    guard.leave()
+
+
+def test_what_two_agents_hung_in_is_not_read_again() -> None:
+    table = InFlight()
+    hung, waiting = table.put(b"s-1", bytes(80)), table.put(b"s-1", bytes(80))
+    table.read(waiting)
+    second = InFlight(os.dup(table.fd))
+    assert [(slot, readable) for slot, _, _, readable in second.left_over()] == [(hung, True), (waiting, True)]
+    second.read(waiting)
+    third = InFlight(os.dup(table.fd))
+    assert [(slot, readable) for slot, _, _, readable in third.left_over()] == [(hung, False), (waiting, True)]
