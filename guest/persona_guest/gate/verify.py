@@ -131,14 +131,16 @@ def _superseded(look: _Look, running: Image) -> str:
 def _compare(process: Process, expected: Expectation) -> str | None:
     """_RIGHT, _GONE, ``None`` = the exec has not happened (yet), else what is wrong."""
     try:
-        running = Image(*process.running())
+        running = Image(*process.task.running())
         if running != expected.after:
+            process.signal(0)  # still there: so it was this process that was looked at
             return None if running == expected.before else _another(running)
         if expected.argv is not None:
             seen = process.task.command_line(len(expected.argv) + 1)
             if seen == expected.argv_before:
                 return None
             if seen and seen != expected.argv:
+                process.signal(0)
                 return "other arguments"
     except OSError:
         return _GONE

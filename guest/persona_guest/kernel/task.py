@@ -183,12 +183,6 @@ class Process:
             self._pidfd = os.pidfd_open(tid)
         self.task = Task(tid)
 
-    def running(self) -> tuple[int, int]:
-        """As ``Task.running``, of this very process.  Raises ``OSError`` when it is gone."""
-        found = self.task.running()
-        self.signal(0)  # still there: so it was this process that was looked at
-        return found
-
     def signal(self, number: int) -> None:
         """pidfd_send_signal(2).  Raises ``ProcessLookupError`` when it is gone."""
         signal.pidfd_send_signal(self._pidfd, number)
