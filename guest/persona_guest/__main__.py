@@ -147,7 +147,7 @@ def run(settings: Settings) -> int:
     socket.close()
     stream.close()
     link.close()
-    supervisor.flush()
+    supervisor.notes.flush()
     recorder.close()
     return 0
 

@@ -26,7 +26,8 @@ from persona_guest.core.leases import LeaseBook
 from persona_guest.core.messages import admission_line, printable
 from persona_guest.core.pam_wire import Caller, Verdict, reply
 from persona_guest.core.sessions import Session, from_json, to_json
-from persona_guest.gate.supervisor import Gated, Supervisor
+from persona_guest.gate.pending import Gated
+from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.pam_socket import Reply
 from persona_guest.kernel import seccomp, systemd
 from persona_guest.kernel.task import Task

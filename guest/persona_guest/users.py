@@ -12,7 +12,8 @@ from persona_guest.core.admission import exemption
 from persona_guest.gate import attempt as attempts
 from persona_guest.gate.attempt import Attempt
 from persona_guest.gate.identity import Identifier
-from persona_guest.gate.supervisor import Gated, untrusted
+from persona_guest.gate.pending import Gated
+from persona_guest.gate.supervisor import untrusted
 from persona_guest.ipc.user_socket import Answer, Call
 from persona_guest.kernel.task import Task
 

@@ -11,8 +11,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from persona.codec import Record
 from persona.decisions import Decision, Denied, Granted, Request, Width
@@ -21,10 +19,12 @@ from persona_guest.core.leases import LeaseBook, Question
 from persona_guest.core.messages import denial_line, shown_name
 from persona_guest.core.sessions import Session
 from persona_guest.gate import attempt as attempts
-from persona_guest.gate.attempt import Attempt
+from persona_guest.gate import own
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identified, Identifier, Image
 from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.notes import Notes
+from persona_guest.gate.pending import Gated, Pending
 from persona_guest.gate.terminal import tell
 from persona_guest.gate.verify import Expectation, Verifier
 from persona_guest.kernel import seccomp
@@ -36,37 +36,8 @@ log = logging.getLogger("persona.gate")
 
 Ask = Callable[[Request, Callable[[Decision], None]], None]
 
-_NOTE_S = 0.01  # how long a decision waits to be recorded: an exec must not wait for that
 _LINES_PER_SECOND = 20  # denial lines to one session: a loop of denied commands must not flood
-_ANCESTORS_MAX = 32
-
-
-@dataclass(slots=True)
-class Gated:
-    """A session with its listener, and what the gate needs at every exec."""
-
-    session: Session
-    listener: int
-    holder: int
-    shell: Image | None
-    name: bytes  # the session's id, as the table of notifications in flight has it
-    lines: int = 0
-    lines_at: int = 0
-    last: Granted | None = None
-
-
-@dataclass(slots=True)
-class Pending:
-    """An exec that is not answered yet."""
-
-    gated: Gated
-    ident: int
-    slot: int
-    task: Task
-    attempt: Attempt
-    stage: int = 0
-    denials: tuple[Denied, ...] = ()
-    leased: bool = True
+_ANCESTORS_MAX = 128
 
 
 class Supervisor:
@@ -94,12 +65,11 @@ class Supervisor:
         self._inflight = inflight
         self._guard = guard
         self._ask = ask
-        self._record = record
+        self.notes = Notes(loop, record, complain=settings.mode is Mode.COMPLAIN)
         self._ended = ended
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._holders: dict[object, int] = {}
         self._waiting: dict[Question, list[Pending]] = {}
-        self._notes: list[tuple[float, Pending, str, Decision | None]] = []
         self.times: deque[float] = deque(maxlen=4096)  # CPU seconds from a notification's receipt to its answer
 
     # --- sessions ---------------------------------------------------------------------------------
@@ -138,7 +108,7 @@ class Supervisor:
                 if gated.session.audit == audit:
                     return gated
         monitors = {gated.session.monitor: gated for gated in self.sessions.values()}
-        for _ in range(_ANCESTORS_MAX * 4):
+        for _ in range(_ANCESTORS_MAX):
             if pid in monitors:
                 return monitors[pid]
             try:
@@ -217,7 +187,7 @@ class Supervisor:
                 continue
             decision = self._leases.lookup(question, time.monotonic())
             if decision is None:
-                if self._is_login_shell(pending):
+                if own.is_login_shell(pending):
                     self._allow(pending, None)
                     return
                 pending.leased = False
@@ -228,7 +198,7 @@ class Supervisor:
                 return
             pending.denials += (decision,)
             pending.stage += 1
-        if self._is_login_shell(pending) or self._is_plumbing(pending) or self._is_services_own(pending):
+        if own.is_own(pending, self.settings.gate):
             self._allow(pending, None)
         else:
             # A user's own script is its interpreter's start: then that is what was refused.
@@ -300,7 +270,7 @@ class Supervisor:
             self.verifier.expect(*look, lambda found: self._caught(pending, found))
         if granted is not None:
             gated.last = granted
-        self._note(pending, "exec", granted)
+        self.notes.add(pending, "exec", granted)
 
     def _before(self, pending: Pending, granted: Granted | None) -> tuple[Process, Expectation]:
         """The waiting process, held, and what it must be once it goes on.  Raises ``OSError`` when it is gone."""
@@ -318,7 +288,7 @@ class Supervisor:
             return
         gated = pending.gated
         complain = self.settings.mode is Mode.COMPLAIN
-        self._note(pending, "exec", denied)
+        self.notes.add(pending, "exec", denied)
         if complain:
             self._go_on(gated, pending.ident, pending.slot)
         else:
@@ -339,7 +309,7 @@ class Supervisor:
 
     def _caught(self, pending: Pending, found: str) -> None:
         denied = Denied(Reason.PROGRAM_NOT_TRUSTED, help=f"killed: what started was {found}")
-        self._note(pending, "killed", denied)
+        self.notes.add(pending, "killed", denied)
 
     def _may_speak(self, gated: Gated) -> bool:
         second = int(time.monotonic())
@@ -347,78 +317,6 @@ class Supervisor:
             gated.lines_at, gated.lines = second, 0
         gated.lines += 1
         return gated.lines <= _LINES_PER_SECOND
-
-    def _note(self, pending: Pending, event: str, decision: Decision | None) -> None:
-        if not self._notes:
-            self._loop.call_later(_NOTE_S, self.flush)
-        self._notes.append((time.time(), pending, event, decision))
-
-    def flush(self) -> None:
-        """Hands on what is to be recorded; call before the agent ends."""
-        notes, self._notes = self._notes, []
-        for note in notes:
-            self._record(self._to_record(*note))
-
-    def _to_record(self, at: float, pending: Pending, event: str, decision: Decision | None) -> Record:
-        session = pending.gated.session
-        granted = decision if isinstance(decision, Granted) else None
-        denied = decision if isinstance(decision, Denied) else None
-        return Record(
-            at=at,
-            session=session.id,
-            user=session.subject.user,
-            program=pending.attempt.stages[0][0].program.path,
-            argv=tuple(os.fsdecode(argument[:256]) for argument in pending.attempt.argv[:16]),
-            decision="denied" if denied else "granted",
-            reason=denied.reason if denied else None,
-            persona=granted.persona.name if granted else denied.persona if denied else None,
-            persona_version=granted.persona.version if granted else None,
-            policy=decision.policy if decision else None,
-            event=event,
-            leased=pending.leased,
-            complain=self.settings.mode is Mode.COMPLAIN,
-        )
-
-    # --- what a session starts by itself ----------------------------------------------------------
-
-    def _is_login_shell(self, pending: Pending) -> bool:
-        """Admission gives a shell: the user's login shell runs; what it starts is decided."""
-        found, argv = pending.attempt.stages[0]
-        shell = pending.gated.shell
-        if shell is None or found.image != shell or not found.trusted:
-            return False
-        name = os.path.basename(os.fsdecode(argv[0])).removeprefix("-") if argv else ""
-        return not found.multicall or name == os.path.basename(pending.gated.session.shell)
-
-    def _is_plumbing(self, pending: Pending) -> bool:
-        found = pending.attempt.stages[0][0]
-        return found.trusted and any(
-            fnmatchcase(found.program.path, pattern) for pattern in self.settings.gate.plumbing
-        )
-
-    def _is_services_own(self, pending: Pending) -> bool:
-        """What sshd, cron or su itself starts as root (motd, sshrc): root all the way up to the monitor.
-
-        A root process that the user got by sudo has the user's own processes above it; one that was
-        orphaned hangs below init: neither reaches the monitor.
-        """
-        if pending.gated.session.uid == 0:  # a trial by root: there, root is the user
-            return False
-        monitor = pending.gated.session.monitor
-        pid = pending.task.tid
-        for _ in range(_ANCESTORS_MAX):
-            try:
-                credentials = Task(pid).credentials()
-            except OSError:
-                return False
-            if any(credentials.uids):
-                return False
-            if credentials.tgid == monitor:
-                return True
-            pid = credentials.ppid
-            if pid <= 1:
-                return False
-        return False
 
 
 def untrusted(found: Identified) -> Denied:

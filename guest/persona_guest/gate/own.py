@@ -1,0 +1,58 @@
+"""What a session starts by itself, before and beside any command: its shell, its machinery, its service's hooks.
+
+Each is allowed whatever the personas say, and everything that it starts is decided.
+"""
+
+import os
+from fnmatch import fnmatchcase
+
+from persona_guest.gate.pending import Pending
+from persona_guest.kernel.task import Task
+from persona_guest.settings import Gate
+
+_ANCESTORS_MAX = 32
+
+
+def is_own(pending: Pending, gate: Gate) -> bool:
+    """Whether this exec is any of the three."""
+    return is_login_shell(pending) or _is_plumbing(pending, gate.plumbing) or _is_services_own(pending)
+
+
+def is_login_shell(pending: Pending) -> bool:
+    """Admission gives a shell: the user's login shell runs; what it starts is decided."""
+    found, argv = pending.attempt.stages[0]
+    shell = pending.gated.shell
+    if shell is None or found.image != shell or not found.trusted:
+        return False
+    name = os.path.basename(os.fsdecode(argv[0])).removeprefix("-") if argv else ""
+    return not found.multicall or name == os.path.basename(pending.gated.session.shell)
+
+
+def _is_plumbing(pending: Pending, patterns: tuple[str, ...]) -> bool:
+    found = pending.attempt.stages[0][0]
+    return found.trusted and any(fnmatchcase(found.program.path, pattern) for pattern in patterns)
+
+
+def _is_services_own(pending: Pending) -> bool:
+    """What sshd, cron or su itself starts as root (motd, sshrc): root all the way up to the monitor.
+
+    A root process that the user got by sudo has the user's own processes above it; one that was
+    orphaned hangs below init: neither reaches the monitor.
+    """
+    if pending.gated.session.uid == 0:  # a trial by root: there, root is the user
+        return False
+    monitor = pending.gated.session.monitor
+    pid = pending.task.tid
+    for _ in range(_ANCESTORS_MAX):
+        try:
+            credentials = Task(pid).credentials()
+        except OSError:
+            return False
+        if any(credentials.uids):
+            return False
+        if credentials.tgid == monitor:
+            return True
+        pid = credentials.ppid
+        if pid <= 1:
+            return False
+    return False

@@ -1,0 +1,37 @@
+"""What the gate holds of a session, and of an exec that is not answered yet."""
+
+from dataclasses import dataclass
+
+from persona.decisions import Denied, Granted
+from persona_guest.core.sessions import Session
+from persona_guest.gate.attempt import Attempt
+from persona_guest.gate.identity import Image
+from persona_guest.kernel.task import Task
+
+
+@dataclass(slots=True)
+class Gated:
+    """A session with its listener, and what the gate needs at every exec."""
+
+    session: Session
+    listener: int
+    holder: int
+    shell: Image | None
+    name: bytes  # the session's id, as the table of notifications in flight has it
+    lines: int = 0
+    lines_at: int = 0
+    last: Granted | None = None
+
+
+@dataclass(slots=True)
+class Pending:
+    """An exec that is not answered yet."""
+
+    gated: Gated
+    ident: int
+    slot: int
+    task: Task
+    attempt: Attempt
+    stage: int = 0
+    denials: tuple[Denied, ...] = ()
+    leased: bool = True
