@@ -29,6 +29,7 @@ from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.pam_socket import PamSocket
+from persona_guest.ipc.standby_socket import Keeping
 from persona_guest.ipc.user_socket import UserSocket
 from persona_guest.kernel import systemd
 from persona_guest.loop import Loop
@@ -84,9 +85,10 @@ def run(settings: Settings) -> int:
     threading.excepthook = _die
     runtime = Path(settings.paths.runtime_dir)
     runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
-    kept = systemd.inherited()
-    inflight = _take_inflight(kept)
     loop = Loop()
+    keeping = Keeping(loop, str(runtime / "standby.sock"), lambda: [(_INFLIGHT, inflight.fd), *agent.listeners()])
+    kept = _take_kept(keeping)
+    inflight = _take_inflight(kept, keeping)
     leases = LeaseBook(settings.broker.grace_s)
     identifier = Identifier(settings.gate)
     link = Link(settings.broker, loop.deliver)
@@ -107,7 +109,7 @@ def run(settings: Settings) -> int:
         recorder.add,
         lambda session: agent.ended(session),
     )
-    agent = Agent(settings, supervisor, leases, questions, recorder.add)
+    agent = Agent(settings, supervisor, leases, questions, keeping, recorder.add)
 
     def release() -> None:
         log.warning("released: %d sessions go on ungated", len(supervisor.sessions))
@@ -120,6 +122,7 @@ def run(settings: Settings) -> int:
     pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
     socket = UserSocket(loop, runtime / "agent.sock", users.handle)
     agent.restore(kept)
+    keeping.repeat()
 
     def heard(event: Event) -> None:
         if isinstance(event, Connected):
@@ -149,6 +152,7 @@ def run(settings: Settings) -> int:
     link.close()
     supervisor.notes.flush()
     recorder.close()
+    keeping.close()  # last: from here on the standby answers
     return 0
 
 
@@ -168,16 +172,28 @@ def _alive() -> None:
     systemd.notify("WATCHDOG=1")
 
 
-def _take_inflight(kept: dict[str, int]) -> InFlight:
+def _take_kept(keeping: Keeping) -> dict[str, int]:
+    """What systemd kept over a restart, and what the standby has: over a stop, systemd keeps nothing."""
+    kept = systemd.inherited()
+    for name, fd in keeping.take().items():
+        if name in kept:
+            os.close(fd)
+        else:
+            kept[name] = fd
+            systemd.store(name, fd)
+    return kept
+
+
+def _take_inflight(kept: dict[str, int], keeping: Keeping) -> InFlight:
     fd = kept.pop(_INFLIGHT, None)
     if fd is not None:
         try:
             return InFlight(fd)
         except (OSError, ValueError) as error:
             log.error("what was in flight cannot be taken up: %s", error)
-            systemd.forget(_INFLIGHT)
+            keeping.forget(_INFLIGHT)
     table = InFlight()
-    systemd.store(_INFLIGHT, table.fd)
+    keeping.keep(_INFLIGHT, table.fd)
     return table
 
 

@@ -29,7 +29,8 @@ from persona_guest.core.sessions import Session, from_json, to_json
 from persona_guest.gate.pending import Gated
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.pam_socket import Reply
-from persona_guest.kernel import seccomp, systemd
+from persona_guest.ipc.standby_socket import Keeping
+from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Task
 from persona_guest.questions import UNANSWERED, Admitted, Questions
 from persona_guest.settings import Mode, Settings
@@ -48,6 +49,7 @@ class Agent:
         supervisor: Supervisor,
         leases: LeaseBook,
         questions: Questions,
+        keeping: Keeping,
         record: Callable[[Record], None],
     ) -> None:
         self.settings = settings
@@ -55,6 +57,7 @@ class Agent:
         self.leases = leases
         self.questions = questions
         self.connection = "connecting"
+        self._keeping = keeping
         self._record = record
         self._filter = seccomp.gate_filter()
         self._opening: dict[str, tuple[Session, Admitted | None]] = {}
@@ -227,7 +230,7 @@ class Agent:
         path = self._directory / f"{session.id}.json"
         path.touch(mode=0o600)
         path.write_text(json.dumps(to_json(session)))
-        systemd.store(session.id, fd)
+        self._keeping.keep(session.id, fd)
         self.supervisor.add(session, fd)
         log.info("session %s of %s gated (%s)", session.id, printable(session.subject.user), session.service)
 
@@ -239,27 +242,33 @@ class Agent:
         (self._directory / f"{session.id}.json").unlink(missing_ok=True)
         self.base.pop(session.id, None)
         self._unannounced.pop(session.id, None)
-        systemd.forget(session.id)
+        self._keeping.forget(session.id)
         self.questions.closed(session)
         self._record(self._login_record(session.id, session.subject.user, "session_end", None))
         log.info("session %s ended", session.id)
 
     def restore(self, listeners: dict[str, int]) -> None:
-        """Takes up the sessions of the agent before this one from what systemd kept."""
+        """Takes up the sessions of the agent before this one from what was kept; ``listeners`` is emptied."""
         for path in self._directory.glob("s-*.json"):
-            fd = listeners.pop(path.stem, None)
             try:
                 session = from_json(json.loads(path.read_text()))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.error("%s: %s; its session is refused everything", path, error)
-                continue  # its listener is closed below: execs there fail with ENOSYS
+                continue
+            fd = listeners.pop(path.stem, None)
             if fd is None:
                 path.unlink(missing_ok=True)
             else:
                 self.supervisor.add(session, fd)
-        for fd in listeners.values():
+        while listeners:  # no copy may be left anywhere: then execs there fail with ENOSYS, else they hang
+            name, fd = listeners.popitem()
             os.close(fd)
+            self._keeping.forget(name)
         self.supervisor.answer_left_over()
+
+    def listeners(self) -> list[tuple[str, int]]:
+        """Every session's id and listener."""
+        return [(gated.session.id, gated.listener) for gated in self.supervisor.sessions.values()]
 
     def _note_admission(self, session: Session, result: Admitted | Denied) -> None:
         denied = result if isinstance(result, Denied) else None

@@ -1,0 +1,256 @@
+"""``persona-standby``: keeps every session's listener and answers in the agent's place while there is none.
+
+Without an agent an exec would wait for ever, and systemd drops what it stores for a unit that is
+stopped.  So this process has copies.  While the agent is connected it does nothing.  A while after
+the connection ended (a restart is quicker) it answers: in complain mode everything goes on, in enforce
+mode nothing does, with the reason ``agent_stopping``.  It decides nothing and reads no caller's memory.
+
+Exit codes: 0 ended as asked, or the gate was released and its last session is over; 2 usage.
+"""
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.terminal import tell
+from persona_guest.ipc.pam_socket import listen, peer_credentials
+from persona_guest.ipc.standby_socket import FDS_MAX, PACKET_MAX, PacketError, batches, decode, encode
+from persona_guest.kernel import seccomp, systemd
+from persona_guest.kernel.task import Task
+from persona_guest.loop import READABLE, Loop, Timer
+
+log = logging.getLogger("persona.standby")
+
+RUNTIME, STATE = "/run/persona", "/var/lib/persona"
+_INFLIGHT = "inflight"
+COMPLAIN_S = 1.0  # complain mode stops nothing, and keeps nobody waiting either
+ENFORCE_S = 15.0  # longer than a restart of the agent on a loaded machine: that refuses nothing
+_LINES_PER_SECOND = 20
+LINE = (
+    "persona: not started, agent_stopping: the agent of this machine is not running; its operator must "
+    "start persona-agent"
+)
+
+
+def enforcing(state: Path) -> bool:
+    """What the agent left in gate.state; missing = complain, and what cannot be understood = enforce."""
+    try:
+        return "mode=complain" not in state.read_text("ascii").split("\n")
+    except FileNotFoundError:
+        return False  # a fresh installation, or the gate was released
+    except (OSError, UnicodeDecodeError):
+        return True
+
+
+class Standby:
+    """``kept`` are the descriptors that systemd kept for a standby before this one."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        path: Path,
+        state: Path,
+        kept: dict[str, int],
+        waits: tuple[float, float] = (COMPLAIN_S, ENFORCE_S),
+    ) -> None:
+        self._loop = loop
+        self._state = state
+        self._waits = waits
+        self._inflight_fd = kept.pop(_INFLIGHT, None)
+        self._listeners = kept
+        self._agent: socket.socket | None = None
+        self._had_agent = False
+        self._answering: InFlight | None = None  # there is no agent: the notifications that are ours now
+        self._timer: Timer | None = None
+        self._buffer = bytearray(seccomp.NOTIF_SIZE)
+        self._lines = (0, 0)
+        self.answered = 0
+        self._server = listen(path, 0o600)
+        loop.watch(self._server.fileno(), READABLE, self._accept)
+        self._wait()
+
+    # --- the agent --------------------------------------------------------------------------------
+
+    def _accept(self, _events: int) -> None:
+        try:
+            connection, _ = self._server.accept()
+        except OSError:
+            return
+        if peer_credentials(connection)[1] != os.geteuid():
+            connection.close()
+            return
+        connection.settimeout(1.0)  # its own agent, which reads while it is being told
+        if self._agent is not None:
+            self._hang_up()
+        self._agent = connection
+        self._had_agent = True
+        self._rest()
+        self._loop.watch(connection.fileno(), READABLE, self._hear)
+
+    def _hear(self, _events: int) -> None:
+        agent = self._agent
+        if agent is None:
+            return
+        fds: list[int] = []
+        try:
+            packet, fds, _, _ = socket.recv_fds(agent, PACKET_MAX + 1, FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+            if packet:
+                self._obey(agent, *decode(packet), fds)
+                return
+        except (OSError, PacketError) as error:
+            log.error("the agent's connection: %s", error)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._hang_up()
+        self._wait()
+
+    def _obey(self, agent: socket.socket, word: str, names: list[str], fds: list[int]) -> None:
+        """``fds`` loses what is kept.  Raises ``OSError``, ``PacketError``."""
+        if word == "take":
+            everything = dict(self._listeners)
+            if self._inflight_fd is not None:
+                everything[_INFLIGHT] = self._inflight_fd
+            for part, descriptors in batches(everything.items()):
+                socket.send_fds(agent, [encode("kept", part)], descriptors)
+            agent.send(encode("end"))
+        elif word == "keep" and len(names) == len(fds):
+            for name in names:
+                self._keep(name, fds.pop(0))
+        elif word == "drop":
+            for name in names:
+                self._drop(name)
+        elif word != "here":
+            raise PacketError(f"unknown: {word[:20]!r}")
+
+    def _hang_up(self) -> None:
+        if self._agent is not None:
+            self._loop.unwatch(self._agent.fileno())
+            self._agent.close()
+            self._agent = None
+
+    def _keep(self, name: str, fd: int) -> None:
+        if name == _INFLIGHT:
+            if self._inflight_fd is not None:
+                systemd.forget(name)
+                os.close(self._inflight_fd)
+            self._inflight_fd = fd
+        elif name in self._listeners:
+            os.close(fd)
+            return
+        else:
+            self._listeners[name] = fd
+        systemd.store(name, fd)
+
+    def _drop(self, name: str) -> None:
+        fd = self._listeners.pop(name, None)
+        if fd is not None:
+            if self._answering is not None:
+                self._loop.unwatch(fd)
+            os.close(fd)
+            systemd.forget(name)
+
+    # --- in its place -----------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        """There is no agent: soon this process answers, unless one comes back before."""
+        if self._had_agent and not self._listeners and not self._state.exists():
+            log.info("the gate was released and its last session is over")
+            self._loop.stop()
+        self._timer = self._loop.call_later(self._waits[enforcing(self._state)], self._begin)
+
+    def _rest(self) -> None:
+        """The agent is there."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._answering is not None:
+            self._answering = None
+            for fd in self._listeners.values():
+                self._loop.unwatch(fd)
+            if self.answered:
+                log.warning("the agent is back; %d starts were answered without one", self.answered)
+
+    def _begin(self) -> None:
+        self._timer = None
+        self.answered = 0
+        enforce = enforcing(self._state)
+        what = "nothing starts" if enforce else "complain mode, everything goes on unrecorded"
+        if self._listeners:
+            log.warning("no agent: answering %d sessions in its place, %s", len(self._listeners), what)
+        self._answering = self._table()
+        for slot, name, raw in self._answering.left_over():
+            listener = self._listeners.get(name)
+            if listener is not None:
+                self._answer(listener, seccomp.parse_notification(raw))
+            self._answering.clear(slot)
+        for name, fd in self._listeners.items():
+            self._watch(name, fd)
+
+    def _table(self) -> InFlight:
+        if self._inflight_fd is not None:
+            try:
+                return InFlight(self._inflight_fd)  # anew: the agent has written into it since
+            except (OSError, ValueError) as error:
+                log.error("what was in flight cannot be taken up: %s", error)
+        return InFlight()
+
+    def _watch(self, name: str, fd: int) -> None:
+        self._loop.watch(fd, READABLE, lambda events: self._ready(name, fd, events))
+
+    def _ready(self, name: str, fd: int, events: int) -> None:
+        if self._answering is None:
+            return
+        if not events & READABLE:
+            self._drop(name)
+            if not self._listeners and not self._state.exists():
+                self._loop.stop()
+            return
+        notification = seccomp.receive(fd, self._buffer)
+        if notification is not None:
+            slot = self._answering.put(name, self._buffer)  # for whoever comes, if this process is killed now
+            self._answer(fd, notification)
+            self._answering.clear(slot)
+
+    def _answer(self, listener: int, notification: seccomp.Notification) -> None:
+        self.answered += 1
+        if not enforcing(self._state):
+            seccomp.respond_continue(listener, notification.id)
+            return
+        second = int(time.monotonic())
+        self._lines = (second, self._lines[1] + 1) if self._lines[0] == second else (second, 1)
+        if self._lines[1] <= _LINES_PER_SECOND:
+            with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
+                tell(Task(notification.tid).credentials().tgid, LINE)
+        seccomp.respond_error(listener, notification.id, errno.EACCES)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="persona-standby", description="answers the exec gate in the agent's place while there is none"
+    )
+    parser.add_argument("--runtime-dir", default=RUNTIME, type=Path)
+    parser.add_argument("--state-dir", default=STATE, type=Path)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    arguments.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    loop = Loop()
+    Standby(loop, arguments.runtime_dir / "standby.sock", arguments.state_dir / "gate.state", systemd.inherited())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: loop.deliver(loop.stop))
+    systemd.notify("READY=1")
+    loop.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

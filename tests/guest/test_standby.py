@@ -1,0 +1,188 @@
+"""The standby: it holds what the agent gave it, answers only without an agent, and gives everything back."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from persona_guest.gate.inflight import InFlight
+from persona_guest.ipc.standby_socket import FDS_MAX, Keeping, PacketError, batches, decode, encode
+from persona_guest.kernel import seccomp
+from persona_guest.loop import Loop
+from persona_guest.standby import Standby, enforcing
+
+from tests.guest.test_supervisor import gated_child, outcome
+
+NAME = "s-0123456789abcdef"
+SOON = (0.1, 0.1)  # after how long it answers
+
+
+class Running:
+    """A standby in a thread of its own, and the agent's end of it."""
+
+    def __init__(self, directory: Path, kept: dict[str, int] | None = None) -> None:
+        self.path = directory / "standby.sock"
+        self.state = directory / "gate.state"
+        self.loop = Loop()
+        self.standby = Standby(self.loop, self.path, self.state, kept or {}, SOON)
+        self._thread = threading.Thread(target=self.loop.run)
+        self._thread.start()
+
+    def agent(self) -> Keeping:
+        return Keeping(Loop(), str(self.path), list)
+
+    def stop(self) -> None:
+        self.loop.deliver(self.loop.stop)
+        self._thread.join(5)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    found = Running(tmp_path)
+    yield found
+    found.stop()
+
+
+def ended(pid: int, within: float) -> bool:
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def handed_over(running: Running) -> tuple[int, Keeping]:
+    """A child that waits for its exec, its listener with the standby alone; its agent is still there."""
+    pid, listener = gated_child("/usr/bin/true")
+    agent = running.agent()
+    assert agent.take() == {}
+    agent.keep(NAME, listener)
+    os.close(listener)
+    return pid, agent
+
+
+def test_complain_mode_goes_on_without_an_agent(running: Running) -> None:
+    pid, agent = handed_over(running)
+    assert not ended(pid, 0.4)  # while there is an agent, that is who answers
+    agent.close()
+    assert outcome(pid) == 0
+
+
+@pytest.mark.parametrize("state", ["mode=enforce\nuid_min=1000\n", "garbage", ""])
+def test_enforce_mode_starts_nothing_and_nothing_hangs(running: Running, state: str) -> None:
+    running.state.write_text(state)
+    pid, agent = handed_over(running)
+    agent.close()
+    assert outcome(pid) == 13
+
+
+def test_the_next_agent_gets_everything_back(running: Running) -> None:
+    pid, agent = handed_over(running)
+    agent.close()
+    back = running.agent()
+    taken = back.take()
+    assert list(taken) == [NAME]
+    assert not ended(pid, 0.4)  # it is the agent's to answer again
+    notification = seccomp.receive(taken[NAME], bytearray(seccomp.NOTIF_SIZE))
+    assert notification is not None
+    seccomp.respond_continue(taken[NAME], notification.id)
+    assert outcome(pid) == 0
+    back.close()
+
+
+def test_after_a_release_it_ends_with_the_last_session(running: Running) -> None:
+    agent = running.agent()
+    agent.take()
+    agent.close()  # no session, no gate.state
+    running._thread.join(5)
+    assert not running._thread.is_alive()
+
+
+def test_what_a_dead_agent_had_received_is_answered(running: Running) -> None:
+    pid, listener = gated_child("/usr/bin/true")
+    table, buffer = InFlight(), bytearray(seccomp.NOTIF_SIZE)
+    deadline = time.monotonic() + 5
+    while seccomp.receive(listener, buffer) is None:  # the kernel will not deliver it a second time
+        assert time.monotonic() < deadline
+    table.put(NAME, buffer)
+    agent = running.agent()
+    agent.take()
+    agent.keep("inflight", table.fd)
+    agent.keep(NAME, listener)
+    os.close(listener)
+    agent.close()
+    assert outcome(pid) == 0
+    assert table.left_over() == []
+
+
+def test_more_sessions_than_fit_into_a_packet(running: Running) -> None:
+    agent = running.agent()
+    agent.take()
+    names = [f"s-{number:016x}" for number in range(FDS_MAX + 50)]
+    with open(os.devnull) as null:
+        for part, fds in batches((name, null.fileno()) for name in names):
+            agent._send(encode("keep", part), fds)
+    again = running.agent()
+    taken = again.take()
+    assert sorted(taken) == names
+    for fd in taken.values():
+        os.close(fd)
+    for name in names:
+        again.forget(name)
+    deadline = time.monotonic() + 5
+    while running.standby._listeners and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert running.standby._listeners == {}
+    again.close()
+
+
+def test_a_standby_that_comes_back_is_told_everything(tmp_path: Path) -> None:
+    pid, listener = gated_child("/usr/bin/true")
+    first = Running(tmp_path)
+    loop = Loop()
+    agent = Keeping(loop, str(first.path), lambda: [(NAME, listener)])
+    agent.take()
+    first.stop()
+    first.standby._hang_up()  # what its end as a process would do
+    second = Running(tmp_path)
+    loop.call_later(2.5, loop.stop)
+    loop.run()
+    agent.close()
+    os.close(listener)
+    assert outcome(pid) == 0
+    second.stop()
+
+
+def test_packets() -> None:
+    assert decode(encode("keep", [NAME, "inflight"])) == ("keep", [NAME, "inflight"])
+    for bad in (b"keep\n../../etc", b"keep\n", b"keep\n" + b"x" * 9000, b"\xff", b"keep\ns-0123456789ABCDEF"):
+        with pytest.raises(PacketError):
+            decode(bad)
+
+
+def test_garbage_ends_a_connection_and_nothing_else(running: Running) -> None:
+    running.state.write_text("mode=complain\n")
+    for bad in (b"\xff\xfe", b"keep\n" + NAME.encode(), b"nothing", b"x" * 9000):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as talker:
+            talker.settimeout(5)
+            talker.connect(str(running.path))
+            talker.send(bad)
+            assert talker.recv(100) == b""
+    pid, agent = handed_over(running)
+    agent.close()
+    assert outcome(pid) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "closed"),
+    [(None, False), ("mode=complain\nuid_min=1000\n", False), ("mode=enforce\n", True), ("mode=complainx\n", True)],
+)
+def test_which_mode_it_is(tmp_path: Path, text: str | None, closed: bool) -> None:
+    state = tmp_path / "gate.state"
+    if text is not None:
+        state.write_text(text)
+    assert enforcing(state) is closed
