@@ -187,7 +187,7 @@ class Standby:
         if self._listeners:
             log.warning("no agent: answering %d sessions in its place, %s", len(self._listeners), what)
         self._answering = self._table()
-        for slot, name, raw in self._answering.left_over():
+        for slot, name, raw, _ in self._answering.left_over():
             listener = self._listeners.get(name)
             if listener is not None:
                 self._answer(listener, seccomp.parse_notification(raw))
@@ -216,7 +216,7 @@ class Standby:
             return
         notification = seccomp.receive(fd, self._buffer)
         if notification is not None:
-            slot = self._answering.put(name, self._buffer)  # for whoever comes, if this process is killed now
+            slot = self._answering.put(name.encode(), self._buffer)  # for whoever comes, if this process is killed now
             self._answer(fd, notification)
             self._answering.clear(slot)
 

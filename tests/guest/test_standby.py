@@ -108,7 +108,7 @@ def test_what_a_dead_agent_had_received_is_answered(running: Running) -> None:
     deadline = time.monotonic() + 5
     while seccomp.receive(listener, buffer) is None:  # the kernel will not deliver it a second time
         assert time.monotonic() < deadline
-    table.put(NAME, buffer)
+    table.put(NAME.encode(), buffer)
     agent = running.agent()
     agent.take()
     agent.keep("inflight", table.fd)
