@@ -231,7 +231,7 @@ class Agent:
         path.touch(mode=0o600)
         path.write_text(json.dumps(to_json(session)))
         self._keeping.keep(session.id, fd)
-        self.supervisor.add(session, fd)
+        self.supervisor.add(session, fd, fresh=True)
         log.info("session %s of %s gated (%s)", session.id, printable(session.subject.user), session.service)
 
     def _count(self, uid: int) -> int:

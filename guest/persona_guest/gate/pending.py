@@ -21,6 +21,8 @@ class Gated:
     lines: int = 0
     lines_at: int = 0
     last: Granted | None = None
+    confirmed: int = -1  # the generation in which the broker last answered for this very session
+    revoked: Denied | None = None  # if that was the answer
 
 
 @dataclass(slots=True)

@@ -69,7 +69,7 @@ class Supervisor:
         self._ended = ended
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._holders: dict[object, int] = {}
-        self._waiting: dict[Question, list[Pending]] = {}
+        self._waiting: dict[tuple[str, Question], list[Pending]] = {}
         self.times: deque[float] = deque(maxlen=4096)  # CPU seconds from a notification's receipt to its answer
 
     # --- sessions ---------------------------------------------------------------------------------
@@ -78,10 +78,12 @@ class Supervisor:
         """The number under which decisions for this session's subject are leased."""
         return self._holders.setdefault(session.subject, len(self._holders) + 1)
 
-    def add(self, session: Session, listener: int) -> None:
-        """Takes over the listener of a session and answers for it from now on."""
+    def add(self, session: Session, listener: int, *, fresh: bool = False) -> None:
+        """Takes over the listener of a session and answers for it from now on; ``fresh`` = just admitted."""
         seccomp.use_synchronous_wakeup(listener)
         gated = Gated(session, listener, self.holder(session), self._shell_of(session), session.id.encode())
+        if fresh:
+            gated.confirmed = self._leases.generation
         self.sessions[session.id] = gated
         self._loop.watch(listener, READABLE, lambda events: self._ready(gated, events))
 
@@ -150,7 +152,7 @@ class Supervisor:
             self._handle(gated, notification, slot)
         except Exception:  # whatever a caller's exec can provoke: it is denied, and the agent serves the others
             log.exception("an exec could not be judged; it is denied")
-            self._fail(gated, notification.id, slot, errno.EACCES)
+            self._unreadable(gated, notification.id, slot, OSError(errno.EACCES, "not judged"))
 
     def _handle(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
         if self.released:
@@ -185,7 +187,7 @@ class Supervisor:
                 pending.denials += (untrusted(found),)
                 pending.stage += 1
                 continue
-            decision = self._leases.lookup(question, time.monotonic())
+            decision = self._known(gated, question)
             if decision is None:
                 if own.is_login_shell(pending):
                     self._allow(pending, None)
@@ -205,16 +207,24 @@ class Supervisor:
             first = attempt.stages[0][0]
             self._deny(pending, pending.denials[0 if first.trusted else -1])
 
+    def _known(self, gated: Gated, question: Question) -> Decision | None:
+        """What holds without asking.  Leases are the user's, over all his sessions: since the last event the
+        broker must have answered for this very one, which may have been revoked.
+        """
+        if gated.confirmed != self._leases.generation:
+            return None
+        return gated.revoked or self._leases.lookup(question, time.monotonic())
+
     def _enquire(self, pending: Pending, question: Question, argv: tuple[bytes, ...]) -> None:
         if not self._still_waits(pending):
             return
         self._inflight.read(pending.slot)
-        waiting = self._waiting.get(question)
+        gated, session = pending.gated, pending.gated.session
+        waiting = self._waiting.get((session.id, question))
         if waiting is not None:
             waiting.append(pending)
             return
-        self._waiting[question] = [pending]
-        session = pending.gated.session
+        self._waiting[session.id, question] = [pending]
         request = Request(
             subject=session.subject,
             session=session.id,
@@ -223,17 +233,22 @@ class Supervisor:
             cwd=pending.task.working_directory(),
             argv_complete=question.complete,
         )
-        self._ask(request, lambda decision: self._told(question, decision))
+        self._ask(request, lambda decision: self._told(gated, question, decision))
 
-    def _told(self, question: Question, decision: Decision) -> None:
+    def _told(self, gated: Gated, question: Question, decision: Decision) -> None:
         now = time.monotonic()
-        self._leases.keep(question, decision, now)
+        gated.confirmed = decision.generation
+        gated.revoked = None
+        if isinstance(decision, Denied) and decision.reason is Reason.SESSION_REVOKED:
+            gated.revoked = decision
+        else:
+            self._leases.keep(question, decision, now)
         if isinstance(decision, Denied) and decision.reason in (
             Reason.BROKER_UNREACHABLE,
             Reason.BROKER_MISBEHAVED,
         ):
             decision = self._leases.within_grace(question, now) or decision
-        for pending in self._waiting.pop(question, ()):
+        for pending in self._waiting.pop((gated.session.id, question), ()):
             if isinstance(decision, Granted):
                 self._allow(pending, decision)
             else:
