@@ -6,10 +6,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from persona_guest.core.sessions import Session
+from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Image
 from persona_guest.gate.verify import Expectation, Verifier
 from persona_guest.kernel.task import Process
 from persona_guest.loop import Loop
+
+from persona.decisions import Subject
 
 
 def image(path: str) -> Image:
@@ -17,6 +21,8 @@ def image(path: str) -> Image:
     return Image(status.st_dev, status.st_ino)
 
 
+SESSION = Session("s-1", Subject("u", (), "vm"), 54321, "t", "", "/bin/sh", 1, None, 0)
+GUARD = Guard(lambda: None)
 SLEEP, TRUE, PYTHON = image("/usr/bin/sleep"), image("/usr/bin/true"), image("/usr/bin/python3")
 
 
@@ -36,10 +42,10 @@ def settle(verifier: Verifier, loop: Loop, seconds: float = 0.3) -> None:
 
 def watch(pid: int, *expectations: Expectation) -> tuple[Verifier, list[str]]:
     loop = Loop()
-    verifier = Verifier(loop, time.monotonic)
+    verifier = Verifier(loop, time.monotonic, GUARD)
     found: list[str] = []
     for expected in expectations:
-        verifier.expect(Process(pid), expected, found.append)
+        verifier.expect(Process(pid), expected, SESSION, found.append)
     settle(verifier, loop)
     return verifier, found
 
@@ -85,7 +91,7 @@ def test_gone() -> None:
     held = Process(process.pid)
     process.wait()
     loop = Loop()
-    verifier = Verifier(loop, time.monotonic)
-    verifier.expect(held, Expectation(PYTHON, TRUE, None, None), lambda _: None)
+    verifier = Verifier(loop, time.monotonic, GUARD)
+    verifier.expect(held, Expectation(PYTHON, TRUE, None, None), SESSION, lambda _: None)
     settle(verifier, loop, 0.05)
     assert verifier.counts.gone == 1

@@ -1,9 +1,10 @@
 """Notices that the agent hangs in somebody's memory, and ends who makes it hang.
 
 A waiting task's arguments may lie in a page that a file system of the user's own (FUSE) has still to
-deliver: then reading them waits for a process that the gate itself may be holding, and with it every
-other session waits.  Nothing else that the agent does for an exec depends on a user.  It must never
-take a busy machine for an attack: a read that ordinary swapping delays ends within the limit.
+deliver, its program on an overlay of such a file system, its standard error too: then looking at them
+waits for a process that the gate itself may be holding, and with it every other session waits.  So
+everything that is done for an exec stands between ``enter`` and ``leave``.  It must never take a busy
+machine for an attack: a read that ordinary swapping delays ends within the limit.
 """
 
 import contextlib

@@ -58,7 +58,7 @@ class Supervisor:
         self.settings = settings
         self.sessions: dict[str, Gated] = {}
         self.released = False
-        self.verifier = Verifier(loop, time.monotonic)
+        self.verifier = Verifier(loop, time.monotonic, guard)
         self._loop = loop
         self._identifier = identifier
         self._leases = leases
@@ -148,11 +148,14 @@ class Supervisor:
             self._end(gated)
 
     def _answer(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
+        self._guard.enter(gated.session)  # memory, files and standard error of the task may all be its user's own
         try:
             self._handle(gated, notification, slot)
         except Exception:  # whatever a caller's exec can provoke: it is denied, and the agent serves the others
             log.exception("an exec could not be judged; it is denied")
             self._unreadable(gated, notification.id, slot, OSError(errno.EACCES, "not judged"))
+        finally:
+            self._guard.leave()
 
     def _handle(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
         if self.released:
@@ -160,14 +163,11 @@ class Supervisor:
             self._go_on(gated, notification.id, slot)
             return
         task = Task(notification.tid)
-        self._guard.enter(gated.session)
         try:
             attempt = attempts.read(task, notification, self._identifier)
         except OSError as error:
             self._unreadable(gated, notification.id, slot, error)
             return
-        finally:
-            self._guard.leave()
         self._decide(Pending(gated, notification.id, slot, task, attempt))
 
     def _unreadable(self, gated: Gated, ident: int, slot: int, error: OSError) -> None:
@@ -248,6 +248,7 @@ class Supervisor:
             Reason.BROKER_MISBEHAVED,
         ):
             decision = self._leases.within_grace(question, now) or decision
+        self._guard.enter(gated.session)
         for pending in self._waiting.pop((gated.session.id, question), ()):
             if isinstance(decision, Granted):
                 self._allow(pending, decision)
@@ -255,6 +256,7 @@ class Supervisor:
                 pending.denials += (decision,)
                 pending.stage += 1
                 self._decide(pending)
+        self._guard.leave()
 
     def _still_waits(self, pending: Pending) -> bool:
         """Whether what was read of the task was its own; without, nothing may be said or asked of it.
@@ -282,7 +284,7 @@ class Supervisor:
                 look[0].close()
             return  # what was read may have been another task's
         if look is not None:
-            self.verifier.expect(*look, lambda found: self._caught(pending, found))
+            self.verifier.expect(*look, gated.session, lambda found: self._caught(pending, found))
         if granted is not None:
             gated.last = granted
         self.notes.add(pending, "exec", granted)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from persona_guest.core.sessions import Session
+from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Image
 from persona_guest.kernel.task import Process
 from persona_guest.loop import Loop
@@ -47,6 +49,7 @@ class Counts:
 class _Look:
     process: Process
     expected: Expectation
+    session: Session
     wrong: Callable[[str], None]
     due: float
     tries: int = 0
@@ -55,14 +58,15 @@ class _Look:
 class Verifier:
     """Owns the processes that it is given and closes them; at most one look a process is open."""
 
-    def __init__(self, loop: Loop, clock: Callable[[], float]) -> None:
+    def __init__(self, loop: Loop, clock: Callable[[], float], guard: Guard) -> None:
         self._loop = loop
         self._clock = clock
+        self._guard = guard
         self._open: dict[int, _Look] = {}  # by pid, oldest first
         self._scheduled = False
         self.counts = Counts()
 
-    def expect(self, process: Process, expected: Expectation, wrong: Callable[[str], None]) -> None:
+    def expect(self, process: Process, expected: Expectation, session: Session, wrong: Callable[[str], None]) -> None:
         """Looks at ``process`` soon; ``wrong`` is called, after the kill, with what was found instead.
 
         A process that starts the next program already shows by ``expected.before`` what came of the
@@ -74,8 +78,8 @@ class Verifier:
             self._close(pid, _superseded(earlier, expected.before))
         elif len(self._open) >= _OPEN_MAX:
             oldest, look = next(iter(self._open.items()))
-            self._close(oldest, _compare(look.process, look.expected) or "")
-        self._open[pid] = _Look(process, expected, wrong, self._clock() + _FIRST_LOOK_S)
+            self._close(oldest, self._compare(look) or "")
+        self._open[pid] = _Look(process, expected, session, wrong, self._clock() + _FIRST_LOOK_S)
         self._schedule(_FIRST_LOOK_S)
 
     def forget(self, pid: int) -> None:
@@ -94,7 +98,7 @@ class Verifier:
         for pid, look in list(self._open.items()):
             if look.due > now:
                 continue
-            found = _compare(look.process, look.expected)
+            found = self._compare(look)
             if found is None and look.tries < len(_LOOKS):
                 look.due = now + _LOOKS[look.tries]
                 look.tries += 1
@@ -102,6 +106,13 @@ class Verifier:
                 self._close(pid, _GONE if found is None else found)
         if self._open:
             self._schedule(max(0.001, min(look.due for look in self._open.values()) - now))
+
+    def _compare(self, look: _Look) -> str | None:
+        self._guard.enter(look.session)  # its command line is its own memory
+        try:
+            return _compare(look.process, look.expected)
+        finally:
+            self._guard.leave()
 
     def _close(self, pid: int, found: str) -> None:
         look = self._open.pop(pid)

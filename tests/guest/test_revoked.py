@@ -1,0 +1,73 @@
+"""Leases are a user's; a session of his that was revoked lives on none of them, and the others on theirs."""
+
+import time
+
+from persona_guest.core.leases import LeaseBook
+from persona_guest.core.sessions import Session
+from persona_guest.gate.guard import Guard
+from persona_guest.gate.identity import Identifier
+from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.supervisor import Gated, Supervisor
+from persona_guest.loop import Loop
+from persona_guest.settings import Mode, Settings
+
+from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Request, Subject, Width
+from persona.problems import Reason
+from tests.guest.test_supervisor import gated_child, outcome
+
+LEASE = Lease(30, Width.PROGRAM)
+
+
+class Site:
+    """A supervisor with two sessions of one user, and a broker that is a function; a fake."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.known: dict[str, Gated] = {}
+        self.revoked: set[str] = set()
+        self.loop = Loop()
+        self.leases = LeaseBook()
+        self.supervisor = Supervisor(
+            Settings(mode=Mode.ENFORCE), self.loop, Identifier(Settings().gate), self.leases, InFlight(),
+            Guard(lambda: None), self._ask, lambda record: None, lambda session: None,
+        )  # fmt: skip
+
+    def _ask(self, request: Request, done: object) -> None:
+        self.asked.append(request.session)
+        generation = self.leases.generation
+        decision: Decision = Granted(PersonaRef("A", 1), "p", LEASE, generation)
+        if request.session in self.revoked:
+            decision = Denied(Reason.SESSION_REVOKED, lease=LEASE, generation=generation)
+        assert callable(done)
+        done(decision)
+
+    def run(self, ident: str, *, fresh: bool = False) -> int:
+        """What an exec in a session that begins now, under an id that may have been there, comes to."""
+        pid, listener = gated_child("/usr/bin/true")
+        session = Session(ident, Subject("u", (), "vm"), 1234, "t", "", "/nonexistent", 1, None, time.time())
+        self.supervisor.add(session, listener, fresh=fresh)
+        now, known = self.supervisor.sessions[ident], self.known.get(ident)
+        if known is not None:
+            now.confirmed, now.revoked = known.confirmed, known.revoked
+        self.known[ident] = now
+        self.loop.call_later(0.5, self.loop.stop)
+        self.loop._running = True
+        self.loop.run()
+        return outcome(pid)
+
+
+def test_a_revoked_session_has_nothing_of_its_sibling_and_does_it_no_harm() -> None:
+    site = Site()
+    assert site.run("s-a", fresh=True) == 0
+    assert site.run("s-b", fresh=True) == 0
+    assert site.asked == ["s-a"]  # one lease for both
+    site.revoked.add("s-b")
+    site.leases.advance(1)
+    assert site.run("s-a") == 0
+    assert site.run("s-b") == 13  # though its sibling's lease says that it may
+    assert site.run("s-b") == 13
+    assert site.run("s-a") == 0  # though its sibling was refused
+    assert site.asked == ["s-a", "s-a", "s-b"]
+    site.revoked.clear()
+    site.leases.advance(2)
+    assert site.run("s-b") == 0
