@@ -7,7 +7,8 @@ from persona_guest.core.sessions import Session
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
-from persona_guest.gate.supervisor import Gated, Supervisor
+from persona_guest.gate.pending import Gated
+from persona_guest.gate.supervisor import Supervisor
 from persona_guest.loop import Loop
 from persona_guest.settings import Mode, Settings
 
