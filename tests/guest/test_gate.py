@@ -45,6 +45,9 @@ TRICKS = {
     "preload": "LD_PRELOAD=/usr/bin/strace strace -V",
     "user namespace bind mount": "unshare -rm bash -c 'mount --bind /usr/bin/strace /usr/bin/true; /usr/bin/true -V'",
     "user namespace file": "cp /usr/bin/strace x; unshare -rm bash -c 'mount --bind x /usr/bin/ls; /usr/bin/ls -V'",
+    "user namespace over the directory": "W=$PWD/w; mkdir -p w/d/e; ln -s /usr/bin/strace w/d/prog; cd w/d/e; "
+    "export W; unshare -rm bash -c 'mount -t tmpfs none $W; mkdir -p $W/d/e; ln -s /usr/bin/true $W/d/prog; "
+    "../prog -V'",
     "vfork": "python3 -c 'import subprocess; subprocess.run([\"/usr/bin/strace\", \"-V\"], close_fds=False)'",
     "background": "strace -V & wait",
     "subshell": "(strace -V); $(strace -V)",

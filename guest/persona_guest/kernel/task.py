@@ -11,6 +11,8 @@ import signal
 import struct
 from typing import NamedTuple
 
+from persona_guest.kernel.walk import walk
+
 _SYS_OPENAT2 = 437  # the same on every architecture since it was added
 _SYS_PIDFD_GETFD = 438
 _RESOLVE_NO_MAGICLINKS = 0x02
@@ -95,16 +97,14 @@ class Task:
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EXDEV):
                 raise
+            # a symlink or '..' on the way may lead out of the directory, and as far as the task's root
+            root = os.open(self._proc + "root", _O_PATH_DIRECTORY)
+            try:
+                return walk(directory, root, path)
+            finally:
+                os.close(root)
         finally:
             os.close(directory)
-        # A symlink or '..' on the way may lead out of the directory: walk from the task's root.
-        root = os.fsencode(os.readlink(self._proc + "root"))
-        here = os.fsencode(os.readlink(self._proc + link))
-        if root != b"/":
-            if not here.startswith(root + b"/") and here != root:
-                raise OSError(errno.ENOENT, "the directory is outside the task's root", path)
-            here = here[len(root) :] or b"/"
-        return self.open_program(here.rstrip(b"/") + b"/" + path)
 
     def running(self) -> tuple[int, int]:
         """(device, inode) of the program that the task runs now.  Raises ``OSError`` when it is gone."""
