@@ -204,6 +204,7 @@ class Agent:
             monitor=pid,
             audit=Task(pid).audit_session(),
             opened_at=time.time(),
+            monitor_started=Task(pid).started(),
         )
 
     def _exempt(self, caller: Caller, where: str) -> Exemption | None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from persona.codec import encode_decision, encode_program
@@ -9,6 +10,7 @@ from persona.decisions import Decision, Denied, Request
 from persona.problems import Fault, PersonaError, Reason
 from persona_guest.agent import Agent, caller_of
 from persona_guest.core.admission import exemption
+from persona_guest.core.pam_wire import Caller
 from persona_guest.gate import attempt as attempts
 from persona_guest.gate.attempt import Attempt
 from persona_guest.gate.identity import Identifier
@@ -16,8 +18,10 @@ from persona_guest.gate.pending import Gated
 from persona_guest.gate.supervisor import untrusted
 from persona_guest.ipc.user_socket import Answer, Call
 from persona_guest.kernel.task import Task
+from persona_guest.shell.login import real_shell
 
 ARGUMENTS_MAX = 1024
+_OPENING_MAX = 64  # of one user: each holds a session of the broker's
 
 
 class Users:
@@ -27,7 +31,8 @@ class Users:
         self._agent = agent
         self._identifier = identifier
         self._release = release
-        self._opening: dict[int, str] = {}  # pid of a persona-shell -> session whose listener is to come
+        # pid of a persona-shell -> its uid, and the session whose listener is to come
+        self._opening: dict[int, tuple[int, str]] = {}
         self._ops: dict[str, Callable[[Call, Answer], None]] = {
             "status": self._status,
             "list": self._list,
@@ -144,21 +149,22 @@ class Users:
     def _gate(self, call: Call, answer: Answer) -> None:
         call.only("shell", "interactive")
         gated = self._agent.supervisor.find(call.pid)
-        if gated is not None:
+        # the filter as well: a session that root began for a user shares root's audit session
+        if gated is not None and _is_filtered(call.pid):
             greeting = self._agent.greeting(gated.session)
             answer({"ok": True, "verdict": "present", "greeting": greeting})
             return
-        shell = call.text("shell")
         caller = caller_of(call.uid)
         if exemption(caller.uid, caller.groups, self._agent.settings.gate):
             answer({"ok": True, "verdict": "pass", "greeting": None})
             return
-        self._forget_dead()
-        self._opening[call.pid] = self._agent.open_from_shell(call.pid, call.uid, shell, answer)
+        self._make_room(call)
+        shell = _shell_of(caller, call.text("shell"))
+        self._opening[call.pid] = call.uid, self._agent.open_from_shell(call.pid, call.uid, shell, answer)
 
     def _listener(self, call: Call, answer: Answer) -> None:
         call.only()
-        session = self._opening.pop(call.pid, None)
+        _, session = self._opening.pop(call.pid, (0, None))
         if session is None or len(call.fds) != 1:
             raise PersonaError(Reason.SESSION_UNKNOWN, "expected one descriptor, after 'gate'")
         self._agent.listener_from_shell(session, os.dup(call.fds[0]))
@@ -171,8 +177,32 @@ class Users:
         self._release()
         answer({"ok": True, "sessions": len(self._agent.supervisor.sessions)})
 
-    def _forget_dead(self) -> None:
-        for pid, session in list(self._opening.items()):
-            if not os.path.exists(f"/proc/{pid}"):
+    def _make_room(self, call: Call) -> None:
+        """Forgets what the dead and this very process began.  Raises ``PersonaError`` where that is not enough."""
+        for pid, (_, session) in list(self._opening.items()):
+            if pid == call.pid or not os.path.exists(f"/proc/{pid}"):
                 del self._opening[pid]
                 self._agent.abandoned(session)
+        if sum(uid == call.uid for uid, _ in self._opening.values()) >= _OPENING_MAX:
+            raise PersonaError(Reason.AGENT_OVERLOADED, "too many logins of this user begin at once")
+
+
+def _shell_of(caller: Caller, wanted: str) -> str:
+    """The login shell that is allowed whatever the personas say: one that root has named as such."""
+    named = {caller.shell, real_shell(caller.user, caller.shell)}
+    return wanted if wanted in named or wanted in _login_shells() else caller.shell
+
+
+def _login_shells() -> list[str]:
+    """shells(5).  Empty where there is no such file."""
+    try:
+        return Path("/etc/shells").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return []
+
+
+def _is_filtered(pid: int) -> bool:
+    try:
+        return Task(pid).is_filtered()
+    except OSError:
+        return False

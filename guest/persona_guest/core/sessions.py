@@ -23,6 +23,7 @@ class Session:
     monitor: int
     audit: int | None
     opened_at: float  # Unix seconds
+    monitor_started: int = 0  # clock ticks since boot; a number alone may come to mean another process
 
 
 def to_json(session: Session) -> dict[str, Any]:

@@ -39,9 +39,9 @@ def _is_services_own(pending: Pending) -> bool:
     A root process that the user got by sudo has the user's own processes above it; one that was
     orphaned hangs below init: neither reaches the monitor.
     """
-    if pending.gated.session.uid == 0:  # a trial by root: there, root is the user
+    session = pending.gated.session
+    if session.uid == 0:  # a trial by root: there, root is the user
         return False
-    monitor = pending.gated.session.monitor
     pid = pending.task.tid
     for _ in range(_ANCESTORS_MAX):
         try:
@@ -50,8 +50,8 @@ def _is_services_own(pending: Pending) -> bool:
             return False
         if any(credentials.uids):
             return False
-        if credentials.tgid == monitor:
-            return True
+        if credentials.tgid == session.monitor:
+            return Task(credentials.tgid).started() == session.monitor_started
         pid = credentials.ppid
         if pid <= 1:
             return False

@@ -111,8 +111,9 @@ class Supervisor:
                     return gated
         monitors = {gated.session.monitor: gated for gated in self.sessions.values()}
         for _ in range(_ANCESTORS_MAX):
-            if pid in monitors:
-                return monitors[pid]
+            found = monitors.get(pid)
+            if found is not None and Task(pid).started() == found.session.monitor_started:
+                return found
             try:
                 pid = Task(pid).credentials().ppid
             except OSError:

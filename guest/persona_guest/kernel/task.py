@@ -124,6 +124,20 @@ class Task:
         real, effective, saved, file_system = (int(word) for word in found[b"Uid"].split())
         return Credentials((real, effective, saved, file_system), int(found[b"PPid"]), int(found[b"Tgid"]))
 
+    def started(self) -> int:
+        """When it began, in clock ticks since the machine did: with the id, the same task and no later one.
+
+        0 where it is gone, which no task of a user's has.
+        """
+        try:
+            return int(self._read("stat", 4096).rpartition(b")")[2].split()[19])
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def is_filtered(self) -> bool:
+        """Whether any seccomp filter is on it.  Raises ``OSError``."""
+        return b"\nSeccomp:\t2\n" in self._read("status", 4096)
+
     def audit_session(self) -> int | None:
         """The audit session id, unique to a login and inherited; ``None`` where there is none."""
         try:
