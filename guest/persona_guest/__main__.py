@@ -5,7 +5,6 @@ Exit codes: 0 ended as asked, 1 could not start, 2 usage.
 
 import argparse
 import gc
-import json
 import logging
 import os
 import signal
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from persona.codec import Record
 from persona.decisions import Decision, Request
 from persona.problems import PersonaError
 from persona_guest import settings as configuration
@@ -31,6 +29,7 @@ from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.pam_socket import PamSocket
 from persona_guest.ipc.standby_socket import Keeping
 from persona_guest.ipc.user_socket import UserSocket
+from persona_guest.journal import Journal
 from persona_guest.kernel import systemd
 from persona_guest.loop import Loop
 from persona_guest.questions import Questions
@@ -93,7 +92,9 @@ def run(settings: Settings) -> int:
     identifier = Identifier(settings.gate)
     link = Link(settings.broker, loop.deliver)
     questions = Questions(link, leases)
-    recorder = Recorder(settings.broker, _journal)
+    guard = Guard(_hung)
+    journal = Journal(systemd.journal)
+    recorder = Recorder(settings.broker, journal.add)
 
     def ask(request: Request, done: Callable[[Decision], None]) -> None:
         questions.decide(request, done)
@@ -104,7 +105,7 @@ def run(settings: Settings) -> int:
         identifier,
         leases,
         inflight,
-        Guard(_hung),
+        guard,
         ask,
         recorder.add,
         lambda session: agent.ended(session),
@@ -117,7 +118,7 @@ def run(settings: Settings) -> int:
         _gate_state(settings).unlink(missing_ok=True)
         loop.call_every(1.0, lambda: None if supervisor.sessions else loop.stop())
 
-    users = Users(agent, identifier, release)
+    users = Users(agent, identifier, guard, release)
     _write_gate_state(settings)
     pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
     socket = UserSocket(loop, runtime / "agent.sock", users.handle)
@@ -152,6 +153,7 @@ def run(settings: Settings) -> int:
     link.close()
     supervisor.notes.flush()
     recorder.close()
+    journal.flush()
     keeping.close()  # last: from here on the standby answers
     return 0
 
@@ -210,29 +212,6 @@ def _write_gate_state(settings: Settings) -> None:
     new.write_text(f"mode={settings.mode}\nuid_min={gate.uid_min}\nbreak_glass={gate.break_glass_group}\n")
     new.chmod(0o644)
     new.replace(path)
-
-
-def _journal(record: Record) -> None:
-    if record.event == "exec" and record.decision == "granted":
-        return  # the broker's record has every grant; the journal would be nothing else
-    what = " ".join(record.argv) or record.program
-    text = f"{record.event}: {record.user}: {record.decision}"
-    if record.reason:
-        text += f", {record.reason}"
-    systemd.journal(
-        f"{text}: {json.dumps(what)[:300]}",
-        {
-            "PERSONA_EVENT": record.event,
-            "PERSONA_SESSION": record.session,
-            "PERSONA_USER": record.user,
-            "PERSONA_PROGRAM": record.program,
-            "PERSONA_DECISION": record.decision,
-            "PERSONA_REASON": str(record.reason or ""),
-            "PERSONA_NAME": record.persona or "",
-            "PERSONA_POLICY": record.policy or "",
-            "PERSONA_COMPLAIN": str(int(record.complain)),
-        },
-    )
 
 
 if __name__ == "__main__":

@@ -113,6 +113,12 @@ class Agent:
         def refuse(denied: Denied) -> None:
             reply_to(reply(Verdict.DENY, admission_line(caller.user, self.settings.vm.name, denied)))
 
+        if self._count(caller.uid) >= _SESSIONS_PER_USER:
+            if self.settings.mode is Mode.COMPLAIN:
+                reply_to(reply(Verdict.PASS))  # it stops nothing
+            else:
+                refuse(Denied(Reason.AGENT_OVERLOADED, help="too many sessions of this user are open"))
+            return None
         self._open(session, refuse, lambda: reply_to(reply(Verdict.GATE, instructions=self._filter)))
         return session.id
 
@@ -180,7 +186,7 @@ class Agent:
     def present(self, pid: int, session_id: str, reply_to: Reply) -> None:
         """A session inside a session: it keeps the outer gate, if that is ours."""
         self.abandoned(session_id)
-        if self.supervisor.find(pid) is not None:
+        if self.supervisor.find(pid) is not None or self.settings.mode is Mode.COMPLAIN:
             reply_to(reply(Verdict.DONE))
         else:
             reply_to(reply(Verdict.DENY, "persona: another seccomp listener is in the way of the gate"))

@@ -1,10 +1,11 @@
 """What the agent asks the broker, and how its answers, or their absence, become decisions."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from persona.codec import CodecError, decode_decision, encode_request, encode_subject
+from persona.codec import MAX_BODY, CodecError, decode_decision, encode_request, encode_subject
 from persona.decisions import Decision, Denied, Lease, PersonaRef, Request, Width
 from persona.problems import Reason
 from persona_guest.broker_client.http import BrokerError
@@ -13,6 +14,7 @@ from persona_guest.core.leases import LeaseBook
 from persona_guest.core.sessions import Session
 
 UNANSWERED = (Reason.BROKER_UNREACHABLE, Reason.BROKER_MISBEHAVED, Reason.AGENT_OVERLOADED)
+_ARGV_MAX = MAX_BODY // 2
 _AGAIN_MAX = 3  # answers older than the newest event that are asked again, before it is called a fault
 # A refusal for want of an answer is reused this briefly, so that a loop of commands does not become
 # a loop of timeouts, and recovery is still felt at once.
@@ -39,23 +41,24 @@ class Questions:
 
     def decide(self, request: Request, done: Callable[[Decision], None], *, explain: bool = False) -> None:
         """The broker's decision on one program start; ``explain`` = nothing will be run."""
-        body = {"request": encode_request(request), "explain": explain}
-        self._decide(body, done, 1)
+        body = {"request": encode_request(_bounded(request)), "explain": explain}
+        self._decide(request.subject.user, body, done, 1)
 
-    def _decide(self, body: dict[str, Any], done: Callable[[Decision], None], attempt: int) -> None:
+    def _decide(self, who: str, body: dict[str, Any], done: Callable[[Decision], None], attempt: int) -> None:
         def received(outcome: Outcome) -> None:
             decision = _decision(outcome)
             if isinstance(outcome, Answer) and outcome.status == 200:
                 if decision.generation < self._leases.generation:
                     if attempt < _AGAIN_MAX:
-                        self._decide(body, done, attempt + 1)
+                        self._decide(who, body, done, attempt + 1)
                         return
                     decision = _misbehaved("its answers are older than its events")
                 elif not self.streaming:
                     decision = _unleased(decision)
             done(decision)
 
-        self._link.post("POST", "/v1/decisions", {**body, "min_generation": self._leases.generation}, received)
+        body = {**body, "min_generation": self._leases.generation}
+        self._link.post(who, "POST", "/v1/decisions", body, received)
 
     def admit(
         self,
@@ -73,11 +76,12 @@ class Questions:
             "min_generation": self._leases.generation,
         }
         path = "/v1/sessions" if opening else "/v1/admissions"
-        self._link.post("POST", path, body, lambda outcome: done(_admission(outcome)))
+        self._link.post(session.subject.user, "POST", path, body, lambda outcome: done(_admission(outcome)))
 
     def closed(self, session: Session) -> None:
         """Tells the broker that a session is over; lost where it is away: its sessions expire there."""
-        self._link.post("DELETE", f"/v1/sessions/{session.id}", None, lambda _outcome: None, urgent=False)
+        who, path = session.subject.user, f"/v1/sessions/{session.id}"
+        self._link.post(who, "DELETE", path, None, lambda _outcome: None, urgent=False)
 
     def entries(self, session: Session, done: Callable[[list[Any] | Denied], None]) -> None:
         """Every policy that names this session's user, in order, with its persona and whether it holds."""
@@ -91,7 +95,14 @@ class Questions:
             else:
                 done(_problem(outcome))
 
-        self._link.post("GET", f"/v1/sessions/{session.id}/personas", None, received)
+        self._link.post(session.subject.user, "GET", f"/v1/sessions/{session.id}/personas", None, received)
+
+
+def _bounded(request: Request) -> Request:
+    """A command line that is too long as JSON for the broker's bodies counts as one that is too long to read."""
+    if sum(map(len, request.argv)) * 6 < _ARGV_MAX or len(json.dumps(request.argv)) < _ARGV_MAX:
+        return request  # JSON takes at most six characters for one
+    return replace(request, argv=(), argv_complete=False)
 
 
 def _decision(outcome: Outcome) -> Decision:

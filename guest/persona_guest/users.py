@@ -13,6 +13,7 @@ from persona_guest.core.admission import exemption
 from persona_guest.core.pam_wire import Caller
 from persona_guest.gate import attempt as attempts
 from persona_guest.gate.attempt import Attempt
+from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.pending import Gated
 from persona_guest.gate.supervisor import untrusted
@@ -27,9 +28,10 @@ _OPENING_MAX = 64  # of one user: each holds a session of the broker's
 class Users:
     """Handles each ``op``; ``release`` is root's."""
 
-    def __init__(self, agent: Agent, identifier: Identifier, release: Callable[[], None]) -> None:
+    def __init__(self, agent: Agent, identifier: Identifier, guard: Guard, release: Callable[[], None]) -> None:
         self._agent = agent
         self._identifier = identifier
+        self._guard = guard
         self._release = release
         # pid of a persona-shell -> its uid, and the session whose listener is to come
         self._opening: dict[int, tuple[int, str]] = {}
@@ -109,12 +111,15 @@ class Users:
             raise PersonaError(Fault.BAD_REQUEST, f"argv: expected a list of 1 to {ARGUMENTS_MAX} strings")
         if len(call.fds) != 1:
             raise PersonaError(Fault.BAD_REQUEST, "expected the program as one descriptor")
-        path = os.fsencode(call.text("path"))
+        self._guard.enter(gated.session)  # it may be a file of a file system of the caller's
         try:
+            path = os.fsencode(call.text("path"))
             program = os.dup(call.fds[0])
             attempt = attempts.look(Task(call.pid), program, path, tuple(map(os.fsencode, argv)), self._identifier)
         except (OSError, UnicodeEncodeError) as error:
             raise PersonaError(Reason.PROGRAM_UNREADABLE, str(error)) from None
+        finally:
+            self._guard.leave()
         self._explain_stage(attempt, gated, call.text("cwd", ""), 0, [], answer)
 
     def _explain_stage(

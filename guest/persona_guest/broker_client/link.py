@@ -1,12 +1,11 @@
 """Questions to the broker from the agent's loop: a few threads, each with one kept connection.
 
-The loop never waits: it posts a call and gets the result in its mailbox.  Every call has a deadline
-from the moment it is posted, a queue that is full refuses at once, and after a failure the link
-answers "unreachable" by itself for a moment, so that a dead broker costs one timeout and not one a
-command.
+The loop never waits: it posts a call and gets the result in its mailbox.  Users are served in turns.
+Every call has a deadline from the moment it is posted, a queue that is full refuses at once, and after
+a failure the link answers "unreachable" by itself for a moment, so that a dead broker costs one
+timeout and not one a command.
 """
 
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -14,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from persona.problems import Reason
+from persona_guest.broker_client.fair import FairQueue
 from persona_guest.broker_client.http import BrokerError, Connection
 from persona_guest.settings import Broker
 
-_QUEUE_MAX = 512
+_SHARE_MAX = 512  # questions of one user that wait
+_QUEUE_MAX = 2048
 _THREADS = 2
 _PAUSE_S = 0.5  # after a failure, how long nobody is sent into the same timeout
 
@@ -49,7 +50,7 @@ class Link:
     def __init__(self, settings: Broker, deliver: Callable[[Callable[[], None]], None]) -> None:
         self._settings = settings
         self._deliver = deliver
-        self._calls: queue.Queue[_Call | None] = queue.Queue(_QUEUE_MAX)
+        self._calls: FairQueue[_Call | None] = FairQueue(_SHARE_MAX, _QUEUE_MAX)
         self._connections = [Connection(settings) for _ in range(_THREADS)]
         self._busy: dict[Connection, float] = {}
         self._pause_until = 0.0
@@ -61,17 +62,18 @@ class Link:
         for thread in self._threads:
             thread.start()
 
-    def post(self, method: str, path: str, body: object | None, done: Done, *, urgent: bool = True) -> None:
-        """Asks; ``done`` gets the outcome later.  ``urgent`` calls fail at once while the broker is away."""
+    def post(self, who: str, method: str, path: str, body: object | None, done: Done, *, urgent: bool = True) -> None:
+        """Asks on behalf of user ``who``; ``done`` gets the outcome later.
+
+        ``urgent`` calls fail at once while the broker is away.
+        """
         now = time.monotonic()
         if urgent and now < self._pause_until:
             failure = self._last_failure
             self._deliver(lambda: done(failure))
             return
         timeout = self._settings.timeout_s * (1 if urgent else 5)
-        try:
-            self._calls.put_nowait(_Call(method, path, body, now + timeout, done))
-        except queue.Full:
+        if not self._calls.put(who, _Call(method, path, body, now + timeout, done)):
             overload = BrokerError(Reason.AGENT_OVERLOADED, "too many questions at once")
             self._deliver(lambda: done(overload))
 
@@ -88,10 +90,7 @@ class Link:
     def close(self) -> None:
         """Ends the threads; calls that wait are dropped."""
         for _ in self._threads:
-            try:
-                self._calls.put_nowait(None)
-            except queue.Full:
-                break
+            self._calls.put("", None)
         for connection in self._connections:
             connection.abort()
 

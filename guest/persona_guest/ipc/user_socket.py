@@ -1,6 +1,7 @@
 """The socket of ``persona`` and ``persona-shell``: anyone may connect, known by SO_PEERCRED alone."""
 
 import json
+import logging
 import os
 import socket
 from collections import Counter
@@ -12,6 +13,8 @@ from typing import Any
 from persona.problems import Fault, PersonaError
 from persona_guest.ipc.pam_socket import listen, peer_credentials
 from persona_guest.loop import GONE, READABLE, Loop
+
+log = logging.getLogger("persona.users")
 
 _REQUEST_MAX = 64 * 1024
 _ANSWER_MAX = 192 * 1024
@@ -79,52 +82,89 @@ class UserSocket:
             connection.close()
             return
         self._count[uid] += 1
+        _Connection(self._loop, connection, (pid, uid, gid), self._handle, lambda: self._ended(uid))
+
+    def _ended(self, uid: int) -> None:
+        self._count[uid] -= 1
+        if not self._count[uid]:
+            del self._count[uid]
+
+
+class _Connection:
+    """One request at a time: until it is answered no other is read, so that nobody asks faster than that."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        connection: socket.socket,
+        peer: tuple[int, int, int],
+        handle: Handler,
+        ended: Callable[[], None],
+    ) -> None:
+        self._loop = loop
+        self._connection = connection
+        self._peer = peer
+        self._handle = handle
+        self._ended = ended
+        self._answered = False
+        self._reading = True
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _ANSWER_MAX)
-        deadline = self._loop.call_later(_DEADLINE_S, lambda: end())
+        self._deadline = loop.call_later(_DEADLINE_S, self._end)
+        loop.watch(connection.fileno(), READABLE, self._ready)
 
-        def end() -> None:
-            if connection.fileno() >= 0:
-                deadline.cancel()
-                self._loop.unwatch(connection.fileno())
-                connection.close()
-                self._count[uid] -= 1
-                if not self._count[uid]:
-                    del self._count[uid]
+    def _end(self) -> None:
+        if self._connection.fileno() >= 0:
+            self._deadline.cancel()
+            self._loop.unwatch(self._connection.fileno())
+            self._connection.close()
+            self._ended()
 
-        def answer(value: dict[str, Any]) -> None:
-            if connection.fileno() < 0:
+    def _read_on(self, reading: bool) -> None:
+        if self._connection.fileno() >= 0 and reading is not self._reading:
+            self._reading = reading
+            self._loop.unwatch(self._connection.fileno())
+            self._loop.watch(self._connection.fileno(), READABLE if reading else 0, self._ready)
+
+    def _answer(self, value: dict[str, Any]) -> None:
+        self._answered = True
+        if self._connection.fileno() < 0:
+            return
+        data = json.dumps(value).encode()
+        if len(data) > _ANSWER_MAX:
+            data = json.dumps(_refusal(Fault.TOO_LARGE, "the answer is too large")).encode()
+        try:
+            self._connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            self._end()
+        self._read_on(True)
+
+    def _ready(self, events: int) -> None:
+        if not events & READABLE or not self._reading:
+            if events & GONE:
+                self._end()
+            return
+        fds: list[int] = []
+        self._answered = False
+        try:
+            data, fds, _, _ = socket.recv_fds(self._connection, _REQUEST_MAX + 1, _FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+            if not data:
+                self._end()
                 return
-            data = json.dumps(value).encode()
-            if len(data) > _ANSWER_MAX:
-                data = json.dumps(_refusal(Fault.TOO_LARGE, "the answer is too large")).encode()
-            try:
-                connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except OSError:
-                end()
-
-        def ready(events: int) -> None:
-            if not events & READABLE and events & GONE:
-                end()
-                return
-            fds: list[int] = []
-            try:
-                data, fds, _, _ = socket.recv_fds(connection, _REQUEST_MAX + 1, _FDS_MAX, socket.MSG_CMSG_CLOEXEC)
-                if not data:
-                    end()
-                    return
-                self._handle(_parse(data, pid, uid, gid, tuple(fds)), answer)
-            except PersonaError as error:
-                answer(_refusal(error.code, error.message))
-            except OSError:
-                end()
-            finally:
-                for fd in fds:
-                    os.close(fd)
-
-        self._loop.watch(connection.fileno(), READABLE, ready)
+            self._handle(_parse(data, self._peer, tuple(fds)), self._answer)
+        except PersonaError as error:
+            self._answer(_refusal(error.code, error.message))
+        except OSError:
+            self._end()
+        except Exception:  # whatever a caller can provoke: the agent serves the others
+            log.exception("a request of uid %d could not be served", self._peer[1])
+            self._answer(_refusal(Fault.INTERNAL, "the agent could not serve this; its journal says why"))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._read_on(self._answered)
 
 
-def _parse(data: bytes, pid: int, uid: int, gid: int, fds: tuple[int, ...]) -> Call:
+def _parse(data: bytes, peer: tuple[int, int, int], fds: tuple[int, ...]) -> Call:
     if len(data) > _REQUEST_MAX:
         raise PersonaError(Fault.TOO_LARGE, f"a request over {_REQUEST_MAX} bytes")
     try:
@@ -133,7 +173,7 @@ def _parse(data: bytes, pid: int, uid: int, gid: int, fds: tuple[int, ...]) -> C
         raise PersonaError(Fault.BAD_REQUEST, f"not JSON: {error}") from None
     if not isinstance(value, dict) or not isinstance(value.get("op"), str):
         raise PersonaError(Fault.BAD_REQUEST, "op: missing")
-    return Call(pid, uid, gid, value["op"], value, fds)
+    return Call(*peer, value["op"], value, fds)
 
 
 def _refusal(code: str, message: str) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""What users share: no one of them can take the journal, the broker's ear or the agent's socket from the others."""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from persona_guest.broker_client.fair import FairQueue
+from persona_guest.ipc.user_socket import Answer, Call, UserSocket
+from persona_guest.journal import PER_SECOND, Journal
+from persona_guest.loop import Loop
+from persona_guest.questions import _bounded
+
+from persona.codec import MAX_BODY, Record, encode_request
+from persona.decisions import Program, Request, Subject
+
+
+def test_a_flood_of_one_delays_nobody_else() -> None:
+    queue: FairQueue[str] = FairQueue(share_max=100, total_max=1000)
+    assert all(queue.put("alice", f"a{number}") for number in range(100))
+    assert not queue.put("alice", "one too many")
+    assert queue.put("bob", "b0")
+    assert queue.put("bob", "b1")
+    assert [queue.get() for _ in range(4)] == ["a0", "b0", "a1", "b1"]
+    assert [queue.get() for _ in range(98)] == [f"a{number}" for number in range(2, 100)]
+
+
+def test_all_together_are_bounded_and_get_waits() -> None:
+    queue: FairQueue[int] = FairQueue(share_max=5, total_max=12)
+    assert sum(queue.put(f"user{number % 10}", number) for number in range(50)) == 12
+    for _ in range(12):
+        queue.get()
+    timer = threading.Timer(0.1, lambda: queue.put("late", 7))
+    timer.start()
+    assert queue.get() == 7
+
+
+def record(session: str, event: str = "exec", decision: str = "denied") -> Record:
+    return Record(0, session, "u", "/bin/x", ("x",), decision, None, None, None, None, event, False, False)
+
+
+def test_a_flood_of_refusals_leaves_room_in_the_journal_and_is_counted() -> None:
+    now = [100.0]
+    lines: list[tuple[str, dict[str, str]]] = []
+    journal = Journal(lambda text, fields: lines.append((text, fields)), lambda: now[0])
+    for _ in range(5000):
+        journal.add(record("s-a"))
+    journal.add(record("s-b"))
+    journal.add(record("s-a", "session_end"))
+    journal.add(record("s-a", "exec", "granted"))
+    assert [fields["PERSONA_SESSION"] for _, fields in lines].count("s-a") == PER_SECOND + 1
+    assert "s-b" in {fields["PERSONA_SESSION"] for _, fields in lines}
+    now[0] += 1
+    journal.add(record("s-b"))
+    assert any("4981 more of session s-a" in text for text, _ in lines)
+
+
+def test_a_command_line_that_json_makes_too_long_is_one_that_is_too_long() -> None:
+    long = Request(Subject("u", (), "v"), "s", Program("/x", (), ()), ("\x01" * 60_000,), "/", True)
+    assert len(json.dumps(encode_request(long))) > MAX_BODY
+    bounded = _bounded(long)
+    assert not bounded.argv_complete
+    assert len(json.dumps(encode_request(bounded))) < MAX_BODY
+    plain = Request(Subject("u", (), "v"), "s", Program("/x", (), ()), ("x" * 60_000,), "/", True)
+    assert _bounded(plain) is plain
+
+
+class Served:
+    """A user socket in a thread of its own, whose handler is a fake."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.calls: list[Call] = []
+        self.held: list[Answer] = []
+        self.loop = Loop()
+        self.socket = UserSocket(self.loop, path, self._handle)
+        self._thread = threading.Thread(target=self.loop.run)
+        self._thread.start()
+
+    def _handle(self, call: Call, answer: Answer) -> None:
+        self.calls.append(call)
+        if call.op == "later":
+            self.held.append(answer)
+        elif call.op == "broken":
+            raise KeyError("unforeseen")
+        else:
+            answer({"ok": True})
+
+    def connect(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.settimeout(5)
+        connection.connect(str(self.path))
+        return connection
+
+    def stop(self) -> None:
+        self.loop.deliver(self.loop.stop)
+        self._thread.join(5)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    found = Served(tmp_path / "sock")
+    yield found
+    found.stop()
+
+
+def ask(connection: socket.socket, op: str) -> dict[str, Any]:
+    connection.send(json.dumps({"op": op}).encode())
+    answer: dict[str, Any] = json.loads(connection.recv(1000))
+    return answer
+
+
+def test_nobody_asks_faster_than_he_is_answered(served: Served) -> None:
+    with served.connect() as connection:
+        for _ in range(50):
+            connection.send(b'{"op": "later"}')
+        time.sleep(0.3)
+        assert len(served.calls) == 1
+        for number in range(1, 51):
+            served.loop.deliver(lambda: served.held.pop()({"ok": True}))
+            assert json.loads(connection.recv(1000)) == {"ok": True}
+            deadline = time.monotonic() + 2
+            while len(served.calls) < min(number + 1, 50) and time.monotonic() < deadline:
+                time.sleep(0.002)
+            assert len(served.calls) == min(number + 1, 50)
+
+
+def test_whoever_hangs_up_before_his_answer_is_forgotten(served: Served) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(40):  # more than one user may have at once
+        with served.connect() as connection:
+            connection.send(b'{"op": "later"}')
+            while not served.held:
+                time.sleep(0.002)
+        answer = served.held.pop()
+        time.sleep(0.01)
+        served.loop.deliver(lambda answer=answer: answer({"ok": True}))  # type: ignore[misc]
+    time.sleep(0.2)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    with served.connect() as connection:
+        assert ask(connection, "now") == {"ok": True}
+
+
+def test_an_error_of_the_agents_own_ends_neither_it_nor_the_connection(served: Served) -> None:
+    with served.connect() as connection:
+        assert ask(connection, "broken")["code"] == "internal"
+        assert ask(connection, "now") == {"ok": True}
+
+
+def test_a_user_has_only_so_many_connections(served: Served) -> None:
+    held = [served.connect() for _ in range(30)]
+    assert ask(held[0], "now") == {"ok": True}
+    with pytest.raises(OSError):
+        ask(held[29], "now")
+        held[29].recv(10)
+    for connection in held:
+        connection.close()
