@@ -12,7 +12,7 @@ lint: ## ruff (format and lint), mypy --strict, shellcheck, the C sources with w
 	$(PYTHON) -m ruff format --check -q .
 	$(PYTHON) -m ruff check -q .
 	$(PYTHON) -m mypy
-	shellcheck -x scripts/lib.sh scripts/test scripts/demo scripts/lab scripts/build-debs .ci/run packaging/etc/persona.sh \
+	shellcheck -x scripts/lib.sh scripts/test scripts/demo scripts/lab scripts/persona scripts/build-debs .ci/run packaging/etc/persona.sh \
 	    packaging/debian/*.postinst packaging/debian/*.prerm packaging/debian/*.postrm
 	$(MAKE) -s -C guest/pam
 

@@ -72,7 +72,7 @@ def parse_hours(value: object) -> Hours:
 def _minutes(text: str) -> int:
     hour, minute = int(text[:2]), int(text[3:])
     if minute > 59 or hour * 60 + minute > 24 * 60:
-        raise Bad(f"{text!r} is no time of day")
+        raise Bad(f"{text!r} is no time of day", "00:00 to 24:00")
     return hour * 60 + minute
 
 

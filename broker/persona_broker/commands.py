@@ -38,6 +38,19 @@ def store_of(settings: Settings) -> "Store":
     return Store(Path(settings.db))
 
 
+def existing(settings: Settings) -> "Store":
+    """The record, for what only reads or ends something.  Raises ``PersonaError`` where there is none."""
+    if not Path(settings.db).exists():
+        raise PersonaError(
+            Fault.NOT_FOUND, f"there is no record {settings.db}; 'persona-broker apply FILES' begins one"
+        )
+    return store_of(settings)
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
+
+
 def _say(arguments: argparse.Namespace, value: Any, text: str) -> None:
     print(json.dumps(value) if arguments.json else text)
 
@@ -72,8 +85,7 @@ def check(arguments: argparse.Namespace, _settings: Settings) -> int:
     else:
         for problem in loaded.problems:
             print(problem)
-        count = len(loaded.problems)
-        print(f"{len(loaded.documents)} documents, " + (f"{count} problems" if count else "no problems"))
+        print(f"{_plural(len(loaded.documents), 'document')}, {_plural(len(loaded.problems), 'problem')}")
     return 1 if loaded.problems else 0
 
 
@@ -114,7 +126,7 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
         snapshot = make_snapshot((document, 0) for document in documents_of(arguments.files))
         world = world_of(snapshot, {}, now)
     else:
-        store = store_of(settings)
+        store = existing(settings)
         snapshot = store.snapshot()
         world = World(store.sample(), store.latches(), now, float(settings.load_max_age_s))
     if arguments.load:
@@ -156,14 +168,14 @@ def guest_add(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def guest_list(arguments: argparse.Namespace, settings: Settings) -> int:
     """``guest list``."""
-    names = store_of(settings).guests()
-    _say(arguments, names, "\n".join(names))
+    names = existing(settings).guests()
+    _say(arguments, names, "\n".join(names) or "no guests; 'persona-broker guest add NAME' registers one")
     return 0
 
 
 def guest_remove(arguments: argparse.Namespace, settings: Settings) -> int:
     """``guest remove NAME``: its token and its event streams end."""
-    if not store_of(settings).remove_guest(arguments.name):
+    if not existing(settings).remove_guest(arguments.name):
         raise PersonaError(Fault.NOT_FOUND, f"there is no guest {arguments.name!r}")
     _say(arguments, {"removed": arguments.name}, f"{arguments.name} removed")
     return 0
@@ -198,7 +210,7 @@ def load_set(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def load_show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``load show``: what decisions are made from."""
-    sample = store_of(settings).sample()
+    sample = existing(settings).sample()
     if sample is None:
         raise PersonaError(Fault.NOT_FOUND, "there is no sample: is the events process running?")
     age = time.time() - sample.at
@@ -210,7 +222,7 @@ def load_show(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def sessions(arguments: argparse.Namespace, settings: Settings) -> int:
     """``sessions list``."""
-    rows = store_of(settings).sessions()
+    rows = existing(settings).sessions()
     value = [
         {"id": r.id, "guest": r.guest, "user": r.subject.user, "service": r.service, "remote": r.remote,
          "opened_at": r.opened_at, "revoked": r.revoked}
@@ -221,13 +233,13 @@ def sessions(arguments: argparse.Namespace, settings: Settings) -> int:
         + ("  revoked" if r.revoked else "")
         for r in rows
     ]
-    _say(arguments, value, "\n".join(lines))
+    _say(arguments, value, "\n".join(lines) or "no open sessions")
     return 0
 
 
 def revoke(arguments: argparse.Namespace, settings: Settings) -> int:
     """``sessions revoke ID``: guests hear of it at once."""
-    if store_of(settings).revoke_session(arguments.id) is None:
+    if existing(settings).revoke_session(arguments.id) is None:
         raise PersonaError(Fault.NOT_FOUND, f"there is no open session {arguments.id!r}")
     _say(arguments, {"revoked": arguments.id}, f"{arguments.id} revoked")
     return 0
@@ -235,7 +247,7 @@ def revoke(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def tail(arguments: argparse.Namespace, settings: Settings) -> int:
     """``records tail``: oldest first; with ``--follow`` until interrupted."""
-    store = store_of(settings)
+    store = existing(settings)
     last = 0
     rows = store.records(0, arguments.n)
     while True:

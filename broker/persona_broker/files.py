@@ -46,11 +46,15 @@ def load(paths: Iterable[Path]) -> Loaded:
             text = _read(file)
             nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
         except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-            problems.append(Located(str(file), 1, Finding("", str(error))))
+            said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            problems.append(Located(str(file), 1, Finding("", said)))
             continue
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             problem = getattr(error, "problem", None) or "cannot be read as YAML or JSON"
+            began = getattr(error, "context_mark", None)
+            if began is not None and mark is not None and began.line != mark.line:
+                problem = f"{problem}, {getattr(error, 'context', '')} that began in line {began.line + 1}"
             problems.append(Located(str(file), mark.line + 1 if mark else 1, Finding("", problem)))
             continue
         for node in nodes:

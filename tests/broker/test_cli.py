@@ -151,7 +151,7 @@ def test_tokens_that_are_none_are_not_registered(cli: Broker, tmp_path: Path, mo
     done = cli.run("serve", "--guest", "vm-1", "--guest-token-file", str(tmp_path / "t"))
     assert done.returncode == 1
     assert why in done.stderr
-    assert cli.run("guest", "list").stdout == "\n"
+    assert cli.run("guest", "list", "--json").stdout == "[]\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -228,3 +228,18 @@ def test_hours_by_the_clock_that_is_given(cli: Broker, tmp_path: Path) -> None:
         files = ("--files", str(tmp_path / "x.yaml"), "--at", moment)
         done = cli.run("explain", "--user", "alice", "--vm", "vm", *files, "--", "ls")
         assert done.stdout.startswith(begins), moment
+
+
+@pytest.mark.parametrize("words", [("guest", "list"), ("sessions", "list"), ("records", "tail"), ("load", "show"),
+                                   ("explain", "--user", "a", "--vm", "v", "--", "ls")])  # fmt: skip
+def test_what_only_reads_makes_no_record(cli: Broker, tmp_path: Path, words: tuple[str, ...]) -> None:
+    absent = tmp_path / "nowhere" / "broker.db"
+    done = cli.run("--db", str(absent), *words)
+    assert done.returncode == 1
+    assert f"there is no record {absent}" in done.stderr
+    assert not absent.parent.exists()
+
+
+def test_a_list_that_does_not_end_is_named_where_it_begins(cli: Broker, tmp_path: Path) -> None:
+    (tmp_path / "open.yaml").write_text("kind: Persona\nname: X\ncommand_whitelist: [ls,\n  cat\n")
+    assert "that began in line 3" in cli.run("check", str(tmp_path / "open.yaml")).stdout

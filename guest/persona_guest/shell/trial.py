@@ -27,12 +27,18 @@ from persona_guest.shell.login import become
 
 VM = "trial"
 READY_S = 15.0
+_NEEDS = ("persona_broker", "flask", "gunicorn", "yaml", "psutil")
 
 
 def run(files: list[str], command: list[str], *, quiet: bool) -> int:
     """The gated shell's or command's exit code; 4 where the trial could not be set up."""
-    if importlib.util.find_spec("persona_broker") is None:
-        print("persona: 'persona try' needs the broker too: apt install persona-broker", file=sys.stderr)
+    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"persona: 'persona try' runs a broker too, and {sys.executable} has no {', '.join(missing)}: apt install "
+            "persona-broker (or, from a checkout, python3-flask gunicorn python3-yaml python3-psutil)",
+            file=sys.stderr,
+        )
         return 4
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="persona-try-")))
