@@ -17,6 +17,7 @@ from pathlib import Path
 from persona.decisions import Decision, Request
 from persona.problems import PersonaError
 from persona_guest import settings as configuration
+from persona_guest.advice import advice
 from persona_guest.agent import Agent
 from persona_guest.broker_client.events import Connected, Event, Stream
 from persona_guest.broker_client.link import Link
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if arguments.command == "check-config":
         print(f"{arguments.config}: mode {settings.mode}, VM {settings.vm.name}")
+        for line in advice():
+            print(f"note: {line}")
         return 0
     if arguments.command == "release":
         return _release(settings)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from persona.codec import encode_decision, encode_program
@@ -19,7 +18,7 @@ from persona_guest.gate.pending import Gated
 from persona_guest.gate.supervisor import untrusted
 from persona_guest.ipc.user_socket import Answer, Call
 from persona_guest.kernel.task import Task
-from persona_guest.shell.login import real_shell
+from persona_guest.login_shells import login_shells, real_shell
 
 ARGUMENTS_MAX = 1024
 _OPENING_MAX = 64  # of one user: each holds a session of the broker's
@@ -195,15 +194,7 @@ class Users:
 def _shell_of(caller: Caller, wanted: str) -> str:
     """The login shell that is allowed whatever the personas say: one that root has named as such."""
     named = {caller.shell, real_shell(caller.user, caller.shell)}
-    return wanted if wanted in named or wanted in _login_shells() else caller.shell
-
-
-def _login_shells() -> list[str]:
-    """shells(5).  Empty where there is no such file."""
-    try:
-        return Path("/etc/shells").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return []
+    return wanted if wanted in named or wanted in login_shells() else caller.shell
 
 
 def _is_filtered(pid: int) -> bool:

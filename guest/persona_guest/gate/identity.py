@@ -125,7 +125,7 @@ class Identifier:
             visible = True
         else:
             path = shown
-            visible = os.path.isabs(path) and _image_of(path) == image and os.path.realpath(path) == path
+            visible = os.path.isabs(path) and image_of(path) == image and os.path.realpath(path) == path
         names = tuple(dict.fromkeys(os.path.basename(alias) for alias in aliases))
         multicall = os.path.basename(path) in self._gate.multicall or any(
             name in self._gate.multicall for name in names
@@ -159,7 +159,8 @@ class Identifier:
         return tuple(state)
 
 
-def _image_of(path: str) -> Image | None:
+def image_of(path: str) -> Image | None:
+    """The identity of the file that ``path`` leads to; ``None`` where that is nothing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -169,7 +170,7 @@ def _image_of(path: str) -> Image | None:
 
 def _leads_to(known: Identified, image: Image) -> bool:
     """Whether a program that is not on the secure path still is where it was: a rename leaves no stamp."""
-    return not known.visible or _image_of(known.program.path) == image
+    return not known.visible or image_of(known.program.path) == image
 
 
 def _only_root_writes(directory: str) -> bool:

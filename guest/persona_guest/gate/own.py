@@ -21,8 +21,7 @@ def is_own(pending: Pending, gate: Gate) -> bool:
 def is_login_shell(pending: Pending) -> bool:
     """Admission gives a shell: the user's login shell runs; what it starts is decided."""
     found, argv = pending.attempt.stages[0]
-    shell = pending.gated.shell
-    if shell is None or found.image != shell or not found.trusted:
+    if found.image not in pending.gated.shells or not found.trusted:
         return False
     name = os.path.basename(os.fsdecode(argv[0])).removeprefix("-") if argv else ""
     return not found.multicall or name == os.path.basename(pending.gated.session.shell)

@@ -16,7 +16,7 @@ class Gated:
     session: Session
     listener: int
     holder: int
-    shell: Image | None
+    shells: tuple[Image, ...]  # the login shell's file; with persona-shell also that of the shell it becomes
     name: bytes  # the session's id, as the table of notifications in flight has it
     lines: int = 0
     lines_at: int = 0

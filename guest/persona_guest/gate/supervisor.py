@@ -21,7 +21,7 @@ from persona_guest.core.sessions import Session
 from persona_guest.gate import attempt as attempts
 from persona_guest.gate import own
 from persona_guest.gate.guard import Guard
-from persona_guest.gate.identity import Identified, Identifier, Image
+from persona_guest.gate.identity import Identified, Identifier, Image, image_of
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.notes import Notes
 from persona_guest.gate.pending import Gated, Pending
@@ -29,6 +29,7 @@ from persona_guest.gate.terminal import tell
 from persona_guest.gate.verify import Expectation, Verifier
 from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Process, Task
+from persona_guest.login_shells import real_shell
 from persona_guest.loop import GONE, READABLE, Loop
 from persona_guest.settings import Mode, Settings
 
@@ -81,7 +82,7 @@ class Supervisor:
     def add(self, session: Session, listener: int, *, fresh: bool = False) -> None:
         """Takes over the listener of a session and answers for it from now on; ``fresh`` = just admitted."""
         seccomp.use_synchronous_wakeup(listener)
-        gated = Gated(session, listener, self.holder(session), self._shell_of(session), session.id.encode())
+        gated = Gated(session, listener, self.holder(session), _shells_of(session), session.id.encode())
         if fresh:
             gated.confirmed = self._leases.generation
         self.sessions[session.id] = gated
@@ -121,13 +122,6 @@ class Supervisor:
             if pid <= 1:
                 return None
         return None
-
-    def _shell_of(self, session: Session) -> Image | None:
-        try:
-            status = os.stat(session.shell)
-        except OSError:
-            return None
-        return Image(status.st_dev, status.st_ino)
 
     def _end(self, gated: Gated) -> None:
         self._loop.unwatch(gated.listener)
@@ -335,6 +329,11 @@ class Supervisor:
             gated.lines_at, gated.lines = second, 0
         gated.lines += 1
         return gated.lines <= _LINES_PER_SECOND
+
+
+def _shells_of(session: Session) -> tuple[Image, ...]:
+    paths = dict.fromkeys((session.shell, real_shell(session.subject.user, session.shell)))
+    return tuple(image for image in map(image_of, paths) if image is not None)
 
 
 def untrusted(found: Identified) -> Denied:

@@ -8,12 +8,11 @@ import os
 import pwd
 import sys
 
+from persona_guest.login_shells import real_shell
 from persona_guest.shell.client import SOCKET, AgentError
 from persona_guest.shell.gate import install
 
 REFUSED = 126
-SHELLS = "/etc/persona/shells"  # lines "USER SHELL": whose real shell is not DEFAULT
-DEFAULT = "/bin/bash"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,19 +51,6 @@ def become(shell: str, rest: list[str], *, login: bool) -> int:
     except OSError as error:
         print(f"persona: {shell}: {error.strerror}", file=sys.stderr)
         return REFUSED
-
-
-def real_shell(user: str, recorded: str) -> str:
-    """The shell to become: the user's line in SHELLS, else the user database's, else bash."""
-    try:
-        with open(SHELLS, encoding="utf-8") as file:
-            for line in file:
-                words = line.split()
-                if len(words) == 2 and words[0] == user and os.path.isabs(words[1]):
-                    return words[1]
-    except OSError:
-        pass  # most machines have none
-    return recorded if recorded and os.path.basename(recorded) != "persona-shell" else DEFAULT
 
 
 if __name__ == "__main__":
