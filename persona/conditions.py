@@ -1,10 +1,11 @@
-"""When a policy holds: host load below a threshold, within hours.  Values; the state is the broker's."""
+"""When a policy holds: host load below a threshold, a healthy VM, within hours.  Values; the state is the broker's."""
 
 import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from zoneinfo import ZoneInfo
 
+from persona.health import VmHealth, read_vm_health
 from persona.parsing import Bad, Reader, number
 
 METRICS = ("cpu", "memory", "network")  # percent of the host
@@ -51,6 +52,7 @@ class When:
 
     host_load: tuple[Threshold, ...] = ()
     hours: Hours | None = None
+    vm_health: VmHealth | None = None
 
 
 def parse_hours(value: object) -> Hours:
@@ -89,7 +91,7 @@ def _days(text: str | None) -> frozenset[int]:
     return frozenset(found)
 
 
-def read_when(reader: Reader, load_fields: tuple[str, ...]) -> When:
+def read_when(reader: Reader, load_fields: tuple[str, ...], health_fields: tuple[str, ...]) -> When:
     """The ``when`` of a policy; what is wrong is noted in the reader."""
     load = reader.below("host_load", METRICS)
     thresholds = []
@@ -102,4 +104,5 @@ def read_when(reader: Reader, load_fields: tuple[str, ...]) -> When:
         if again > below:
             entry.note("again_below", f"{again:g} is above 'below' ({below:g})", "re-entry is at or below it")
         thresholds.append(Threshold(metric, below, again))
-    return When(tuple(thresholds), reader.read("hours", parse_hours, None))
+    health = read_vm_health(reader.below("vm_health", health_fields))
+    return When(tuple(thresholds), reader.read("hours", parse_hours, None), health)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from persona.conditions import When, read_when
 from persona.dependencies import Dependency, parse_dependency
+from persona.health import vm_health_mapping
 from persona.network import NetworkRule, parse_rule
 from persona.parsing import Bad, DocumentError, Finding, Reader, integer, one_of, text
 from persona.patterns import WHITELIST_MAX, Whitelist, check_whitelist, parse_pattern
@@ -131,7 +132,7 @@ def _policy(reader: Reader) -> Policy:
         groups=groups,
         commands=_whitelist(reader, "commands") if reader.has("commands") else Whitelist((parse_pattern("**"),)),
         vms=reader.each("vms", _vm) if reader.has("vms") else ("*",),
-        when=read_when(when, load_fields),
+        when=read_when(when, load_fields, fields(POLICY, "when", "vm_health")),
         persona=reader.read("persona", _name, "", required=True),
         description=reader.read("description", text(DESCRIPTION_MAX), ""),
     )
@@ -210,6 +211,7 @@ def to_mapping(document: Document) -> dict[str, Any]:
         )
     load = {t.metric: {"below": t.below, "again_below": t.again_below} for t in document.when.host_load}
     hours = document.when.hours.text if document.when.hours else None
+    health = vm_health_mapping(document.when.vm_health) if document.when.vm_health else None
     return _drop_empty(
         {
             "kind": "Policy",
@@ -218,7 +220,7 @@ def to_mapping(document: Document) -> dict[str, Any]:
             "subjects": _drop_empty({"users": list(document.users), "groups": list(document.groups)}),
             "commands": [pattern.text for pattern in document.commands.patterns],
             "vms": list(document.vms),
-            "when": _drop_empty({"host_load": load, "hours": hours}),
+            "when": _drop_empty({"host_load": load, "vm_health": health, "hours": hours}),
             "persona": document.persona,
         },
         keep=("commands", "vms"),

@@ -20,6 +20,26 @@ _THRESHOLD = {
     },
 }
 
+_PRESSURE = {"type": "number", "minimum": 1, "maximum": 100}
+_VM_HEALTH = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "disk_free_above": _AMOUNT,  # "10%" or bytes
+        "memory_available_above": _AMOUNT,
+        "pressure_below": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"cpu": _PRESSURE, "memory": _PRESSURE, "io": _PRESSURE},
+        },
+        "load_below": {"type": "number", "minimum": 0.01, "maximum": 1000},
+        "failed_units_below": {"type": "number", "minimum": 1, "maximum": 1000},
+        "errors_below": {"type": "number", "minimum": 1, "maximum": 1000000},
+        "clock_skew_below": {"type": ["string", "number"]},
+        "layers": {"type": "array", "items": {"enum": ["seccomp", "bpf", "verify"]}, "maxItems": 16},
+    },
+}
+
 PERSONA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
@@ -80,6 +100,7 @@ POLICY: dict[str, Any] = {
                     "additionalProperties": False,
                     "properties": {"cpu": _THRESHOLD, "memory": _THRESHOLD, "network": _THRESHOLD},
                 },
+                "vm_health": _VM_HEALTH,
                 "hours": {"type": "string"},
             },
         },

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.problems import Fault, PersonaError
-from persona_broker import commands
+from persona_broker import commands, vm_health
 from persona_broker import settings as configuration
 from persona_broker.settings import Settings
 
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--group", action="append", default=[])
     explain.add_argument("--vm", required=True)
     explain.add_argument("--load", default="", help="cpu=80,memory=40: percent")
+    explain.add_argument("--health", default="", help=vm_health.HELP)
     explain.add_argument("--at", help="time, ISO 8601 with zone (default now)")
     explain.add_argument("--files", nargs="+", type=Path, help="instead of the applied set")
     explain.add_argument("command", nargs="+", metavar="CMD")
@@ -97,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     command("show", commands.load_show, "the last sample", load)
     setting = command("set", commands.load_set, "what the settable source reports (load_source = set)", load)
     setting.add_argument("values", nargs="+", metavar="METRIC=PERCENT")
+
+    health = command("health", vm_health.show, "what VMs last reported of themselves")
+    health.add_argument("vm", nargs="?", help="only this one")
 
     sessions = top.add_parser("sessions", help="open sessions").add_subparsers(required=True)
     command("list", commands.sessions, "all open sessions", sessions)

@@ -7,7 +7,7 @@ from flask import Flask
 
 from persona.codec import MAX_BODY
 from persona_broker import problems
-from persona_broker.api import decisions, documents, events, health
+from persona_broker.api import decisions, documents, events, health, reports
 from persona_broker.host.load import LoadSource, MachineSource, SetSource
 from persona_broker.settings import Settings
 from persona_broker.state import State
@@ -19,7 +19,7 @@ from persona_broker.workers import at_exit
 def api(settings: Settings) -> Flask:
     """Decisions, sessions, documents, health.  Call it in the process that will serve it."""
     app = _base(settings)
-    for blueprint in (decisions.blueprint, documents.blueprint, health.blueprint):
+    for blueprint in (decisions.blueprint, reports.blueprint, documents.blueprint, health.blueprint):
         app.register_blueprint(blueprint)
     return app
 
@@ -29,7 +29,7 @@ def streams(settings: Settings) -> Flask:
     app = _base(settings)
     store = Store(Path(settings.db))
     source: LoadSource = MachineSource() if settings.load_source == "psutil" else SetSource(store.set_load)
-    watcher = Watcher(store, source, settings.load_max_age_s)
+    watcher = Watcher(store, source, settings.load_max_age_s, settings.health_max_age_s)
     watcher.look()  # the first sample before the first answer: until then no load is known
     threading.Thread(target=watcher.run, name="watcher", daemon=True).start()
     app.extensions["streams"] = events.Streams(watcher, app.extensions["state"])
@@ -42,7 +42,7 @@ def streams(settings: Settings) -> Flask:
 def _base(settings: Settings) -> Flask:
     app = Flask("persona_broker", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    app.extensions["state"] = State(Store(Path(settings.db)), settings.load_max_age_s)
+    app.extensions["state"] = State(Store(Path(settings.db)), settings.load_max_age_s, settings.health_max_age_s)
     app.extensions["store"] = Store(Path(settings.db))
     problems.register(app)
     return app

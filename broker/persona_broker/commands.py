@@ -22,7 +22,7 @@ from persona.problems import Fault, PersonaError
 from persona_broker.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from persona.documents import Document
     from persona_broker.store.sqlite import Store
@@ -108,12 +108,15 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def explain(arguments: argparse.Namespace, settings: Settings) -> int:
-    """``explain -- CMD``: 0 granted, 1 denied.  With neither files nor a load given, as it is right now."""
+    """``explain -- CMD``: 0 granted, 1 denied.  With no files, load or health given, as it is right now."""
     from persona.codec import encode_decision
     from persona.decisions import Granted, Subject
     from persona_broker.explain import explain, world_of
+    from persona_broker.policy.health import Reported, Ward
     from persona_broker.policy.outlook import World
+    from persona_broker.store.health import Reports
     from persona_broker.store.sqlite import make_snapshot
+    from persona_broker.vm_health import report_of
 
     now = time.time()
     if arguments.at:
@@ -125,14 +128,19 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.files:
         snapshot = make_snapshot((document, 0) for document in documents_of(arguments.files))
         world = world_of(snapshot, {}, now)
+        reports: Mapping[str, Reported] = {}
     else:
         store = existing(settings)
         snapshot = store.snapshot()
         world = World(store.sample(), store.latches(), now, float(settings.load_max_age_s))
+        reports = Reports(store).look(store.guests())
     if arguments.load:
         world = world_of(snapshot, _load(arguments.load.split(",")), now)
+    if arguments.health:
+        reports = {arguments.vm: Reported(now, report_of(arguments.health.split(",")), frozenset())}
     subject = Subject(arguments.user, tuple(arguments.group), arguments.vm)
-    found = explain(snapshot, subject, tuple(arguments.command), world)
+    unhealthy = Ward(settings.health_max_age_s).look(snapshot.vm_conditions, reports, now)
+    found = explain(snapshot, subject, tuple(arguments.command), world, unhealthy)
     decision = found.decision
     lines = [f"  {c.policy} -> {c.persona}: {c.verdict}" for c in found.considered]
     if isinstance(decision, Granted):

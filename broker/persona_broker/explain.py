@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from persona.decisions import Decision, Program, Request, Subject
 from persona_broker.policy.engine import Entry, Snapshot
-from persona_broker.policy.outlook import Sample, World, latch, look, thresholds
+from persona_broker.policy.outlook import Sample, Unhealthy, World, latch, look, thresholds
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,11 @@ def world_of(snapshot: Snapshot, load: Mapping[str, float], now: float) -> World
     return World(sample, latch(frozenset(), thresholds(snapshot.conditions), sample), now, 1.0)
 
 
-def explain(snapshot: Snapshot, subject: Subject, argv: tuple[str, ...], world: World) -> Explanation:
+def explain(
+    snapshot: Snapshot, subject: Subject, argv: tuple[str, ...], world: World, unhealthy: Unhealthy
+) -> Explanation:
     """Pure: the same engine as for guests."""
-    outlook = look(snapshot.conditions, world, 0)
+    outlook = look(snapshot.conditions, world, 0, unhealthy)
     program = program_named(argv[0])
     decision = snapshot.decide(Request(subject, "", program, argv, "/"), outlook)
     considered = tuple(_consider(entry, program, argv) for entry in snapshot.entries(subject, outlook))

@@ -72,6 +72,7 @@ def _lines(view: View, lost: int) -> Iterator[str]:
         yield "# TYPE persona_broker_load_percent gauge"
         for metric, percent in view.sample.load.items():
             yield f'persona_broker_load_percent{{metric="{metric}"}} {percent:g}'
+    yield from _health(view)
     for name, outcomes in (("decisions_total", _OUTCOMES), ("admissions_total", _ADMISSIONS)):
         yield f"# TYPE persona_broker_{name} counter"
         for outcome in outcomes:
@@ -85,6 +86,16 @@ def _lines(view: View, lost: int) -> Iterator[str]:
         yield f'persona_broker_decision_seconds_bucket{{le="{label}"}} {total}'
     yield f"persona_broker_decision_seconds_sum {sums['nanoseconds'] / 1e9:.9f}"
     yield f"persona_broker_decision_seconds_count {total}"
+
+
+def _health(view: View) -> Iterator[str]:
+    """Of the VMs that report; a name of a VM has no character that a label would need to escape."""
+    yield "# TYPE persona_broker_health_report_age_seconds gauge"
+    for vm, reported in view.health.items():
+        yield f'persona_broker_health_report_age_seconds{{vm="{vm}"}} {time.time() - reported.at:.3f}'
+    yield "# TYPE persona_broker_vm_conditions_unmet gauge"
+    for vm, unmet in view.outlook.unhealthy.items():
+        yield f'persona_broker_vm_conditions_unmet{{vm="{vm}"}} {len(unmet)}'
 
 
 def _one(name: str, kind: str, value: float) -> Iterator[str]:

@@ -23,6 +23,7 @@ class Settings:
     tls_key: str = "/etc/persona/broker.key"
     load_source: str = "psutil"  # the broker runs on the host that it judges
     load_max_age_s: int = 15  # seven missed samples: the watcher is gone, not late
+    health_max_age_s: int = 45  # three missed reports: the VM is out of reach, or its agent is gone
     workers: int = 2  # decisions are CPU: about one a core on a small host
     insecure_loopback: bool = False  # HTTP without TLS, on 127.0.0.1 only
 
@@ -51,6 +52,8 @@ def check(settings: Settings) -> None:
         raise PersonaError(Fault.BAD_DOCUMENT, "load_source: expected 'psutil' or 'set'")
     if not 3 <= settings.load_max_age_s <= 3600:  # it is sampled every 2 s
         raise PersonaError(Fault.BAD_DOCUMENT, "load_max_age_s: expected 3 to 3600")
+    if not 20 <= settings.health_max_age_s <= 3600:  # a guest reports every 15 s
+        raise PersonaError(Fault.BAD_DOCUMENT, "health_max_age_s: expected 20 to 3600")
     if not 1 <= settings.workers <= WORKERS_MAX:
         raise PersonaError(Fault.BAD_DOCUMENT, f"workers: expected 1 to {WORKERS_MAX}")
     for bind in (settings.bind, settings.events_bind):

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persona_broker.policy.engine import Snapshot
+from persona_broker.policy.health import MAX_AGE_S, Reported, Ward
 from persona_broker.policy.outlook import Outlook, Sample, World, look
+from persona_broker.store.health import Reports
 from persona_broker.store.sqlite import Store
 
 _CHECK_EVERY_S = 0.002  # before any guest can have been told of a change; one that has says so
@@ -26,6 +28,7 @@ class View:
     generation: int
     guests: Mapping[str, str]  # by the hash of their token
     sample: Sample | None
+    health: Mapping[str, Reported]  # by VM
     written: int  # the record's ``data_version`` that this was made from
     judged_at: float  # monotonic
 
@@ -36,9 +39,11 @@ class State:
     Its connection only reads, so that no decision waits for a lock that a writer waits for.
     """
 
-    def __init__(self, store: Store, load_max_age_s: float) -> None:
+    def __init__(self, store: Store, load_max_age_s: float, health_max_age_s: float = MAX_AGE_S) -> None:
         self._store = store
         self._load_max_age_s = load_max_age_s
+        self._reports = Reports(store)
+        self._ward = Ward(health_max_age_s)
         self._lock = threading.Lock()
         self._check_at = 0.0  # monotonic
         self._view = self._load(None)
@@ -69,7 +74,9 @@ class State:
                 snapshot, revoked = self._store.snapshot(), self._store.revoked()
             world = World(self._store.sample(), self._store.latches(), time.time(), self._load_max_age_s)
             guests = self._store.tokens()
-        outlook = look(snapshot.conditions, world, generation)
+            health = self._reports.look(guests.values())
+        unhealthy = self._ward.look(snapshot.vm_conditions, health, world.now)
+        outlook = look(snapshot.conditions, world, generation, unhealthy)
         if previous is not None and outlook == previous.outlook and snapshot is previous.snapshot:
             outlook = previous.outlook  # the same object: what was made for it stays good
-        return View(snapshot, outlook, revoked, generation, guests, world.sample, written, time.monotonic())
+        return View(snapshot, outlook, revoked, generation, guests, world.sample, health, written, time.monotonic())

@@ -12,7 +12,9 @@ import threading
 import time
 
 from persona_broker.host.load import LoadSource
-from persona_broker.policy.outlook import Sample, World, latch, look, thresholds
+from persona_broker.policy.health import MAX_AGE_S, Ward
+from persona_broker.policy.outlook import Outlook, Sample, World, latch, look, thresholds
+from persona_broker.store.health import Reports
 from persona_broker.store.sqlite import Store
 
 log = logging.getLogger("persona.watcher")
@@ -24,14 +26,18 @@ _LOOK_EVERY_S = 0.02  # how soon a change made by another process is pushed
 class Watcher:
     """``generation`` and ``changed`` are for the streams of the same process."""
 
-    def __init__(self, store: Store, source: LoadSource, load_max_age_s: float) -> None:
+    def __init__(
+        self, store: Store, source: LoadSource, load_max_age_s: float, health_max_age_s: float = MAX_AGE_S
+    ) -> None:
         self.changed = threading.Condition()
         self.generation = store.generation()
         self._store = store
         self._source = source
         self._load_max_age_s = load_max_age_s
         self._snapshot, self._loaded = store.snapshot(), self.generation
-        self._unmet: frozenset[str] | None = None
+        self._reports = Reports(store)
+        self._ward = Ward(health_max_age_s)
+        self._state: dict[object, str] | None = None
         self._seen: int | None = None
         self._sample_at = time.monotonic()
 
@@ -66,12 +72,26 @@ class Watcher:
             self._store.put_sample(sample, latches)
             self._sample_at = time.monotonic() + _SAMPLE_EVERY_S
         world = World(sample, latches, time.time(), self._load_max_age_s)
-        unmet = frozenset(look(self._snapshot.conditions, world, generation).unmet)
-        if self._unmet is not None and unmet != self._unmet:
-            log.info("conditions changed; not met now: %s", ", ".join(sorted(unmet)) or "none")
+        health = self._reports.look(self._store.guests())
+        unhealthy = self._ward.look(self._snapshot.vm_conditions, health, world.now)
+        state = _state(look(self._snapshot.conditions, world, generation, unhealthy))
+        if self._state is not None and state.keys() != self._state.keys():
+            began = [said for key, said in state.items() if key not in self._state]
+            ended = [said for key, said in self._state.items() if key not in state]
+            log.info("conditions changed; now: %s; not any more: %s", "; ".join(began) or "-", "; ".join(ended) or "-")
             generation = self._store.raise_generation()
-        self._unmet, self._seen = unmet, written
+        self._state, self._seen = state, written
         if generation != self.generation:
             with self.changed:
                 self.generation = generation
                 self.changed.notify_all()
+
+
+def _state(outlook: Outlook) -> dict[object, str]:
+    """What can change a decision, without the figures that lead to it, each with a word for the log."""
+    found: dict[object, str] = {name: f"policy {name} does not hold" for name in outlook.unmet}
+    for vm, unhealthy in outlook.unhealthy.items():
+        found[vm, None] = f"{vm} reports its health"
+        for condition, unmet in unhealthy.items():
+            found[vm, condition] = f"{vm}: {unmet.detail}"
+    return found

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from persona.conditions import When
 from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Program, Request, Subject, Width
 from persona.documents import Persona, Policy
+from persona.health import VmHealth
 from persona.patterns import Pattern
 from persona.problems import Reason
 from persona_broker.policy.outlook import Outlook, Unmet
@@ -130,7 +131,7 @@ class _Row:
         lease, now = Lease(LEASE_S, self.width), outlook.generation
         options = []
         for policy, versioned, commands, whitelist in self.said:
-            unmet = outlook.unmet.get(policy.name)
+            unmet = outlook.unmet_of(policy, self.subject.vm)
             decision: Decision
             if unmet is None:
                 decision = Granted(versioned.ref, policy.name, lease, now)
@@ -158,7 +159,8 @@ class _Row:
         if not self.policies:
             detail = f"no policy names {self.subject.user} on {self.subject.vm}"
             return Denied(Reason.NO_MATCHING_POLICY, None, None, detail, lease, now)
-        holding = (p for p, versioned in self.policies if versioned is not None and p.name not in outlook.unmet)
+        vm = self.subject.vm
+        holding = (p for p, versioned in self.policies if versioned is not None and not outlook.unmet_of(p, vm))
         nearest = next(holding, self.policies[0][0])
         arguments = "with these arguments " if self.said and self.width is Width.ARGV else ""
         detail = f"not {arguments}in its whitelist; 'persona list' shows what is"
@@ -176,6 +178,7 @@ class Snapshot:
         self.policies = tuple(policies)
         self.personas = dict(personas)
         grouped: dict[When, list[str]] = {}
+        globs: dict[VmHealth, set[str]] = {}
         self._by_user: dict[str, list[int]] = {}
         self._by_group: dict[str, list[int]] = {}
         for index, policy in enumerate(self.policies):
@@ -185,7 +188,10 @@ class Snapshot:
                 self._by_user.setdefault(user, []).append(index)
             for group in policy.groups:
                 self._by_group.setdefault(group, []).append(index)
+            if policy.when.vm_health is not None:
+                globs.setdefault(policy.when.vm_health, set()).update(policy.vms)
         self.conditions: dict[When, tuple[str, ...]] = {when: tuple(names) for when, names in grouped.items()}
+        self.vm_conditions: dict[VmHealth, frozenset[str]] = {health: frozenset(vms) for health, vms in globs.items()}
         # plain tuples as keys: a dataclass would be hashed and compared by interpreted code, a request at a time
         self._views: dict[_SubjectKey, _Pairs] = {}
         self._rows: dict[_RowKey, _Row] = {}
@@ -208,7 +214,8 @@ class Snapshot:
 
     def entries(self, subject: Subject, outlook: Outlook) -> list[Entry]:
         """Every policy that names the subject, in order."""
-        return [Entry(policy, versioned, outlook.unmet.get(policy.name)) for policy, versioned in self._view(subject)]
+        pairs = self._view(subject)
+        return [Entry(policy, versioned, outlook.unmet_of(policy, subject.vm)) for policy, versioned in pairs]
 
     def _view(self, subject: Subject) -> _Pairs:
         key = (subject.user, subject.groups, subject.vm)

@@ -1,10 +1,12 @@
 """What holds right now: the conditions of all policies, judged once a change and not once a request."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from persona.conditions import Hours, Threshold, When
+from persona.documents import Policy
+from persona.health import VmHealth
 from persona.problems import Reason
 
 
@@ -49,7 +51,7 @@ class World:
 
 
 def judge(when: When, world: World) -> Unmet | None:
-    """The first condition that does not hold, or ``None``.  Unknown load is not below anything."""
+    """The first condition that does not hold on any VM, or ``None``.  Unknown load is not below anything."""
     for threshold in when.host_load:
         unmet = _judge_load(threshold, world)
         if unmet is not None:
@@ -81,22 +83,44 @@ def _judge_load(threshold: Threshold, world: World) -> Unmet | None:
     return None
 
 
+Unhealthy = Mapping[str, Mapping[VmHealth, Unmet]]  # by VM that reported, what it does not meet
+_UNREPORTED = Unmet(Reason.VM_UNHEALTHY, "how healthy the VM is, is not known: it has not reported yet")
+
+
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """Which policies' conditions do not hold, by policy name, as of ``generation``."""
+    """Which policies' conditions do not hold, as of ``generation``: by policy name on any VM, and by VM."""
 
     generation: int
     unmet: Mapping[str, Unmet]
+    unhealthy: Unhealthy = field(default_factory=dict)
+
+    def unmet_of(self, policy: Policy, vm: str) -> Unmet | None:
+        """Why a policy does not hold on a VM; ``None`` = it holds."""
+        found = self.unmet.get(policy.name)
+        health = policy.when.vm_health
+        if found is not None or health is None:
+            return found
+        told = self.unhealthy.get(vm)
+        return _UNREPORTED if told is None else told.get(health)
 
 
-def look(conditions: Mapping[When, Iterable[str]], world: World, generation: int) -> Outlook:
-    """Judges each condition once, whatever the number of policies (the names) that share it."""
+def look(
+    conditions: Mapping[When, Iterable[str]],
+    world: World,
+    generation: int,
+    unhealthy: Unhealthy | None = None,
+) -> Outlook:
+    """Judges each condition once, whatever the number of policies (the names) that share it.
+
+    ``unhealthy`` is the word of ``policy.health.Ward`` on the VMs.
+    """
     unmet: dict[str, Unmet] = {}
     for when, names in conditions.items():
         found = judge(when, world)
         if found is not None:
             unmet.update(dict.fromkeys(names, found))
-    return Outlook(generation, unmet)
+    return Outlook(generation, unmet, unhealthy or {})
 
 
 def thresholds(conditions: Iterable[When]) -> frozenset[Threshold]:

@@ -38,6 +38,8 @@ CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, guest TEXT NOT NULL, u
     groups TEXT NOT NULL, service TEXT NOT NULL, remote TEXT NOT NULL, opened_at REAL NOT NULL,
     revoked INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY AUTOINCREMENT, guest TEXT NOT NULL, body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS health (seq INTEGER PRIMARY KEY AUTOINCREMENT, guest TEXT NOT NULL UNIQUE, at REAL NOT NULL,
+    report TEXT NOT NULL, past TEXT NOT NULL);
 INSERT OR IGNORE INTO meta VALUES ('generation', '1'), ('records_lost', '0');
 """
 
@@ -80,7 +82,8 @@ class Store:
             self._db.close()
 
     @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it, or nothing where it raises."""
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -103,23 +106,24 @@ class Store:
             finally:
                 self._db.execute("COMMIT")
 
-    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What a query finds."""
         with self._lock:
             return self._db.execute(query, values).fetchall()
 
     def data_version(self) -> int:
         """Another number after each write of another connection (PRAGMA data_version; microseconds)."""
-        return int(self._rows("PRAGMA data_version")[0][0])
+        return int(self.rows("PRAGMA data_version")[0][0])
 
     # --- generation and what holds now ------------------------------------------------------------
 
     def generation(self) -> int:
         """The number of the newest change that can change a decision."""
-        return int(self._rows("SELECT value FROM meta WHERE key = 'generation'")[0][0])
+        return int(self.rows("SELECT value FROM meta WHERE key = 'generation'")[0][0])
 
     def raise_generation(self) -> int:
         """Announces a change made elsewhere (a condition that began or ceased to hold)."""
-        with self._write() as db:
+        with self.writing() as db:
             return _raise(db)
 
     def sample(self) -> Sample | None:
@@ -135,7 +139,7 @@ class Store:
         """Replaces both at once."""
         state = {"at": sample.at, "load": dict(sample.load), "source": sample.source}
         held = sorted([latch.metric, latch.below, latch.again_below] for latch in latches)
-        with self._write() as db:
+        with self.writing() as db:
             _put(db, "sample", state)
             _put(db, "latches", held)
 
@@ -145,11 +149,11 @@ class Store:
 
     def put_set_load(self, load: Mapping[str, float]) -> None:
         """The load that the settable source will report."""
-        with self._write() as db:
+        with self.writing() as db:
             _put(db, "load_set", dict(load))
 
     def _meta(self, key: str) -> Any:
-        rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
+        rows = self.rows("SELECT value FROM meta WHERE key = ?", key)
         return json.loads(rows[0][0]) if rows else None
 
     # --- documents --------------------------------------------------------------------------------
@@ -161,7 +165,7 @@ class Store:
         """
         now, after = time.time(), identities(documents)
         bodies = [json.dumps(to_mapping(document)) for document in documents]
-        with self._write() as db:
+        with self.writing() as db:
             changes = compare(self.applied(), after)
             if not changes:
                 return changes
@@ -179,7 +183,7 @@ class Store:
     def applied(self) -> list[Identity]:
         """What is applied, in order; for comparison, without parsing it."""
         query = "SELECT kind, name, digest FROM applied JOIN documents USING (kind, name, version) ORDER BY position"
-        return [(kind, name, key) for kind, name, key in self._rows(query)]
+        return [(kind, name, key) for kind, name, key in self.rows(query)]
 
     def documents(self) -> list[tuple[Document, int]]:
         """The applied set in order, each with its version."""
@@ -188,14 +192,14 @@ class Store:
             " ORDER BY a.position"
         )
         with self._lock:  # versions never change, so of a large set only what is new is parsed
-            rows = [((kind, name, version), body) for kind, name, version, body in self._rows(query)]
+            rows = [((kind, name, version), body) for kind, name, version, body in self.rows(query)]
             self._parsed = {key: self._parsed.get(key) or parse_document(json.loads(body)) for key, body in rows}
             return [(self._parsed[key], key[2]) for key, _ in rows]
 
     def versions(self, kind: str, name: str) -> list[tuple[int, Document]]:
         """Every version of a document, oldest first."""
         query = "SELECT version, body FROM documents WHERE kind = ? AND name = ? ORDER BY version"
-        return [(version, parse_document(json.loads(body))) for version, body in self._rows(query, kind, name)]
+        return [(version, parse_document(json.loads(body))) for version, body in self.rows(query, kind, name)]
 
     def snapshot(self) -> Snapshot:
         """The applied set as an index."""
@@ -206,31 +210,32 @@ class Store:
     def add_guest(self, name: str, token: str | None = None) -> str:
         """Registers a guest, or gives it a new token; returns the token, which is kept only as a hash."""
         token = token or secrets.token_urlsafe(32)
-        with self._write() as db:
+        with self.writing() as db:
             db.execute("INSERT OR REPLACE INTO guests VALUES (?, ?)", (name, hash_token(token)))
         return token
 
     def remove_guest(self, name: str) -> bool:
         """Whether there was one; its event streams end."""
-        with self._write() as db:
+        with self.writing() as db:
             found = db.execute("DELETE FROM guests WHERE name = ?", (name,)).rowcount > 0
             if found:
+                db.execute("DELETE FROM health WHERE guest = ?", (name,))
                 _raise(db)
             return found
 
     def guests(self) -> list[str]:
         """The names of all guests."""
-        return [name for (name,) in self._rows("SELECT name FROM guests ORDER BY name")]
+        return [name for (name,) in self.rows("SELECT name FROM guests ORDER BY name")]
 
     def tokens(self) -> dict[str, str]:
         """Guests by the hash of their token."""
-        return {key: name for name, key in self._rows("SELECT name, token_sha256 FROM guests")}
+        return {key: name for name, key in self.rows("SELECT name, token_sha256 FROM guests")}
 
     # --- sessions and records ---------------------------------------------------------------------
 
     def open_session(self, session: SessionRow) -> bool:
         """False where another guest has a session of that name."""
-        with self._write() as db:
+        with self.writing() as db:
             row = db.execute("SELECT guest FROM sessions WHERE id = ?", (session.id,)).fetchone()
             if row is not None and row[0] != session.guest:
                 return False
@@ -263,7 +268,7 @@ class Store:
 
     def _sessions(self, where: str, *values: Any) -> list[SessionRow]:
         columns = "id, guest, user, groups, service, remote, opened_at, revoked"
-        rows = self._rows(f"SELECT {columns} FROM sessions {where}", *values)  # noqa: S608 - two constants
+        rows = self.rows(f"SELECT {columns} FROM sessions {where}", *values)  # noqa: S608 - two constants
         return [
             SessionRow(i, g, Subject(u, tuple(json.loads(names)), g), s, r, at, bool(revoked))
             for i, g, u, names, s, r, at, revoked in rows
@@ -271,24 +276,24 @@ class Store:
 
     def end_session(self, ident: str, guest: str) -> bool:
         """Whether the guest had such a session."""
-        with self._write() as db:
+        with self.writing() as db:
             return db.execute("DELETE FROM sessions WHERE id = ? AND guest = ?", (ident, guest)).rowcount > 0
 
     def revoke_session(self, ident: str) -> int | None:
         """From now on everything that it asks is denied; the new generation, ``None`` without such a session."""
-        with self._write() as db:
+        with self.writing() as db:
             if not db.execute("UPDATE sessions SET revoked = 1 WHERE id = ?", (ident,)).rowcount:
                 return None
             return _raise(db)
 
     def revoked(self) -> frozenset[str]:
         """The sessions that are denied everything."""
-        return frozenset(ident for (ident,) in self._rows("SELECT id FROM sessions WHERE revoked = 1"))
+        return frozenset(ident for (ident,) in self.rows("SELECT id FROM sessions WHERE revoked = 1"))
 
     def add_records(self, guest: str, records: Iterable[Record], lost: int) -> None:
         """Appends; the oldest beyond RECORDS_KEPT go."""
         rows = [(guest, json.dumps(encode_record(record))) for record in records]
-        with self._write() as db:
+        with self.writing() as db:
             db.executemany("INSERT INTO records (guest, body) VALUES (?, ?)", rows)
             db.execute("DELETE FROM records WHERE id <= (SELECT max(id) FROM records) - ?", (RECORDS_KEPT,))
             if lost:
@@ -297,9 +302,9 @@ class Store:
     def records(self, after: int = 0, limit: int = 100) -> list[tuple[int, str, dict[str, Any]]]:
         """(number, guest, RECORD) after a number, oldest first; the newest ``limit`` for ``after = 0``."""
         if after:
-            rows = self._rows("SELECT id, guest, body FROM records WHERE id > ? ORDER BY id LIMIT ?", after, limit)
+            rows = self.rows("SELECT id, guest, body FROM records WHERE id > ? ORDER BY id LIMIT ?", after, limit)
         else:
-            rows = self._rows("SELECT id, guest, body FROM records ORDER BY id DESC LIMIT ?", limit)[::-1]
+            rows = self.rows("SELECT id, guest, body FROM records ORDER BY id DESC LIMIT ?", limit)[::-1]
         return [(ident, guest, json.loads(body)) for ident, guest, body in rows]
 
     def records_lost(self) -> int:

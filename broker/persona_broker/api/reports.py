@@ -1,0 +1,21 @@
+"""What guests report of their own health, and of nobody else's: the token says whose it is."""
+
+import time
+
+from flask import Blueprint
+
+from persona.health import decode_report
+from persona_broker.api.guests import body, guest, state, store
+from persona_broker.policy.health import bounds_of
+from persona_broker.store.health import put_report
+
+blueprint = Blueprint("reports", __name__)
+
+
+@blueprint.post("/v1/health")
+def health() -> tuple[str, int]:
+    """The caller's health as of now, by this clock."""
+    name = guest()
+    report = decode_report(body())
+    put_report(store(), name, report, bounds_of(state().current().snapshot.vm_conditions), time.time())
+    return "", 204
