@@ -27,6 +27,7 @@ from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.supervisor import Supervisor
+from persona_guest.health import Reporter, Watch
 from persona_guest.ipc.pam_socket import PamSocket
 from persona_guest.ipc.standby_socket import Keeping
 from persona_guest.ipc.user_socket import UserSocket
@@ -134,6 +135,7 @@ def run(settings: Settings) -> int:
         agent.event(event)
 
     stream = Stream(settings.broker, lambda event: loop.deliver(lambda: heard(event)))
+    health = Reporter(settings.broker, Watch(settings.gate.uid_min, agent.layers))
     loop.call_every(1.0, lambda: identifier.refresh(time.monotonic()))
     loop.call_every(5.0, agent.announce_again)
     loop.call_every(0.25, lambda: link.sweep(time.monotonic()))
@@ -155,6 +157,7 @@ def run(settings: Settings) -> int:
     stream.close()
     link.close()
     supervisor.notes.flush()
+    health.close()
     recorder.close()
     journal.flush()
     keeping.close()  # last: from here on the standby answers

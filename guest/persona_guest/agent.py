@@ -325,13 +325,17 @@ class Agent:
             "limits": {},
             "network": [],
             "lease_s": self.leases.remaining(gated.holder, time.monotonic()) if gated else None,
-            "layers": {"seccomp": True, "bpf": False, "verify": True},
+            "layers": self.layers(),
             "broker": self.connection,
             "generation": self.leases.generation,
             "sessions": len(self.supervisor.sessions),
             "notify_us": _percentiles(self.supervisor.times),
             "verified": asdict(self.supervisor.verifier.counts),
         }
+
+    def layers(self) -> dict[str, bool]:
+        """The parts of the gate by name, and whether each is active.  Safe to call from any thread."""
+        return {"seccomp": True, "bpf": False, "verify": True}
 
     def _current(self, gated: Gated | None) -> tuple[dict[str, Any] | None, str | None]:
         if gated is None:

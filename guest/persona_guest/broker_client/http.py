@@ -65,6 +65,7 @@ class Connection:
         self._settings = settings
         self._connection: http.client.HTTPConnection | None = None
         self._headers: dict[str, str] = {}
+        self.dated: str | None = None  # the Date of the last answer
 
     def call(self, method: str, path: str, body: object | None, deadline: float) -> tuple[int, Any]:
         """Status and decoded JSON (``None`` for an empty body) before ``deadline`` (monotonic seconds).
@@ -103,6 +104,7 @@ class Connection:
         connection.sock.settimeout(_left(deadline))
         connection.request(method, path, payload, self._headers)
         response = connection.getresponse()
+        self.dated = response.getheader("Date")
         content = bytearray()
         while len(content) <= _ANSWER_MAX:
             if connection.sock is not None:
