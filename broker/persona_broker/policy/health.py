@@ -34,10 +34,10 @@ class _Figure:
 def size(amount: float) -> str:
     """Bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}"
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
         amount /= 1024
-    return f"{amount:.1f} TiB"
+    return f"{amount:.3g} TiB"
 
 
 def _space(bound: Bound, named: Mapping[str, Space], what: str) -> _Figure | None:
