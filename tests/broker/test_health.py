@@ -12,7 +12,7 @@ from persona_broker.host.load import SetSource
 from persona_broker.policy.health import Reported, Ward, bounds_of, past_bounds
 from persona_broker.policy.outlook import World, look
 from persona_broker.state import State
-from persona_broker.store.health import Reports, put_report
+from persona_broker.store.health import EVERY_S, Reports, put_report
 from persona_broker.store.sqlite import Store
 from persona_broker.watcher import Watcher
 
@@ -209,6 +209,7 @@ def test_a_report_changes_decisions(broker: Broker, ask: Callable[..., tuple[int
     assert ask("ls")[1]["decision"] == "granted"
     shown = broker.run("health")
     assert (shown.returncode, "disk /: 50 B of 100 B free (50 %)" in shown.stdout) == (0, True)
+    time.sleep(EVERY_S)
     assert broker.call("POST", "/v1/health", encode_report(replace(GOOD, errors=50)))[0] == 204
     status, refused = ask("ls", explain=True)
     assert (status, refused["reason"]) == (200, "vm_unhealthy")
