@@ -108,7 +108,7 @@ def test_who_makes_the_agent_wait_is_killed_and_the_agent_goes_on(hostage: tuple
         memory.read_call(pid, address, address + 64, 8)
     guard.leave()
     assert os.read(asked, 1) == b"x", "the page was really asked for"
-    assert 0.5 <= time.monotonic() - began < 3
+    assert 0.5 <= time.monotonic() - began < 6
     assert not gave_up
 
 
@@ -116,7 +116,9 @@ def test_where_killing_does_not_help_the_agent_gives_up() -> None:
     gave_up: list[float] = []
     guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.2)
     guard.enter(session(UID))
-    time.sleep(1.2)
+    time.sleep(0.8)
+    assert not gave_up, "it may be a disk that is slow"
+    time.sleep(1.5)
     assert gave_up
     guard.leave()
 
