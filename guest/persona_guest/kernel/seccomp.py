@@ -9,7 +9,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import platform
 import struct
 from typing import NamedTuple
 
@@ -61,7 +60,7 @@ def gate_filter(machine: str | None = None) -> bytes:
     kills the process; asking for a listener of one's own fails with EBUSY, also once ours is gone.
     Raises ``NotImplementedError`` for a machine whose ABIs are not listed.
     """
-    name = machine or platform.machine()
+    name = machine or os.uname().machine
     abis = _ABIS.get(name)
     if abis is None:
         raise NotImplementedError(f"no gate filter for machine {name!r}; known: {', '.join(sorted(_ABIS))}")
@@ -116,7 +115,7 @@ def install_listener(instructions: bytes) -> int:
     buffer = ctypes.create_string_buffer(instructions, len(instructions))
     program = _SockFprog(len(instructions) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
-    fd: int = _libc.syscall(_SYS_SECCOMP[platform.machine()], SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program))
+    fd: int = _libc.syscall(_SYS_SECCOMP[os.uname().machine], SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program))
     if fd < 0:
         raise OSError(ctypes.get_errno(), "seccomp: " + os.strerror(ctypes.get_errno()))
     return fd

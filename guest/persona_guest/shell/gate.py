@@ -2,14 +2,13 @@
 
 import base64
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from persona_guest.kernel import seccomp
 from persona_guest.shell.client import AgentError, Client
 
 
-@dataclass(frozen=True, slots=True)
-class Gated:
+class Gated(NamedTuple):
     """How it went: the greeting to show, and whether the filter was installed here."""
 
     greeting: str | None
