@@ -89,8 +89,7 @@ def test_no_subsystem_but_what_is_whitelisted(guest: Machine) -> None:
     try:
         argv = [*guest.ssh_argv("alice", "-s"), "scan"]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False)
-        assert "Nmap version" not in done.stdout
-        assert DENIED in done.stderr
+        assert (done.stdout, done.returncode) == ("", 126)  # sshd gives a subsystem no standard error
     finally:
         guest.must("rm /etc/ssh/sshd_config.d/scan.conf; systemctl reload ssh; sleep 1")
 
@@ -102,8 +101,7 @@ def test_sudo_s_own_hooks_and_pty_are_gated(guest: Machine) -> None:
     try:
         inside = "(setsid sh -c 'sleep 1; /usr/local/bin/forbidden /tmp/orphan; touch /tmp/orphan-ran' &)"
         guest.ssh("carol", f'sudo -n sh -c "{inside}"; sleep 2', timeout=60)
-        time.sleep(1)
-        assert guest.root("test -e /tmp/orphan-ran").code == 0
+        guest.must("for i in $(seq 20); do test -e /tmp/orphan-ran && exit 0; sleep 1; done; exit 1")
         assert guest.root("test -e /tmp/orphan").code == 1
     finally:
         guest.must("rm -f /etc/sudoers.d/carol")
