@@ -327,6 +327,7 @@ class Agent:
             "lease_s": self.leases.remaining(gated.holder, time.monotonic()) if gated else None,
             "layers": self.layers(),
             "broker": self.connection,
+            "standby": self._keeping.connected,
             "generation": self.leases.generation,
             "sessions": len(self.supervisor.sessions),
             "notify_us": _percentiles(self.supervisor.times),

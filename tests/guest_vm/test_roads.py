@@ -21,6 +21,17 @@ def test_a_second_login_is_gated_like_the_first(guest: Machine) -> None:
         assert len(idents) == 2
 
 
+def test_a_revoked_session_has_nothing_of_its_siblings(guest: Machine, broker: Broker) -> None:
+    with guest.session("alice") as revoked, guest.session("alice") as sibling:
+        for session in (revoked, sibling):
+            assert session.ask("ls -d /etc") == "/etc\n"
+        broker.run("sessions", "revoke", json.loads(revoked.ask("persona status --json"))["session"])
+        time.sleep(1)
+        for _ in range(3):
+            assert sibling.ask("ls -d /etc") == "/etc\n"
+            assert "session_revoked" in revoked.ask("ls -d /etc")
+
+
 def test_a_lingering_user_manager_is_gated(guest: Machine) -> None:
     unit = "[Service]\\nType=oneshot\\nExecStart=/usr/local/bin/forbidden /tmp/lingered\\n"
     unit += "ExecStart=/usr/bin/touch /tmp/lingered-too\\n[Install]\\nWantedBy=default.target\\n"

@@ -66,6 +66,11 @@ class Keeping:
         self._connection: socket.socket | None = None
         loop.call_every(_AGAIN_S, self._reconnect)
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a standby that would answer if this process were stopped now."""
+        return self._connection is not None
+
     def take(self) -> dict[str, int]:
         """Everything that the standby keeps, by name; it answers no more from now on.  Empty without one."""
         found: dict[str, int] = {}

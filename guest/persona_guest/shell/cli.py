@@ -91,10 +91,12 @@ def _status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("layers", ", ".join(layers) + (f" (not active: {', '.join(missing)})" if missing else "")),
         ("broker", f"{status['broker']}, generation {status['generation']}"),
     ]
+    if not status["standby"]:
+        lines.append(("standby", "not there: nobody would answer if the agent were stopped"))
     return (
         lines
         if status["gated"]
-        else [line for line in lines if line[0] in ("persona", "user", "mode", "layers", "broker")]
+        else [line for line in lines if line[0] in ("persona", "user", "mode", "layers", "broker", "standby")]
     )
 
 
