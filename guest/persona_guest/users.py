@@ -116,7 +116,9 @@ class Users:
             program = os.dup(call.fds[0])
             attempt = attempts.look(Task(call.pid), program, path, tuple(map(os.fsencode, argv)), self._identifier)
         except (OSError, UnicodeEncodeError) as error:
-            raise PersonaError(Reason.PROGRAM_UNREADABLE, str(error)) from None
+            # not the path in it: that may be the first line of a script which the caller cannot read
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "it cannot be looked at"
+            raise PersonaError(Reason.PROGRAM_UNREADABLE, f"the program: {why}") from None
         finally:
             self._guard.leave()
         self._explain_stage(attempt, gated, call.text("cwd", ""), 0, [], answer)
