@@ -217,7 +217,7 @@ def _reason(value: object, path: str) -> Reason:
 
 # --- records ----------------------------------------------------------------------------------------
 
-EVENTS = ("exec", "admission", "break_glass", "killed", "session_end")
+EVENTS = ("exec", "admission", "break_glass", "stopped", "killed", "session_end")
 
 
 @dataclass(frozen=True, slots=True)

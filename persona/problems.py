@@ -26,6 +26,10 @@ class Reason(StrEnum):
     AGENT_OVERLOADED = "agent_overloaded"
     SESSION_REVOKED = "session_revoked"
     SESSION_UNKNOWN = "session_unknown"
+    NOT_APPROVED = "not_approved"
+    OTHER_FILE = "other_file"
+    OTHER_ARGUMENTS = "other_arguments"
+    KERNEL_LAYER_MISSING = "kernel_layer_missing"
 
 
 class Fault(StrEnum):

@@ -81,6 +81,7 @@ class Gate:
         "/usr/bin/systemd-tmpfiles",
     )
     greeting: bool = True  # one line at an interactive login that names the persona
+    require_kernel_layer: bool = False  # refuse sessions without it; not every kernel has it, hence not the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ class Paths:
 
     runtime_dir: str = "/run/persona"
     state_dir: str = "/var/lib/persona"
+    bpf_dir: str = "/sys/fs/bpf/persona"  # where the kernel layer is pinned; empty = none (a trial)
+    bpf_object: str = "/usr/lib/persona/persona.bpf.o"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from persona.decisions import Program
 from persona_guest.core.script import HEAD_SIZE, Format, Shebang, parse_head
+from persona_guest.kernel.inode import kernel_image
 from persona_guest.settings import Gate
 
 _CACHE_MAX = 8192
@@ -34,10 +35,12 @@ class Identified:
     """A program file: what it is, whether others could change it, and how the kernel starts it.
 
     ``visible`` is false for a file that the agent's namespace cannot reach by the path that it
-    seems to have (a memfd, an unlinked file, a mount of the user's own).
+    seems to have (a memfd, an unlinked file, a mount of the user's own).  ``kernel`` is the same file
+    as (device, inode) of the kernel's own structures, which the kernel layer compares.
     """
 
     image: Image
+    kernel: tuple[int, int]
     program: Program
     visible: bool
     trusted: bool
@@ -135,6 +138,7 @@ class Identifier:
         paths = tuple(dict.fromkeys([path, *aliases])) if visible else ()
         return Identified(
             image=image,
+            kernel=kernel_image(fd, status),
             program=Program(path, names, paths),
             visible=visible,
             trusted=visible and self._trusted(path, status),

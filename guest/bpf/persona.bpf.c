@@ -1,0 +1,348 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0 */
+/*
+ * The part of the gate that has the last word.  It decides nothing and forgets nothing.
+ *
+ * The agent answers a seccomp notification, and then the kernel reads path and arguments of that execve
+ * again: a second thread may have changed them.  So the agent writes down first what it allowed: this
+ * task, this file, these interpreters, these arguments.  check_file lets a gated task start nothing else;
+ * check_arguments kills it, before its first instruction, if other arguments arrived.  Nobody to approve
+ * (a dead agent, a listener of the user's own, a road into the machine that no PAM module watches): no start.
+ *
+ * Gated is who logged in as a user (the audit login uid, which takes a capability to change), and whoever
+ * descends from a task that once had an approval.  Not gated: logins of root and of system users, members
+ * of the break-glass group, and what a service still runs as root before the session is the user's.
+ */
+#include <linux/bpf.h>
+#include <linux/errno.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+#include "kernel_types.h"
+#include "layer.h"
+
+#define SIGKILL 9
+#define BLOCK 128 /* bytes of arguments compared at a time: the stack has 512 */
+#define GROUPS_MAX 128 /* as the PAM module reads */
+
+/* A gated task: that there is one says that it is gated. */
+struct state {
+	struct approval approval;
+	__u64 bprm; /* the exec under way, by its address; 0: none */
+	__u64 file; /* of the last step that was let through */
+	__u32 next; /* index in the chain */
+	__u32 tid; /* under which the arguments lie: an exec from a thread changes it */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8192);
+	__type(key, __u32);
+	__type(value, struct approval);
+} approvals SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 8192);
+	__type(key, struct page_key);
+	__type(value, struct page);
+} arguments SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct state);
+} states SEC(".maps");
+
+/* Audit sessions that a member of the break-glass group opened: his sudo to somebody else stays free. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, __u32);
+} free_sessions SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct settings);
+} settings SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} events SEC(".maps");
+
+/* ---- saying no --------------------------------------------------------------------------------- */
+
+static void count(__u32 which)
+{
+	__u64 *counter = bpf_map_lookup_elem(&counters, &which);
+
+	if (counter)
+		__sync_fetch_and_add(counter, 1);
+}
+
+static void tell(struct linux_binprm *bprm, struct task_struct *task, enum why why, __u32 enforced)
+{
+	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
+
+	if (!enforced)
+		count(COUNT_WOULD_STOP);
+	else
+		count(why == WHY_OTHER_ARGUMENTS ? COUNT_KILLED : COUNT_STOPPED);
+	if (!event) {
+		count(COUNT_LOST);
+		return;
+	}
+	event->why = why;
+	event->enforced = enforced;
+	event->tid = (__u32)task->pid;
+	event->tgid = (__u32)task->tgid;
+	event->uid = task->cred->uid.val;
+	event->loginuid = task->loginuid.val;
+	event->sessionid = task->sessionid;
+	event->unused = 0;
+	event->image.device = bprm->file->f_inode->i_sb->s_dev;
+	event->image.inode = bprm->file->f_inode->i_ino;
+	bpf_get_current_comm(event->comm, sizeof(event->comm));
+	if (bpf_probe_read_kernel_str(event->path, sizeof(event->path), bprm->filename) < 0)
+		event->path[0] = '\0';
+	bpf_ringbuf_submit(event, 0);
+}
+
+/* ---- who is gated ------------------------------------------------------------------------------ */
+
+static int in_group(const struct cred *cred, __u32 wanted)
+{
+	struct group_info *info = cred->group_info;
+	int total = info->ngroups;
+	kgid_t gid;
+
+	if (cred->gid.val == wanted)
+		return 1;
+	for (int i = 0; i < GROUPS_MAX; i++) {
+		if (i >= total || bpf_probe_read_kernel(&gid, sizeof(gid), &info->gid[i]))
+			return 0;
+		if (gid.val == wanted)
+			return 1;
+	}
+	return 0;
+}
+
+/* Break glass: looked at only before something would be stopped, so it costs nobody else anything. */
+static int breaks_glass(struct task_struct *task, const struct settings *set)
+{
+	__u32 session = task->sessionid, yes = 1;
+
+	if (bpf_map_lookup_elem(&free_sessions, &session))
+		return 1;
+	if (set->break_glass == NOBODY || !in_group(task->cred, set->break_glass))
+		return 0;
+	if (session != NOBODY)
+		bpf_map_update_elem(&free_sessions, &session, &yes, BPF_ANY);
+	return 1;
+}
+
+/*
+ * sshd, cron or login between pam_loginuid and the gate, and the helpers of other PAM modules: all root,
+ * and without the gate's filter, which nobody who ever was in a gated session can be.
+ */
+static int prepares_session(struct task_struct *task)
+{
+	const struct cred *cred = task->cred;
+
+	return task->seccomp.mode == 0 && cred->uid.val == 0 && cred->euid.val == 0 && cred->suid.val == 0 &&
+	       cred->fsuid.val == 0;
+}
+
+static int refuse(struct linux_binprm *bprm, struct task_struct *task, const struct state *state, enum why why)
+{
+	__u32 zero = 0;
+	const struct settings *set = bpf_map_lookup_elem(&settings, &zero);
+
+	if (!set)
+		return -EACCES;
+	if (!state && (prepares_session(task) || breaks_glass(task, set)))
+		return 0;
+	tell(bprm, task, why, set->enforce);
+	return set->enforce ? -EACCES : 0;
+}
+
+static int login_is_gated(const struct task_struct *task)
+{
+	__u32 zero = 0, login = task->loginuid.val;
+	const struct settings *set = bpf_map_lookup_elem(&settings, &zero);
+
+	return login != NOBODY && (!set || login >= set->uid_min);
+}
+
+/* ---- the file ---------------------------------------------------------------------------------- */
+
+static int is(const struct image *image, const struct file *file)
+{
+	return image->inode == file->f_inode->i_ino && image->device == file->f_inode->i_sb->s_dev;
+}
+
+/* The next step of an exec under way; a script must have a next one, and the last must be no script. */
+static int follows(struct state *state, struct linux_binprm *bprm)
+{
+	__u32 step = state->next;
+	int script = bprm->buf[0] == '#' && bprm->buf[1] == '!';
+
+	if (step >= CHAIN_MAX || step >= state->approval.count)
+		return 0;
+	if (!is(&state->approval.chain[step], bprm->file) || script != (step + 1 < state->approval.count))
+		return 0;
+	state->next = step + 1;
+	state->file = (__u64)bprm->file;
+	return 1;
+}
+
+/*
+ * Whether this very step was let through already.  While a new version of these programs takes over,
+ * both run, and the first has used the approval up.  It also lets an exec that failed half-way be tried
+ * again with the same file and arguments until its approval expires, which gains nobody anything.
+ */
+static int let_through(const struct state *state, struct linux_binprm *bprm)
+{
+	__u32 step = state->next - 1;
+
+	return state->bprm == (__u64)bprm && state->file == (__u64)bprm->file && step < CHAIN_MAX &&
+	       is(&state->approval.chain[step], bprm->file) && bpf_ktime_get_ns() < state->approval.expires;
+}
+
+/* Called for the file of an execve, and again for each interpreter that a script names. */
+SEC("lsm/bprm_check_security")
+int BPF_PROG(check_file, struct linux_binprm *bprm)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct state *state = bpf_task_storage_get(&states, task, 0, 0);
+	__u32 tid = (__u32)task->pid;
+	struct approval *approval;
+
+	if (bprm->interp != bprm->filename) {
+		/* An interpreter: its script was let through, or there is nothing to say that was not said. */
+		if (!state)
+			return login_is_gated(task) ? refuse(bprm, task, state, WHY_NO_APPROVAL) : 0;
+		if (state->bprm == (__u64)bprm && (follows(state, bprm) || let_through(state, bprm)))
+			return 0;
+		return refuse(bprm, task, state, WHY_OTHER_FILE);
+	}
+	approval = bpf_map_lookup_elem(&approvals, &tid);
+	if (!approval) {
+		if (state ? let_through(state, bprm) : !login_is_gated(task))
+			return 0;
+		return refuse(bprm, task, state, WHY_NO_APPROVAL);
+	}
+	if (!state)
+		state = bpf_task_storage_get(&states, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!state)
+		return -EACCES;
+	state->approval = *approval;
+	bpf_map_delete_elem(&approvals, &tid);
+	state->bprm = (__u64)bprm;
+	state->file = 0;
+	state->next = 0;
+	state->tid = tid;
+	if (bpf_ktime_get_ns() >= state->approval.expires)
+		return refuse(bprm, task, state, WHY_EXPIRED);
+	return follows(state, bprm) ? 0 : refuse(bprm, task, state, WHY_OTHER_FILE);
+}
+
+/* ---- the arguments ----------------------------------------------------------------------------- */
+
+struct comparison {
+	__u64 at; /* in the new program's memory */
+	__u32 bytes;
+	__u32 tid;
+	int same;
+};
+
+static long compare_block(__u32 number, struct comparison *with)
+{
+	__u64 block[BLOCK / 8] = {};
+	__u32 from = number * BLOCK;
+	struct page_key key = { with->tid, from / PAGE_BYTES };
+	struct page *page = bpf_map_lookup_elem(&arguments, &key);
+	__u32 first = (from % PAGE_BYTES) / 8, size = BLOCK;
+
+	with->same = 0;
+	if (!page || from >= with->bytes)
+		return 1;
+	if (with->bytes - from < BLOCK)
+		size = (with->bytes - from) & (BLOCK - 1);
+	if (bpf_copy_from_user(block, size, (const void *)(with->at + from)))
+		return 1;
+	for (__u32 i = 0; i < BLOCK / 8; i++)
+		if (block[i] != page->words[(first + i) % (PAGE_BYTES / 8)])
+			return 1;
+	with->same = 1;
+	return 0;
+}
+
+static long forget_page(__u32 number, const __u32 *tid)
+{
+	struct page_key key = { *tid, number };
+
+	bpf_map_delete_elem(&arguments, &key);
+	return 0;
+}
+
+/* The new program's memory is in place and its stack begins with its arguments; not one instruction has run. */
+SEC("lsm.s/bprm_committed_creds")
+int BPF_PROG(check_arguments, struct linux_binprm *bprm)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct state *state = bpf_task_storage_get(&states, task, 0, 0);
+	struct comparison with;
+	__u32 zero = 0, tid, bytes, whole;
+	struct settings *set;
+
+	if (!state || state->bprm != (__u64)bprm)
+		return 0;
+	state->bprm = 0;
+	bytes = state->approval.argv_bytes;
+	whole = state->next == state->approval.count;
+	if (whole && bytes == 0)
+		return 0;
+	tid = state->tid;
+	with.at = bprm->p;
+	with.bytes = bytes;
+	with.tid = tid;
+	with.same = 1;
+	if (bytes) {
+		bpf_loop((bytes + BLOCK - 1) / BLOCK, compare_block, &with, 0);
+		bpf_loop(PAGES_MAX, forget_page, &tid, 0);
+	}
+	if (whole && with.same && (__u32)bprm->argc == state->approval.argc)
+		return 0;
+	set = bpf_map_lookup_elem(&settings, &zero);
+	if (!set || set->enforce)
+		bpf_send_signal(SIGKILL);
+	tell(bprm, task, WHY_OTHER_ARGUMENTS, !set || set->enforce);
+	return 0;
+}
+
+/* ---- descent ----------------------------------------------------------------------------------- */
+
+/* A child of a gated task is gated, whatever it becomes. */
+SEC("lsm/task_alloc")
+int BPF_PROG(inherit, struct task_struct *task, unsigned long clone_flags)
+{
+	if (!bpf_task_storage_get(&states, bpf_get_current_task_btf(), 0, 0))
+		return 0;
+	return bpf_task_storage_get(&states, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE) ? 0 : -EAGAIN;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -1,0 +1,219 @@
+"""The agent's side of the kernel layer: writes an approval before each exec goes on, reads what was stopped.
+
+It loads nothing and attaches nothing (kernel_loader.py does, before logins); it opens what is pinned.
+Where nothing is, ``NoKernelLayer`` stands in its place, and the check after the exec has the last word.
+"""
+
+import grp
+import logging
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from persona_guest.gate.attempt import Attempt
+from persona_guest.kernel import bpf, layer_abi
+from persona_guest.kernel.layer_abi import Event
+from persona_guest.loop import READABLE, Loop
+from persona_guest.settings import Mode, Settings
+
+log = logging.getLogger("persona.kernel")
+
+# From the approval to the exec's last step: a file system that answers slower refuses the exec.
+_VALID_NS = 5_000_000_000
+_EVENTS_AT_ONCE = 64
+_KEYS_MAX = 65536
+
+
+class NoKernelLayer:
+    """A machine whose kernel has no such layer, or whose operator did not load it."""
+
+    active = False
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def approve(self, tid: int, attempt: Attempt, *, arguments: bool) -> bool:
+        """Nobody asks."""
+        return True
+
+    def withdraw(self, tid: int) -> None:
+        """Nothing was approved."""
+
+    def counts(self) -> dict[str, int]:
+        """Nothing was stopped."""
+        return {}
+
+
+class KernelLayer:
+    """The pinned maps, opened."""
+
+    active = True
+    why = ""
+
+    def __init__(self, directory: str) -> None:
+        """Raises ``OSError`` where it is not there as a whole."""
+        if not is_loaded(directory):
+            raise FileNotFoundError(2, "not loaded", directory)
+        self._directory = directory
+        self._approvals = bpf.Map(_pinned(directory, "approvals"), 4, layer_abi.APPROVAL.size)
+        self._arguments = bpf.Map(_pinned(directory, "arguments"), layer_abi.PAGE_KEY.size, layer_abi.PAGE_BYTES)
+        self._counters = bpf.Map(_pinned(directory, "counters"), 4, layer_abi.COUNTER.size)
+        self._events = bpf.RingBuffer(_pinned(directory, "events"), layer_abi.EVENTS_BYTES)
+        self._made = _made(directory)
+        self.fd = self._events.fd
+
+    def approve(self, tid: int, attempt: Attempt, *, arguments: bool) -> bool:
+        """To be called before the exec of thread ``tid`` is let go on; false = the kernel will refuse it.
+
+        With ``arguments`` the kernel also holds the task to its command line.
+        """
+        chain = [stage[0].kernel for stage in attempt.stages]
+        size = argc = 0
+        try:
+            if arguments:
+                size, argc = self._put_arguments(tid, attempt.final_argv)
+            value = layer_abi.approval(time.monotonic_ns() + _VALID_NS, chain, argc, size)
+            self._approvals.update(layer_abi.TID.pack(tid), value)
+        except (OSError, ValueError) as error:
+            log.error("no approval for thread %d: %s; the kernel refuses its exec", tid, error)
+            if isinstance(error, OSError) and bpf.is_full(error):
+                self.sweep()
+            return False
+        return True
+
+    def _put_arguments(self, tid: int, argv: tuple[bytes, ...]) -> tuple[int, int]:
+        """Size in bytes and number of the arguments; an empty argv reaches a program as one empty string."""
+        argv = argv or (b"",)  # Linux 5.18
+        flat = b"".join([argument + b"\0" for argument in argv])
+        if len(flat) > layer_abi.ARGV_MAX:
+            raise ValueError("longer than is compared")
+        for number, at in enumerate(range(0, len(flat), layer_abi.PAGE_BYTES)):
+            page = flat[at : at + layer_abi.PAGE_BYTES].ljust(layer_abi.PAGE_BYTES, b"\0")
+            self._arguments.update(layer_abi.PAGE_KEY.pack(tid, number), page)
+        return len(flat), len(argv)
+
+    def withdraw(self, tid: int) -> None:
+        """The task was gone before it could go on: its number may soon be another's."""
+        self._approvals.delete(layer_abi.TID.pack(tid))
+
+    def read_events(self, tell: Callable[[Event], None]) -> None:
+        """Hands on what the kernel reports; to be called when ``fd`` is readable."""
+        for raw in self._events.read(_EVENTS_AT_ONCE):
+            tell(layer_abi.event(raw))
+
+    def counts(self) -> dict[str, int]:
+        """How many were stopped, would have been (complain mode), were killed; and events that were lost."""
+        found = {}
+        for number, name in enumerate(layer_abi.COUNTERS):
+            value = self._counters.lookup(layer_abi.TID.pack(number))
+            found[name] = layer_abi.COUNTER.unpack(value)[0] if value else 0
+        return found
+
+    def sweep(self) -> None:
+        """Removes approvals that nobody used and arguments that nobody compared: of tasks that were killed."""
+        now = time.monotonic_ns()
+        for key in list(self._approvals.keys(_KEYS_MAX)):
+            value = self._approvals.lookup(key)
+            if value is not None and struct.unpack_from("=Q", value)[0] < now:
+                self._approvals.delete(key)
+        for key in list(self._arguments.keys(_KEYS_MAX)):
+            tid, _ = layer_abi.PAGE_KEY.unpack(key)
+            if not os.path.exists(f"/proc/{tid}"):
+                self._arguments.delete(key)
+
+    def is_current(self) -> bool:
+        """Whether what is loaded is still what this opened."""
+        return is_loaded(self._directory) and _made(self._directory) == self._made
+
+    def close(self) -> None:
+        """Lets go of the maps."""
+        for table in (self._approvals, self._arguments, self._counters):
+            table.close()
+        self._events.close()
+
+
+class LastWord:
+    """Who has the last word on this machine now: ``layer`` is the kernel's, or stands in its place.
+
+    ``check`` it now and then: an operator may load or unload the layer while the agent runs.
+    """
+
+    def __init__(self, settings: Settings, loop: Loop, tell: Callable[[Event], None]) -> None:
+        self._settings = settings
+        self._loop = loop
+        self._tell = tell
+        self.layer: KernelLayer | NoKernelLayer = NoKernelLayer("not looked at")
+        self._take()
+
+    def check(self) -> None:
+        """Takes up a layer that was loaded, lets go of one that is gone, and tidies."""
+        if isinstance(self.layer, KernelLayer):
+            if self.layer.is_current():
+                self.layer.sweep()
+                return
+            self._loop.unwatch(self.layer.fd)
+            self.layer.close()
+            log.critical("the kernel layer is not what it was any more")
+        elif not self._settings.paths.bpf_dir or not is_loaded(self._settings.paths.bpf_dir):
+            return
+        self._take()
+
+    def _take(self) -> None:
+        self.layer = attach(self._settings)
+        if isinstance(self.layer, KernelLayer):
+            layer = self.layer
+            self._loop.watch(layer.fd, READABLE, lambda _events: layer.read_events(self._tell))
+            log.info("the kernel has the last word on program starts")
+        else:
+            log.warning("no kernel layer (%s): what starts is checked after the start", self.layer.why)
+
+
+def attach(settings: Settings) -> KernelLayer | NoKernelLayer:
+    """The layer as it is loaded now, told the mode; or what stands in its place, saying why."""
+    directory = settings.paths.bpf_dir
+    if not directory:
+        return NoKernelLayer("switched off")
+    try:
+        layer = KernelLayer(directory)
+        configure(settings)
+    except OSError as error:
+        return NoKernelLayer(f"{directory}: {error.strerror or error}")
+    return layer
+
+
+def home(directory: str) -> Path:
+    """Where the maps of this version are pinned; the programs' links are in ``links`` below."""
+    return Path(directory) / layer_abi.LAYOUT
+
+
+def is_loaded(directory: str) -> bool:
+    """Whether every program of the layer is attached and pinned."""
+    return all(os.path.exists(f"{directory}/{layer_abi.LAYOUT}/links/{name}") for name in layer_abi.PROGRAMS)
+
+
+def configure(settings: Settings) -> None:
+    """Writes mode and exemptions where the programs read them.  Raises ``OSError``."""
+    table = bpf.Map(_pinned(settings.paths.bpf_dir, "settings"), 4, layer_abi.SETTINGS.size)
+    try:
+        enforce = settings.mode is Mode.ENFORCE
+        group = _gid(settings.gate.break_glass_group)
+        table.update(bytes(4), layer_abi.SETTINGS.pack(enforce, settings.gate.uid_min, group, 0))
+    finally:
+        table.close()
+
+
+def _gid(group: str) -> int:
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        return layer_abi.NOBODY
+
+
+def _pinned(directory: str, name: str) -> int:
+    return bpf.open_pinned(f"{home(directory)}/{name}")
+
+
+def _made(directory: str) -> int:
+    return os.stat(home(directory) / "approvals").st_ino
