@@ -15,6 +15,7 @@ lint: ## ruff (format and lint), mypy --strict, shellcheck, the C sources with w
 	shellcheck -x scripts/lib.sh scripts/test scripts/demo scripts/lab scripts/persona scripts/build-debs .ci/run packaging/etc/persona.sh \
 	    packaging/debian/*.postinst packaging/debian/*.prerm packaging/debian/*.postrm
 	$(MAKE) -s -C guest/pam
+	$(MAKE) -s -C guest/bpf
 
 format: ## ruff, in place
 	$(PYTHON) -m ruff format -q .
@@ -41,3 +42,4 @@ demo: ## real ssh sessions in a real guest, allowed and denied (root)
 clean: ## what was built here; the guest image's cache stays
 	rm -rf build
 	$(MAKE) -s -C guest/pam clean
+	$(MAKE) -s -C guest/bpf clean

@@ -4,7 +4,7 @@
 # What the demo needs: builds the packages, makes and boots the guest, runs the broker.
 DEMO_PACKAGES="python3 python3-flask gunicorn python3-yaml python3-psutil openssl openssh-client \
 mmdebstrap e2fsprogs qemu-utils qemu-system-x86 build-essential dpkg-dev debhelper dh-python \
-libpam0g-dev fakeroot git ca-certificates tzdata"
+libpam0g-dev clang libbpf-dev fakeroot git ca-certificates tzdata"
 
 # What the tests need besides.
 TEST_PACKAGES="python3-venv python3-systemd python3-apt python3-jeepney shellcheck pamtester lintian rsync openssh-server make gcc-multilib procps \

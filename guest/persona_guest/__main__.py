@@ -26,6 +26,7 @@ from persona_guest.core.leases import LeaseBook
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.kernel_layer import LastWord
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.health import Reporter, Watch
 from persona_guest.ipc.pam_socket import PamSocket
@@ -52,9 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=["run", "check-config", "release"],
+        choices=["run", "check-config", "release", "load-kernel", "unload-kernel"],
         default="run",
-        help="release: let every gated session go on ungated, before the package is removed",
+        help="release: let every gated session go on ungated, before the package is removed; "
+        "load-kernel: put the kernel layer in place or replace it; unload-kernel: take it away",
     )
     arguments = parser.parse_args(argv)
     try:
@@ -69,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.command == "release":
         return _release(settings)
+    if arguments.command.endswith("-kernel"):
+        from persona_guest.gate import kernel_loader  # only these two pay for it
+
+        return kernel_loader.main(arguments.command, settings)
     return run(settings)
 
 
@@ -103,6 +109,7 @@ def run(settings: Settings) -> int:
     def ask(request: Request, done: Callable[[Decision], None]) -> None:
         questions.decide(request, done)
 
+    last_word = LastWord(settings, loop, lambda event: agent.stopped(event))
     supervisor = Supervisor(
         settings,
         loop,
@@ -110,11 +117,12 @@ def run(settings: Settings) -> int:
         leases,
         inflight,
         guard,
+        last_word,
         ask,
         recorder.add,
         lambda session: agent.ended(session),
     )
-    agent = Agent(settings, supervisor, leases, questions, keeping, recorder.add)
+    agent = Agent(settings, supervisor, last_word, leases, questions, keeping, recorder.add)
 
     def release() -> None:
         log.warning("released: %d sessions go on ungated", len(supervisor.sessions))
@@ -138,6 +146,7 @@ def run(settings: Settings) -> int:
     health = Reporter(settings.broker, Watch(settings.gate.uid_min, agent.layers))
     loop.call_every(1.0, lambda: identifier.refresh(time.monotonic()))
     loop.call_every(5.0, agent.announce_again)
+    loop.call_every(10.0, last_word.check)
     loop.call_every(0.25, lambda: link.sweep(time.monotonic()))
     interval = systemd.watchdog_interval()
     if interval is not None:

@@ -26,11 +26,12 @@ from persona_guest.core.leases import LeaseBook
 from persona_guest.core.messages import admission_line, printable
 from persona_guest.core.pam_wire import Caller, Verdict, reply
 from persona_guest.core.sessions import Session, from_json, to_json
+from persona_guest.gate.kernel_layer import LastWord
 from persona_guest.gate.pending import Gated
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.pam_socket import Reply
 from persona_guest.ipc.standby_socket import Keeping
-from persona_guest.kernel import seccomp
+from persona_guest.kernel import layer_abi, seccomp
 from persona_guest.kernel.task import Task
 from persona_guest.questions import UNANSWERED, Admitted, Questions
 from persona_guest.settings import Mode, Settings
@@ -47,6 +48,7 @@ class Agent:
         self,
         settings: Settings,
         supervisor: Supervisor,
+        last_word: LastWord,
         leases: LeaseBook,
         questions: Questions,
         keeping: Keeping,
@@ -54,6 +56,7 @@ class Agent:
     ) -> None:
         self.settings = settings
         self.supervisor = supervisor
+        self.last_word = last_word
         self.leases = leases
         self.questions = questions
         self.connection = "connecting"
@@ -95,6 +98,7 @@ class Agent:
         def answered(result: Admitted | Denied) -> None:
             if isinstance(result, Admitted) and self.questions.streaming:
                 self._recent.keep(pid, session.subject, result, self.leases.generation, time.monotonic())
+            result = self._unguarded() or result
             if isinstance(result, Admitted) or self.settings.mode is Mode.COMPLAIN:
                 reply_to(reply(Verdict.PASS))
             else:
@@ -127,6 +131,11 @@ class Agent:
 
         Otherwise asks it first, and calls neither if the opener has gone away meanwhile.
         """
+        unguarded = self._unguarded()
+        if unguarded is not None:
+            self._note_admission(session, unguarded)
+            refuse(unguarded)
+            return
         recent = self._recent.take(session.monitor, session.subject, self.leases.generation, time.monotonic())
         if recent is not None and self.questions.streaming:
             self._opening[session.id] = (session, recent)
@@ -155,6 +164,14 @@ class Agent:
             gate()
 
         self.questions.admit(session, answered, opening=True)
+
+    def _unguarded(self) -> Denied | None:
+        """Why no session may open on a machine whose operator demands the kernel layer."""
+        layer = self.last_word.layer
+        if layer.active or not self.settings.gate.require_kernel_layer or self.settings.mode is Mode.COMPLAIN:
+            return None
+        help = f"guest.toml demands the kernel layer, which is not active: {layer.why}"
+        return Denied(Reason.KERNEL_LAYER_MISSING, help=help)
 
     def _announce(self, session: Session) -> None:
         """Tells the broker that a session exists; ``announce_again`` repeats what did not arrive."""
@@ -298,6 +315,33 @@ class Agent:
             complain=self.settings.mode is Mode.COMPLAIN,
         )
 
+    def stopped(self, event: layer_abi.Event) -> None:
+        """The kernel stopped, killed or would have stopped an exec that nobody had approved."""
+        gated = next(
+            (one for one in self.supervisor.sessions.values() if one.session.audit == event.audit_session), None
+        )
+        if gated is None or event.audit_session is None:
+            gated = self.supervisor.find(event.tgid)
+        session = gated.session if gated else None
+        name = session.subject.user if session else user_name(event.uid if event.login is None else event.login)
+        self._record(
+            Record(
+                at=time.time(),
+                session=session.id if session else "",
+                user=name,
+                program=event.path,
+                argv=(),
+                decision="denied",
+                reason=event.reason,
+                persona=None,
+                persona_version=None,
+                policy=None,
+                event="killed" if event.reason is Reason.OTHER_ARGUMENTS else "stopped",
+                leased=False,
+                complain=not event.enforced,
+            )
+        )
+
     # --- what users ask ---------------------------------------------------------------------------
 
     def greeting(self, session: Session) -> str | None:
@@ -313,6 +357,7 @@ class Agent:
         """What ``persona status`` shows without asking the broker."""
         session = gated.session if gated else None
         current = self._current(gated)
+        layer = self.last_word.layer
         return {
             "ok": True,
             "gated": gated is not None,
@@ -326,6 +371,7 @@ class Agent:
             "network": [],
             "lease_s": self.leases.remaining(gated.holder, time.monotonic()) if gated else None,
             "layers": self.layers(),
+            "kernel": {"why_not": layer.why, **layer.counts()},
             "broker": self.connection,
             "standby": self._keeping.connected,
             "generation": self.leases.generation,
@@ -336,7 +382,8 @@ class Agent:
 
     def layers(self) -> dict[str, bool]:
         """The parts of the gate by name, and whether each is active.  Safe to call from any thread."""
-        return {"seccomp": True, "bpf": False, "verify": True}
+        active = self.last_word.layer.active
+        return {"seccomp": True, "bpf": active, "verify": not active}
 
     def _current(self, gated: Gated | None) -> tuple[dict[str, Any] | None, str | None]:
         if gated is None:

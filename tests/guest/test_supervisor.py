@@ -11,10 +11,11 @@ from persona_guest.gate import attempt
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.kernel_layer import LastWord
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.kernel import seccomp
 from persona_guest.loop import Loop
-from persona_guest.settings import Mode, Settings
+from persona_guest.settings import Mode, Paths, Settings
 
 from persona.decisions import Decision, Granted, Lease, PersonaRef, Request, Subject, Width
 
@@ -47,9 +48,11 @@ def supervise(listener: int, decide: Callable[[Request], Decision]) -> None:
     def ask(request: Request, done: Callable[[Decision], None]) -> None:
         done(decide(request))
 
+    settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""))
     supervisor = Supervisor(
-        Settings(mode=Mode.ENFORCE), loop, Identifier(Settings().gate), LeaseBook(), InFlight(),
-        Guard(lambda: None), ask, lambda record: None, lambda session: loop.stop(),
+        settings, loop, Identifier(Settings().gate), LeaseBook(), InFlight(),
+        Guard(lambda: None), LastWord(settings, loop, lambda event: None), ask,
+        lambda record: None, lambda session: loop.stop(),
     )  # fmt: skip
     session = Session("s-1", Subject("u", (), "vm"), os.getuid(), "t", "", "/nonexistent", os.getpid(), None, 0)
     supervisor.add(session, listener)

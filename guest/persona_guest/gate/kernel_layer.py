@@ -34,9 +34,8 @@ class NoKernelLayer:
     def __init__(self, why: str) -> None:
         self.why = why
 
-    def approve(self, tid: int, attempt: Attempt, *, arguments: bool) -> bool:
+    def approve(self, tid: int, attempt: Attempt, *, arguments: bool) -> None:
         """Nobody asks."""
-        return True
 
     def withdraw(self, tid: int) -> None:
         """Nothing was approved."""
@@ -64,8 +63,8 @@ class KernelLayer:
         self._made = _made(directory)
         self.fd = self._events.fd
 
-    def approve(self, tid: int, attempt: Attempt, *, arguments: bool) -> bool:
-        """To be called before the exec of thread ``tid`` is let go on; false = the kernel will refuse it.
+    def approve(self, tid: int, attempt: Attempt, *, arguments: bool) -> None:
+        """To be called before the exec of thread ``tid`` is let go on; where it fails the kernel refuses the exec.
 
         With ``arguments`` the kernel also holds the task to its command line.
         """
@@ -73,6 +72,8 @@ class KernelLayer:
         size = argc = 0
         try:
             if arguments:
+                if not attempt.complete:
+                    raise ValueError("longer than is read")
                 size, argc = self._put_arguments(tid, attempt.final_argv)
             value = layer_abi.approval(time.monotonic_ns() + _VALID_NS, chain, argc, size)
             self._approvals.update(layer_abi.TID.pack(tid), value)
@@ -80,8 +81,6 @@ class KernelLayer:
             log.error("no approval for thread %d: %s; the kernel refuses its exec", tid, error)
             if isinstance(error, OSError) and bpf.is_full(error):
                 self.sweep()
-            return False
-        return True
 
     def _put_arguments(self, tid: int, argv: tuple[bytes, ...]) -> tuple[int, int]:
         """Size in bytes and number of the arguments; an empty argv reaches a program as one empty string."""

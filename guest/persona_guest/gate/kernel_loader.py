@@ -8,6 +8,7 @@ there, over the same maps, and only then takes its place: at no instant is no pr
 import contextlib
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,3 +94,32 @@ def unload(directory: str) -> None:
         shutil.rmtree(links)  # programs first: without maps they would refuse everybody
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(directory)
+
+
+def main(command: str, settings: Settings) -> int:
+    """``load-kernel`` and ``unload-kernel``; the exit code: 0 done, 1 refused though the kernel should be able to.
+
+    A kernel that has no BPF LSM is no failure: the agent then checks after each start, and says so.
+    """
+    machine = Machine()
+    kept = Path(settings.paths.state_dir) / "verifier.log"
+    try:
+        if command == "unload-kernel":
+            unload(settings.paths.bpf_dir)
+            return 0
+        lacking = machine.lacks(settings.paths.bpf_dir)
+        if lacking is not None:
+            print(f"persona-agent: no kernel layer: {lacking}", file=sys.stderr)
+            return 0
+        load(settings, machine)
+    except KernelLayerError as error:
+        print(f"persona-agent: {error.message}", file=sys.stderr)
+        if error.log:
+            kept.write_text(error.log)
+            print(f"persona-agent: what the verifier says is in {kept}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"persona-agent: {command}: {error}", file=sys.stderr)
+        return 1
+    kept.unlink(missing_ok=True)
+    return 0

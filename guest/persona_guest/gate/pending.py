@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from persona.decisions import Denied, Granted
+from persona.decisions import Denied, Granted, Width
 from persona_guest.core.sessions import Session
 from persona_guest.gate.attempt import Attempt
 from persona_guest.gate.identity import Image
@@ -37,3 +37,11 @@ class Pending:
     stage: int = 0
     denials: tuple[Denied, ...] = ()
     leased: bool = True
+
+    def hangs_on_arguments(self, granted: Granted | None) -> bool:
+        """Whether the answer would be another one for other arguments.
+
+        Of a command line too long to read, no argument can have mattered but the name of a multi-call program.
+        """
+        narrow = granted is not None and granted.lease.width is Width.ARGV and self.attempt.complete
+        return narrow or any(found.multicall for found, _ in self.attempt.stages)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from persona.codec import Record
-from persona.decisions import Decision, Denied, Granted, Request, Width
+from persona.decisions import Decision, Denied, Granted, Request
 from persona.problems import Reason
 from persona_guest.core.leases import LeaseBook, Question
 from persona_guest.core.messages import denial_line, shown_name
@@ -23,6 +23,7 @@ from persona_guest.gate import own
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identified, Identifier, Image, image_of
 from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.kernel_layer import LastWord
 from persona_guest.gate.notes import Notes
 from persona_guest.gate.pending import Gated, Pending
 from persona_guest.gate.terminal import tell
@@ -52,6 +53,7 @@ class Supervisor:
         leases: LeaseBook,
         inflight: InFlight,
         guard: Guard,
+        last_word: LastWord,
         ask: Ask,
         record: Callable[[Record], None],
         ended: Callable[[Session], None],
@@ -65,6 +67,7 @@ class Supervisor:
         self._leases = leases
         self._inflight = inflight
         self._guard = guard
+        self._last_word = last_word
         self._ask = ask
         self.notes = Notes(loop, record, complain=settings.mode is Mode.COMPLAIN)
         self._ended = ended
@@ -267,14 +270,17 @@ class Supervisor:
 
     def _allow(self, pending: Pending, granted: Granted | None) -> None:
         gated = pending.gated
+        layer = self._last_word.layer
         # complain mode lets go on what it would deny: a look could not tell that from a race
-        enforcing = self.settings.mode is Mode.ENFORCE
+        verifying = self.settings.mode is Mode.ENFORCE and not layer.active
         try:
-            look = self._before(pending, granted) if enforcing else None
+            look = self._before(pending, granted) if verifying else None
         except OSError:  # killed while it waited, or no descriptor left: never leave it waiting
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
             return
+        layer.approve(pending.task.tid, pending.attempt, arguments=pending.hangs_on_arguments(granted))
         if not self._go_on(gated, pending.ident, pending.slot):
+            layer.withdraw(pending.task.tid)
             if look is not None:
                 look[0].close()
             return  # what was read may have been another task's
@@ -289,8 +295,7 @@ class Supervisor:
         attempt, task = pending.attempt, pending.task
         before = Image(*task.running())
         argv = argv_before = None
-        # of a command line too long to read, no argument can have mattered
-        if granted is not None and granted.lease.width is Width.ARGV and attempt.complete:
+        if attempt.complete and pending.hangs_on_arguments(granted):
             argv = b"".join(argument + b"\0" for argument in attempt.final_argv)
             argv_before = task.command_line(65536) if before == attempt.final else None
         return Process(task.tid), Expectation(before, attempt.final, argv, argv_before)
@@ -302,6 +307,7 @@ class Supervisor:
         complain = self.settings.mode is Mode.COMPLAIN
         self.notes.add(pending, "exec", denied)
         if complain:
+            self._last_word.layer.approve(pending.task.tid, pending.attempt, arguments=False)
             self._go_on(gated, pending.ident, pending.slot)
         else:
             if self._may_speak(gated):

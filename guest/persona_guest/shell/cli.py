@@ -78,7 +78,8 @@ def _status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     if not status["gated"]:
         name = "none: this session is not gated"
     layers = [layer for layer, active in status["layers"].items() if active]
-    missing = [layer for layer, active in status["layers"].items() if not active]
+    # the look after the start is what there is where the kernel has no last word: it is not missed there
+    missing = [] if status["layers"]["bpf"] else [f"bpf, {status['kernel']['why_not']}"]
     lease = f"{status['lease_s']:.0f} s" if status["lease_s"] else "none"
     lines = [
         ("persona", name),
