@@ -330,7 +330,7 @@ class Agent:
                 session=session.id if session else "",
                 user=name,
                 program=event.path,
-                argv=(),
+                argv=(event.path,),
                 decision="denied",
                 reason=event.reason,
                 persona=None,

@@ -21,7 +21,7 @@ PAGE_BYTES = 4096
 APPROVAL = struct.Struct(f"=QIIII{2 * CHAIN_MAX}Q")
 SETTINGS = struct.Struct("=IIII")
 COUNTER = struct.Struct("=Q")
-_EVENT = struct.Struct("=8IQQ16s256s")
+EVENT = struct.Struct("=8IQQ16s256s")
 
 COUNTERS = ("stopped", "would_stop", "killed", "lost")
 
@@ -65,7 +65,7 @@ def kernel_device(st_dev: int) -> int:
 
 def event(raw: bytes) -> Event:
     """struct event.  Raises ``struct.error`` or ``KeyError`` for what is none."""
-    why, enforced, tid, tgid, uid, login, session, _, device, inode, comm, path = _EVENT.unpack(raw)
+    why, enforced, tid, tgid, uid, login, session, _, device, inode, comm, path = EVENT.unpack(raw)
     return Event(
         _REASONS[why],
         bool(enforced),

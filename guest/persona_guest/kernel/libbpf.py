@@ -5,7 +5,7 @@ Only the loader uses them, for a moment, with the capabilities that it takes; no
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 _LOG_BYTES = 1 << 20
@@ -87,7 +87,7 @@ class BpfObject:
         finally:
             self._lib.bpf_link__destroy(link)  # our hold on it; the pin keeps it
 
-    def _each(self, step: ctypes._FuncPointer) -> Iterator[int]:  # type: ignore[name-defined,unused-ignore]
+    def _each(self, step: Callable[[int, int | None], int | None]) -> Iterator[int]:
         found = step(self._object, None)
         while found:
             yield found
