@@ -1,6 +1,7 @@
 """The kernel has the last word: no race, no dead agent and no side door gets past the gate."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, await_connected, configure
 
 PROGRAMS = Path(__file__).parent / "programs"
-TRIES, SECONDS = 20_000, 40  # whichever ends first
+TRIES, SECONDS = 20_000, int(os.environ.get("PERSONA_RACE_SECONDS", "15"))  # whichever ends first
 
 WAYS = {
     "plain", "shell", "setuid", "self", "execveat", "ld.so", "memfd", "unlinked", "script", "no_new_privs",
@@ -59,7 +60,7 @@ def test_no_race_is_won(guest: Machine, broker: Broker, static_c: Compiler, who:
     put(guest, static_c, "race")
     guest.must("rm -rf /tmp/race; mkdir -m 777 /tmp/race")
     before = kernel(guest)
-    done = guest.ssh("carol", f"race {who} {what} {TRIES} {SECONDS} /tmp/race", timeout=SECONDS * 5)
+    done = guest.ssh("carol", f"race {who} {what} {TRIES} {SECONDS} /tmp/race 2>/dev/null", timeout=SECONDS * 5)
     assert done.code == 0, done.text
     tries = int(done.out)
     count = "find /tmp/race -name '%s-*' | wc -l"
@@ -158,7 +159,7 @@ print(run("marked", "-c", *(f"name-{i}" * 8 for i in range(200))))   # some 14 K
 print(run("marked", "-c", *("x" * 4000 for i in range(16))))         # 64,000 bytes
 print(run("marked", "-c", *("" for i in range(1000))))
 print(run("marked", "-c", "x" * 127), run("marked", "-c", "x" * 4096), run("marked", "-c", "x" * (4096 - 11)))
-print(run("marked", "a", "b/wrong-1"))
+print(run("marked", "b/wrong-1"))
 """
     done = guest.ssh("carol", "cd $(mktemp -d); python3 -", stdin=lines)
     codes = [int(word) for word in done.out.split()]
@@ -192,11 +193,11 @@ def test_nobody_is_locked_out(guest: Machine) -> None:
     )
     try:
         assert "Nmap version" in guest.ssh("root", "nmap --version").out
-        assert guest.ssh("root", "su -s /bin/sh nobody -c id; sudo -u alice id; exit 0").out.count("uid=") == 2
+        assert guest.ssh("root", "su -s /bin/sh games -c id; sudo -u alice id; exit 0").out.count("uid=") == 2
         assert "Nmap version" in guest.ssh("sysop", "nmap --version").out
-        inside = "nmap --version; sudo -n id -u; sudo -n -u nobody id -u; sudo -n -i sh -c 'id -u'"
+        inside = "nmap --version; sudo -n id -u; sudo -n -u games id -u; sudo -n -i sh -c 'id -u'"
         done = guest.ssh("admin", inside)
-        assert done.out.split()[-3:] == ["0", "65534", "0"], done.text
+        assert done.out.split()[-3:] == ["0", "5", "0"], done.text
         assert kernel(guest) == before
         guest.must("gpasswd -d admin persona-break-glass")
         assert guest.ssh("admin", "true").code == 255  # a user like any other again: no policy names him

@@ -55,7 +55,9 @@ class Map:
         self._key = bytearray(key_size)
         self._value = bytearray(value_size)
         self._held = _array(self._key), _array(self._value)  # neither moves nor changes its size while this is held
-        self._element = _Element(fd, *map(ctypes.addressof, self._held), 0)
+        key, value = map(ctypes.addressof, self._held)
+        self._element = _Element(fd, key, value, 0)
+        self._key_only = _Element(fd, key, 0, 0)  # bpf(2) refuses fields that a command does not have
         # what does not change from call to call is looked up once: this is on the path of every exec
         self._number = _SYS_BPF[platform.machine()]
         self._at = ctypes.byref(self._element)
@@ -82,7 +84,7 @@ class Map:
         """Removes an element that may be gone already."""
         self._key[:] = key
         with contextlib.suppress(FileNotFoundError):
-            _bpf(_MAP_DELETE_ELEM, self._element)
+            _bpf(_MAP_DELETE_ELEM, self._key_only)
 
     def keys(self, limit: int) -> Iterator[bytes]:
         """At most ``limit`` keys, as they are found; others may come and go meanwhile."""
