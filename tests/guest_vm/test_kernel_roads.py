@@ -1,0 +1,202 @@
+"""Roads into the machine that no PAM module watches, and times when nobody answers: nothing unapproved starts."""
+
+import json
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.guest_vm.conftest import Compiler
+from tests.guest_vm.machine import Machine
+from tests.guest_vm.site import Broker, await_connected, configure
+from tests.guest_vm.test_kernel import WAYS, kernel, put, sidedoor
+
+EXECS = 1000
+
+
+@pytest.fixture
+def unwatched(guest: Machine) -> Iterator[Machine]:
+    """The PAM module left out of every stack, the agent running."""
+    guest.must("loginctl terminate-user alice || true; pam-auth-update --package --remove persona")
+    try:
+        yield guest
+    finally:
+        guest.must("loginctl disable-linger alice; pam-auth-update --package; crontab -u alice -r 2>/dev/null || true")
+        guest.must("systemctl stop user@1000.service || true")
+
+
+def test_logins_are_gated_without_the_pam_module(unwatched: Machine) -> None:
+    before = kernel(unwatched)
+    done = unwatched.ssh("alice", "echo in")
+    assert done.code != 0
+    assert "in" not in done.out
+    assert kernel(unwatched)["stopped"] > before["stopped"]
+    assert unwatched.ssh("root", "echo in").out == "in\n"
+
+
+def test_the_user_manager_is_gated_without_the_pam_module(unwatched: Machine) -> None:
+    before = kernel(unwatched)
+    unwatched.root("loginctl enable-linger alice; sleep 3")
+    assert unwatched.root("systemctl is-active user@1000.service").out.strip() != "active"
+    assert kernel(unwatched)["stopped"] > before["stopped"]
+
+
+def test_at_and_cron_are_gated_without_the_pam_module(unwatched: Machine) -> None:
+    unwatched.must("rm -f /tmp/side-*; chmod 666 /dev/null; systemctl restart cron atd")
+    before = kernel(unwatched)
+    # an ungated alice would have queued these: root does it for her, which is nobody's login
+    unwatched.must("setpriv --reuid 1000 --regid 1000 --clear-groups sh -c 'echo \"touch /tmp/side-at\" | at now'")
+    unwatched.must("printf '* * * * * touch /tmp/side-cron\\n' | crontab -u alice -")
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and kernel(unwatched)["stopped"] < before["stopped"] + 2:
+        time.sleep(3)
+    assert kernel(unwatched)["stopped"] >= before["stopped"] + 2
+    assert unwatched.root("ls /tmp/side-*").code != 0
+
+
+def test_a_manager_from_before_starts_nothing_and_a_new_login_is_gated_as_ever(unwatched: Machine) -> None:
+    # in complain mode alice lingers and has a session, both without the gate; then the operator enforces
+    unwatched.must("sed -i 's/^mode.*/mode = \"complain\"/' /etc/persona/guest.toml; systemctl restart persona-agent")
+    await_connected(unwatched)
+    unwatched.must("loginctl enable-linger alice; sleep 3; systemctl is-active user@1000.service")
+    with unwatched.session("alice") as session:
+        assert session.ask("ls -d /etc") == "/etc\n"
+        assert "Nmap" in session.ask("systemd-run --user --wait --pipe -q nmap --version", timeout=60)
+        unwatched.must(
+            "sed -i 's/^mode.*/mode = \"enforce\"/' /etc/persona/guest.toml; systemctl restart persona-agent"
+        )
+        await_connected(unwatched)
+        assert "Permission denied" in session.ask("ls -d /etc")
+        assert "Nmap" not in session.ask("systemd-run --user --wait --pipe -q nmap --version", timeout=60)
+        unwatched.must(
+            "XDG_RUNTIME_DIR=/run/user/1000 setpriv --reuid 1000 --regid 1000 --init-groups"
+            " busctl --user call org.freedesktop.systemd1 /org/freedesktop/systemd1"
+            " org.freedesktop.systemd1.Manager StartUnit ss dbus.service replace || true"
+        )
+    unwatched.must("pam-auth-update --package")
+    assert unwatched.ssh("alice", "ls -d /etc").out == "/etc\n"
+    assert unwatched.ssh("alice", "nmap --version").code == 126
+
+
+def tally(text: str) -> dict[str, int]:
+    """What ``sort | uniq -c`` counted."""
+    return {word: int(number) for number, word in map(str.split, text.splitlines())}
+
+
+def killer(guest: Machine, times: int) -> threading.Thread:
+    def kill() -> None:
+        for _ in range(times):
+            time.sleep(2)
+            guest.must("systemctl kill -s KILL persona-agent")
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def test_the_agent_is_killed_in_the_middle_of_a_thousand_execs(guest: Machine) -> None:
+    guest.must("rm -f /tmp/unapproved; sleep 1")
+    with guest.session("carol") as session:
+        assert session.ask("/usr/bin/true && echo ready") == "ready\n"
+        session.write(
+            f"for i in $(seq {EXECS // 20}); do for j in $(seq 10); do (/usr/bin/expr $i + $j >/dev/null && echo ok"
+            " || echo refused) & (/usr/local/bin/forbidden /tmp/unapproved 2>/dev/null && echo BAD || echo denied) &"
+            " done; wait; done 2>/dev/null | sort | uniq -c"
+        )
+        thread = killer(guest, 3)
+        counted = tally(session.read(timeout=400))
+        thread.join()
+        assert "BAD" not in counted
+        assert counted["ok"] + counted.get("refused", 0) == EXECS // 2
+        assert counted["ok"] >= EXECS // 2 - 5  # an exec whose approval died with the agent is refused
+        await_connected(guest)
+        assert session.ask("ls -d /etc") == "/etc\n"  # the same session goes on
+    assert guest.root("test -e /tmp/unapproved").code == 1
+
+
+def test_no_gap_while_the_layer_is_replaced_and_the_agent_restarts(guest: Machine, static_c: Compiler) -> None:
+    put(guest, static_c, "sidedoor")
+    guest.must("rm -f /tmp/enough; mkdir -p -m 777 /tmp/probe")
+    with guest.session("root") as probe, guest.session("carol") as session:
+        assert session.ask("/usr/bin/true && echo ready") == "ready\n"
+        # a subshell with carol's login uid, and no gate, that tries every side door again and again
+        probe.write(
+            "(echo 1002 > /proc/self/loginuid; exec bash -c 'while test ! -e /tmp/enough; do sidedoor 1002 /tmp/probe;"
+            " done') | sort | uniq -c"
+        )
+        session.write(
+            "while test ! -e /tmp/enough; do /usr/bin/true && echo ok || echo refused; done 2>/dev/null"
+            " | sort | uniq -c"
+        )
+        for _ in range(5):
+            guest.must("systemctl reload persona-kernel")
+        guest.must("systemctl restart persona-kernel persona-agent")
+        guest.must("dpkg -i /root/debs/persona-guest_*.deb", timeout=300)
+        guest.must("persona-agent load-kernel; touch /tmp/enough")
+        seen = {tuple(line.split()[1:]) for line in probe.read(timeout=120).splitlines()}
+        assert seen == {(way, "stopped") for way in WAYS}
+        counted = tally(session.read(timeout=120))
+        assert set(counted) == {"ok"}, counted
+    assert len(guest.must("ls /sys/fs/bpf/persona/*/links").split()) == 3
+
+
+def test_a_machine_that_demands_the_layer_opens_no_session_without_it(guest: Machine, broker: Broker) -> None:
+    configure(guest, broker, extra="[gate]\nrequire_kernel_layer = true\n")
+    try:
+        assert guest.ssh("alice", "ls -d /etc").out == "/etc\n"
+        guest.must("persona-agent unload-kernel; systemctl restart persona-agent")
+        await_connected(guest)
+        refused = guest.ssh("alice", "true")
+        assert refused.code == 255
+        assert "kernel_layer_missing" in refused.err
+        assert guest.ssh("root", "echo in").out == "in\n"
+        guest.must("persona-agent load-kernel")
+        deadline = time.monotonic() + 30
+        while '"bpf": false' in guest.must("persona status --json") and time.monotonic() < deadline:
+            time.sleep(1)
+        assert guest.ssh("alice", "ls -d /etc").out == "/etc\n"  # no restart was needed
+    finally:
+        guest.must("persona-agent load-kernel")
+        configure(guest, broker)
+
+
+def test_an_object_that_the_verifier_refuses_leaves_the_old_one_in_place(guest: Machine, static_c: Compiler) -> None:
+    put(guest, static_c, "sidedoor")
+    # the section's name says which hook; one byte makes it a hook whose argument is no task
+    guest.must(
+        "cp /usr/lib/persona/persona.bpf.o /root/good.o;"
+        "sed -i 's,lsm/task_alloc,lsm/task_allox,' /usr/lib/persona/persona.bpf.o"
+    )
+    try:
+        assert guest.root("systemctl reload persona-kernel").code != 0
+        assert sidedoor(guest) == dict.fromkeys(WAYS, "stopped")
+        assert guest.ssh("alice", "ls -d /etc").out == "/etc\n"
+    finally:
+        guest.must("cp /root/good.o /usr/lib/persona/persona.bpf.o; systemctl reload persona-kernel")
+
+
+def test_the_layer_is_there_after_a_reboot_before_anybody_logs_in(guest: Machine, static_c: Compiler) -> None:
+    put(guest, static_c, "sidedoor")
+    boot = guest.must("cat /proc/sys/kernel/random/boot_id")
+    guest.root("systemctl --no-block reboot")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        time.sleep(3)
+        try:
+            if guest.ssh("root", "cat /proc/sys/kernel/random/boot_id", timeout=20).out not in ("", boot):
+                break
+        except subprocess.TimeoutExpired:
+            continue
+    guest.must(f"date -u -s @{time.time():.0f} >/dev/null; systemctl restart persona-agent")
+    await_connected(guest)
+    times = {}
+    for unit in ("persona-kernel", "persona-agent", "ssh"):
+        shown = guest.must(f"systemctl show -p InactiveExitTimestampMonotonic -p ActiveEnterTimestampMonotonic {unit}")
+        times[unit] = dict(re.findall(r"(\w+)TimestampMonotonic=(\d+)", shown))
+    assert int(times["persona-kernel"]["ActiveEnter"]) < int(times["ssh"]["InactiveExit"])
+    assert json.loads(guest.must("persona status --json"))["layers"]["bpf"]
+    assert sidedoor(guest) == dict.fromkeys(WAYS, "stopped")
+    assert guest.ssh("alice", "ls -d /etc").out == "/etc\n"
