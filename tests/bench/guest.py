@@ -1,5 +1,7 @@
 """What needs a real guest: the cost of a login, and how soon a change is felt in a live session."""
 
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -7,10 +9,11 @@ from persona_broker.store.sqlite import Store
 
 from tests.bench.row import Row, median, pairs, percentile
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import Broker, site
+from tests.guest_vm.site import ROOT, Broker, await_connected, site
 
 LOGINS = 3
 CHANGES = 50
+SPAWNS, ROUNDS = 200, 5
 
 
 def login(machine: Machine) -> float:
@@ -59,8 +62,55 @@ def revoke(machine: Machine, broker: Broker) -> Row:
     return Row("revoke.s", p99, "s", "median", median(seconds), p99 / median(seconds), "< 1.0, target 0.2")
 
 
+MAIN = """
+#include <stdio.h>
+#include <stdlib.h>
+double spawn_many(const char *path, int count);
+int main(int argc, char **argv)
+{
+    printf("%.9f\\n", spawn_many(argv[1], atoi(argv[2])));
+    return argc != 3;
+}
+"""
+
+
+def kernel(machine: Machine, broker: Broker) -> list[Row]:
+    """What the kernel layer costs: a gated user's program starts and an ungated one's, with it and without, in turn."""
+    with tempfile.TemporaryDirectory() as scratch:
+        main, binary = Path(scratch) / "main.c", Path(scratch) / "spawn"
+        main.write_text(MAIN)
+        source = Path(__file__).with_name("spawn.c")
+        subprocess.run(["cc", "-O2", "-static", "-o", str(binary), str(source), str(main)], check=True, timeout=60)
+        machine.put(binary, to="/usr/local/bin/spawn")
+    machine.must("chmod 755 /usr/local/bin/spawn")
+    broker.run("apply", str(ROOT / "tests" / "guest_vm" / "documents"))  # carol may run it
+
+    def spawns(user: str) -> float:
+        return float(machine.ssh(user, f"spawn /usr/bin/true {SPAWNS}").out)
+
+    found: dict[str, list[tuple[float, float]]] = {"carol": [], "root": []}
+    for _ in range(ROUNDS):
+        measured = []
+        for command in ("load-kernel", "unload-kernel"):
+            machine.must(f"persona-agent {command} && systemctl restart persona-agent")
+            await_connected(machine)
+            measured.append({user: min(spawns(user) for _ in range(3)) for user in found})
+        for user, pair in found.items():
+            pair.append((measured[0][user], measured[1][user]))
+    machine.must("persona-agent load-kernel && systemctl restart persona-agent")
+    rows = []
+    for name, user, target in (
+        ("gate.kernel_ratio", "carol", "< 1.03"),
+        ("kernel.ungated_ratio", "root", "< 1.01"),
+    ):
+        with_layer, without = (median(values) for values in zip(*found[user], strict=True))
+        ratio = median([a / b for a, b in found[user]])
+        rows.append(Row(name, with_layer * 1e6, "us", "without the layer", without * 1e6, ratio, target))
+    return rows
+
+
 def rows(directory: Path | None = None) -> list[Row]:
-    """login.*, revoke.*"""
+    """login.*, revoke.*, *kernel*"""
     with site(directory) as (machine, broker):
         machine.must("loginctl terminate-user alice || true")
-        return [login_ratio(machine), revoke(machine, broker)]
+        return [login_ratio(machine), revoke(machine, broker), *kernel(machine, broker)]

@@ -2,16 +2,18 @@
 
 import json
 import re
+import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import Broker, await_connected, configure
+from tests.guest_vm.site import ROOT, Broker, await_connected, configure
 from tests.guest_vm.test_kernel import WAYS, kernel, put, sidedoor
 
 EXECS = 1000
@@ -163,19 +165,26 @@ def test_a_machine_that_demands_the_layer_opens_no_session_without_it(guest: Mac
         configure(guest, broker)
 
 
-def test_an_object_that_the_verifier_refuses_leaves_the_old_one_in_place(guest: Machine, static_c: Compiler) -> None:
+def test_an_object_that_the_verifier_refuses_leaves_the_old_one_in_place(
+    guest: Machine, static_c: Compiler, tmp_path: Path
+) -> None:
     put(guest, static_c, "sidedoor")
-    # the section's name says which hook; one byte makes it a hook whose argument is no task
-    guest.must(
-        "cp /usr/lib/persona/persona.bpf.o /root/good.o;"
-        "sed -i 's,lsm/task_alloc,lsm/task_allox,' /usr/lib/persona/persona.bpf.o"
-    )
+    shutil.copytree(ROOT / "guest" / "bpf", tmp_path / "bpf")
+    source = tmp_path / "bpf" / "persona.bpf.c"
+    text = source.read_text()
+    assert "step >= CHAIN_MAX || " in text
+    source.write_text(text.replace("step >= CHAIN_MAX || ", ""))  # an index without a bound
+    subprocess.run(["make", "-s", "-B", "-C", str(tmp_path / "bpf")], check=True, timeout=120)
+    guest.must("cp /usr/lib/persona/persona.bpf.o /root/good.o")
+    guest.put(tmp_path / "bpf" / "persona.bpf.o", to="/usr/lib/persona/persona.bpf.o")
     try:
         assert guest.root("systemctl reload persona-kernel").code != 0
+        assert "check_file" in guest.must("cat /var/lib/persona/verifier.log")
         assert sidedoor(guest) == dict.fromkeys(WAYS, "stopped")
         assert guest.ssh("alice", "ls -d /etc").out == "/etc\n"
     finally:
         guest.must("cp /root/good.o /usr/lib/persona/persona.bpf.o; systemctl reload persona-kernel")
+    assert guest.root("test -e /var/lib/persona/verifier.log").code == 1
 
 
 def test_the_layer_is_there_after_a_reboot_before_anybody_logs_in(guest: Machine, static_c: Compiler) -> None:

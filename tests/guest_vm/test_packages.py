@@ -40,7 +40,7 @@ def test_removal_inside_a_session_purge_and_installation_anew(guest: Machine, br
     time.sleep(3)
     guest.must("DEBIAN_FRONTEND=noninteractive apt-get purge -y -q persona-guest", timeout=300)
     left = guest.must(
-        "ls -d /var/lib/persona /etc/persona/guest.toml /lib/*/security/pam_persona.so 2>/dev/null || true"
+        "ls -d /sys/fs/bpf/persona /usr/lib/persona /var/lib/persona /etc/persona/guest.toml /lib/*/security/pam_persona.so 2>/dev/null || true"
     )
     assert left == ""
     assert guest.ssh("alice", "echo in").out == "in\n"
