@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,58 @@ def test_helpers_of_other_pam_modules_run_before_the_gate(guest: Machine) -> Non
         guest.must("rm /tmp/pam-exec-ran")
     finally:
         guest.must("sed -i /pam_exec/d /etc/pam.d/sshd")
+
+
+@pytest.fixture
+def odd_places(guest: Machine) -> Iterator[Machine]:
+    """Root's own tmpfs and overlay mounts, whose device numbers are on no disk, with a copy of true in each."""
+    guest.must(
+        "mkdir -p /mnt/tmpfs /mnt/overlay /mnt/upper; mount -t tmpfs -o mode=755 none /mnt/tmpfs;"
+        "mkdir /mnt/tmpfs/upper /mnt/tmpfs/work; cp /usr/bin/true /mnt/tmpfs/copied;"
+        "mount -t overlay -o lowerdir=/usr/bin,upperdir=/mnt/tmpfs/upper,workdir=/mnt/tmpfs/work none /mnt/overlay;"
+        "cp /usr/bin/true /mnt/overlay/added"
+    )
+    try:
+        yield guest
+    finally:
+        guest.must("umount /mnt/overlay /mnt/tmpfs; rmdir /mnt/*")
+
+
+def test_programs_of_overlay_and_tmpfs_are_known_to_the_kernel_by_the_same_number(odd_places: Machine) -> None:
+    before = kernel(odd_places)
+    done = odd_places.ssh("carol", "/mnt/overlay/true && /mnt/overlay/added && /mnt/tmpfs/copied && echo all")
+    assert done.out == "all\n", done.text
+    assert kernel(odd_places) == before
+
+
+def test_a_user_s_own_mounts_lead_to_nothing(guest: Machine) -> None:
+    guest.must("cp /usr/bin/touch /usr/local/bin/forbidden")
+    # in namespaces of her own carol mounts the forbidden program over an allowed one, and an overlay over /usr/bin
+    inside = (
+        "mount --bind /usr/local/bin/forbidden /usr/bin/true && true /tmp/mounted-1;"
+        "mkdir -p /tmp/o/u /tmp/o/w /tmp/o/l && cp /usr/local/bin/forbidden /tmp/o/l/true &&"
+        " mount -t overlay -o lowerdir=/tmp/o/l:/usr/bin,upperdir=/tmp/o/u,workdir=/tmp/o/w none /usr/bin &&"
+        " /usr/bin/true /tmp/mounted-2"
+    )
+    guest.must("rm -rf /tmp/mounted-* /tmp/o")
+    guest.ssh("carol", f"unshare -rm bash -c '{inside}'")
+    assert guest.root("ls /tmp/mounted-*").code != 0
+
+
+def test_file_capabilities_and_binfmt_misc(guest: Machine) -> None:
+    guest.must(
+        "cp /usr/bin/true /usr/local/bin/capable; setcap cap_net_raw+ep /usr/local/bin/capable;"
+        "printf 'PSNXYZ\\n' > /usr/local/bin/misc; chmod 755 /usr/local/bin/misc;"
+        "modprobe binfmt_misc; cd /proc/sys/fs/binfmt_misc; mountpoint -q . || mount -t binfmt_misc none .;"
+        "echo ':persona:M::PSNX::/usr/bin/echo:' > /proc/sys/fs/binfmt_misc/register; sleep 2"
+    )
+    try:
+        before = kernel(guest)
+        assert guest.ssh("root", "/usr/local/bin/misc ran").out == "/usr/local/bin/misc ran\n"
+        assert guest.ssh("carol", "capable && echo ran").out == "ran\n"
+        assert kernel(guest) == before
+        done = guest.ssh("carol", "misc ran")
+        assert "ran" not in done.out
+        assert kernel(guest)["stopped"] == before["stopped"] + 1
+    finally:
+        guest.must("echo -1 > /proc/sys/fs/binfmt_misc/persona; rm /usr/local/bin/misc /usr/local/bin/capable")

@@ -39,9 +39,10 @@ def test_removal_inside_a_session_purge_and_installation_anew(guest: Machine, br
             session.ask("true")
     time.sleep(3)
     guest.must("DEBIAN_FRONTEND=noninteractive apt-get purge -y -q persona-guest", timeout=300)
-    left = guest.must(
-        "ls -d /sys/fs/bpf/persona /usr/lib/persona /var/lib/persona /etc/persona/guest.toml /lib/*/security/pam_persona.so 2>/dev/null || true"
+    ours = (
+        "/sys/fs/bpf/persona /usr/lib/persona /var/lib/persona /etc/persona/guest.toml /lib/*/security/pam_persona.so"
     )
+    left = guest.must(f"ls -d {ours} 2>/dev/null || true")
     assert left == ""
     assert guest.ssh("alice", "echo in").out == "in\n"
     install(guest)

@@ -22,7 +22,8 @@ def kernel_image(fd: int, status: os.stat_result) -> tuple[int, int]:
     device, inode = kernel_device(status.st_dev), status.st_ino
     if fields.get("ino", "").isdigit():  # Linux 5.14
         inode = int(fields["ino"])
-    with open("/proc/self/mountinfo") as lines, contextlib.suppress(ValueError):
+    # the mount is one of the namespace that sessions live in; the agent's own has copies under other ids
+    with contextlib.suppress(OSError, ValueError), open("/proc/1/mountinfo") as lines:
         for line in lines:
             words = line.split(" ", 3)
             if words[0] == fields.get("mnt_id"):
