@@ -7,10 +7,11 @@ from persona_guest.core.sessions import Session
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.kernel_layer import LastWord
 from persona_guest.gate.pending import Gated
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.loop import Loop
-from persona_guest.settings import Mode, Settings
+from persona_guest.settings import Mode, Paths, Settings
 
 from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Request, Subject, Width
 from persona.problems import Reason
@@ -28,9 +29,10 @@ class Site:
         self.revoked: set[str] = set()
         self.loop = Loop()
         self.leases = LeaseBook()
+        settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""))
         self.supervisor = Supervisor(
-            Settings(mode=Mode.ENFORCE), self.loop, Identifier(Settings().gate), self.leases, InFlight(),
-            Guard(lambda: None), self._ask, lambda record: None, lambda session: None,
+            settings, self.loop, Identifier(Settings().gate), self.leases, InFlight(),
+            Guard(lambda: None), LastWord(settings, self.loop, lambda event: None), self._ask, lambda record: None, lambda session: None,
         )  # fmt: skip
 
     def _ask(self, request: Request, done: object) -> None:
