@@ -32,7 +32,8 @@ class Site:
         settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""))
         self.supervisor = Supervisor(
             settings, self.loop, Identifier(Settings().gate), self.leases, InFlight(),
-            Guard(lambda: None), LastWord(settings, self.loop, lambda event: None), self._ask, lambda record: None, lambda session: None,
+            Guard(lambda: None), LastWord(settings, self.loop, lambda event: None), self._ask,
+            lambda record: None, lambda session: None,
         )  # fmt: skip
 
     def _ask(self, request: Request, done: object) -> None:
