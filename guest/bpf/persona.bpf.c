@@ -93,7 +93,7 @@ static void count(__u32 which)
 		__sync_fetch_and_add(counter, 1);
 }
 
-static void tell(struct linux_binprm *bprm, struct task_struct *task, enum why why, __u32 enforced)
+static void tell(struct linux_binprm *bprm, struct task_struct *task, __u32 why, __u32 enforced)
 {
 	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 
@@ -166,16 +166,20 @@ static int prepares_session(struct task_struct *task)
 	       cred->fsuid.val == 0;
 }
 
-static int refuse(struct linux_binprm *bprm, struct task_struct *task, const struct state *state, enum why why)
+/* ``why`` 0: an exec of complain mode that was told of at an earlier step. */
+static int refuse(struct linux_binprm *bprm, struct task_struct *task, struct state *state, __u32 why)
 {
 	__u32 zero = 0;
 	const struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 
 	if (!set)
 		return -EACCES;
-	if (!state && (prepares_session(task) || breaks_glass(task, set)))
+	if (state)
+		state->bprm = 0; /* nothing more to follow */
+	else if (prepares_session(task) || breaks_glass(task, set))
 		return 0;
-	tell(bprm, task, why, set->enforce);
+	if (why)
+		tell(bprm, task, why, set->enforce);
 	return set->enforce ? -EACCES : 0;
 }
 
@@ -232,10 +236,12 @@ int BPF_PROG(check_file, struct linux_binprm *bprm)
 	struct approval *approval;
 
 	if (bprm->interp != bprm->filename) {
-		/* An interpreter: its script was let through, or there is nothing to say that was not said. */
+		/* An interpreter, and so its script was let through. */
 		if (!state)
-			return login_is_gated(task) ? refuse(bprm, task, state, WHY_NO_APPROVAL) : 0;
-		if (state->bprm == (__u64)bprm && (follows(state, bprm) || let_through(state, bprm)))
+			return login_is_gated(task) ? refuse(bprm, task, state, 0) : 0;
+		if (state->bprm != (__u64)bprm)
+			return refuse(bprm, task, state, 0);
+		if (follows(state, bprm) || let_through(state, bprm))
 			return 0;
 		return refuse(bprm, task, state, WHY_OTHER_FILE);
 	}

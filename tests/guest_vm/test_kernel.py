@@ -82,6 +82,16 @@ def test_no_race_is_won(guest: Machine, broker: Broker, static_c: Compiler, who:
         assert int(guest.must(count % "right")) > 0
 
 
+def test_no_race_is_won_in_root_s_own_login_either(guest: Machine, static_c: Compiler) -> None:
+    # root's su to carol has root's login uid and cgroup: what gates it is that its shell was approved
+    put(guest, static_c, "race")
+    guest.must("rm -rf /tmp/race; mkdir -m 777 /tmp/race")
+    before = kernel(guest)
+    guest.must(f"su - carol -c 'race shared path {TRIES} {SECONDS} /tmp/race' 2>/dev/null", timeout=SECONDS * 5)
+    assert guest.must("ls /tmp/race") == ""
+    assert kernel(guest)["stopped"] > before["stopped"]
+
+
 def test_a_login_that_no_pam_module_saw_starts_nothing(guest: Machine, broker: Broker, static_c: Compiler) -> None:
     put(guest, static_c, "sidedoor")
     before = kernel(guest)
