@@ -133,11 +133,16 @@ def parse(document: dict[str, Any], source: str) -> Settings:
         ("broker.events_url", _is_url(settings.broker.events_url), "https://HOST:PORT or unix:/PATH"),
         ("gate.uid_min", 0 <= settings.gate.uid_min <= 0x7FFFFFFF, "0 or more"),
         ("gate.secure_path", all(map(os.path.isabs, settings.gate.secure_path)), "absolute directories"),
+        ("paths.bpf_dir", _is_below_bpffs(settings.paths.bpf_dir), "a directory below /sys/fs/bpf, or nothing"),
         ("gate.break_glass_group", bool(_NAME.fullmatch(settings.gate.break_glass_group)), "a group name"),
     ):
         if not ok:
             raise SettingsError(f"{source}: {key}: expected {want}")
     return settings
+
+
+def _is_below_bpffs(directory: str) -> bool:
+    return not directory or (os.path.normpath(directory) == directory and directory.startswith("/sys/fs/bpf/"))
 
 
 def _is_url(url: str) -> bool:

@@ -158,7 +158,8 @@ def test_a_fresh_install_complains(tmp_path: Path) -> None:
     [({"mode": "off"}, "mode"), ({"mod": "enforce"}, "mod"), ({"broker": {"timeout_s": "2"}}, "broker.timeout_s"),
      ({"broker": {"timeout_s": 99}}, "broker.timeout_s"), ({"broker": {"url": "http://x"}}, "broker.url"),
      ({"gate": {"secure_path": ["bin"]}}, "gate.secure_path"), ({"vm": {"name": "a/b"}}, "vm.name"),
-     ({"gate": 7}, "gate"), ({"gate": {"uid_min": True}}, "gate.uid_min")],
+     ({"gate": 7}, "gate"), ({"gate": {"uid_min": True}}, "gate.uid_min"),
+     ({"paths": {"bpf_dir": "/sys/fs/bpf/../x"}}, "paths.bpf_dir"), ({"paths": {"bpf_dir": "/"}}, "paths.bpf_dir")],
 )  # fmt: skip
 def test_settings_are_refused_by_name(document: dict[str, Any], key: str) -> None:
     with pytest.raises(SettingsError) as error:
