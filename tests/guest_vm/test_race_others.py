@@ -106,7 +106,8 @@ def test_a_link_that_changes_after_the_check(guest: Machine) -> None:
     guest.must("rm -f /tmp/linked-*")
     before, counted_before = killed(guest)
     loop = f"for i in $(seq {TRIES}); do ./link /tmp/linked-$i; done 2>/dev/null"
-    guest.ssh("alice", f"cd $(mktemp -d); python3 - & sleep 1; {loop}; kill $!", stdin=SWAP, timeout=300)
+    swapping = f"cd $(mktemp -d); cat > swap.py; python3 swap.py & sleep 1; {loop}; kill $! && echo swapped"
+    assert guest.ssh("alice", swapping, stdin=SWAP, timeout=300).out == "swapped\n"
     won = int(guest.must("ls /tmp | grep -c linked- || true"))
     recorded, counted = killed(guest)
     report("link", won, counted - counted_before)
