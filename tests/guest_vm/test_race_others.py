@@ -1,10 +1,15 @@
-"""The same race with arguments, and with nothing but a symbolic link that is swapped: measured, seen ones killed."""
+"""The race where the kernel does not have the last word, with arguments and with a link that is swapped.
+
+Measured with the layer off, as ``test_race.py``; what is seen is killed and recorded.
+"""
 
 import json
 
+import pytest
+
 from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import ROOT
+from tests.guest_vm.site import ROOT, await_connected
 
 TRIES = 200
 
@@ -72,6 +77,12 @@ while True:
         os.symlink(target, "next")
         os.rename("next", "link")
 """
+
+
+@pytest.fixture(autouse=True)
+def _without_the_layer(guest: Machine) -> None:
+    guest.must("persona-agent unload-kernel; systemctl restart persona-agent")
+    await_connected(guest)
 
 
 def killed(guest: Machine) -> tuple[int, int]:
