@@ -27,6 +27,7 @@ class Site:
         self.asked: list[str] = []
         self.known: dict[str, Gated] = {}
         self.revoked: set[str] = set()
+        self.away = False
         self.loop = Loop()
         self.leases = LeaseBook()
         settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""))
@@ -40,14 +41,16 @@ class Site:
         self.asked.append(request.session)
         generation = self.leases.generation
         decision: Decision = Granted(PersonaRef("A", 1), "p", LEASE, generation)
-        if request.session in self.revoked:
+        if self.away:
+            decision = Denied(Reason.BROKER_UNREACHABLE)
+        elif request.session in self.revoked:
             decision = Denied(Reason.SESSION_REVOKED, lease=LEASE, generation=generation)
         assert callable(done)
         done(decision)
 
-    def run(self, ident: str, *, fresh: bool = False) -> int:
+    def run(self, ident: str, program: str = "/usr/bin/true", *, fresh: bool = False) -> int:
         """What an exec in a session that begins now, under an id that may have been there, comes to."""
-        pid, listener = gated_child("/usr/bin/true")
+        pid, listener = gated_child(program)
         session = Session(ident, Subject("u", (), "vm"), 1234, "t", "", "/nonexistent", 1, None, time.time())
         self.supervisor.add(session, listener, fresh=fresh)
         now, known = self.supervisor.sessions[ident], self.known.get(ident)
@@ -75,3 +78,14 @@ def test_a_revoked_session_has_nothing_of_its_sibling_and_does_it_no_harm() -> N
     site.revoked.clear()
     site.leases.advance(2)
     assert site.run("s-b") == 0
+
+
+def test_while_nobody_answers_a_session_goes_on_by_its_leases() -> None:
+    site = Site()
+    site.leases.advance(5)
+    assert site.run("s-a", fresh=True) == 0
+    site.away = True
+    assert site.run("s-a", "/usr/bin/id") == 13
+    assert site.run("s-a") == 0
+    site.leases.advance(6)  # the last that was heard: the lease is over
+    assert site.run("s-a") == 13

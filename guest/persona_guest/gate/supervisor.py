@@ -32,6 +32,7 @@ from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Process, Task
 from persona_guest.login_shells import real_shell
 from persona_guest.loop import GONE, READABLE, Loop
+from persona_guest.questions import UNANSWERED
 from persona_guest.settings import Mode, Settings
 
 log = logging.getLogger("persona.gate")
@@ -235,17 +236,16 @@ class Supervisor:
 
     def _told(self, gated: Gated, question: Question, decision: Decision) -> None:
         now = time.monotonic()
-        gated.confirmed = decision.generation
-        gated.revoked = None
-        if isinstance(decision, Denied) and decision.reason is Reason.SESSION_REVOKED:
-            gated.revoked = decision
+        if isinstance(decision, Denied) and decision.reason in UNANSWERED:
+            if gated.revoked is None:
+                decision = self._leases.within_grace(question, now) or decision
         else:
-            self._leases.keep(question, decision, now)
-        if isinstance(decision, Denied) and decision.reason in (
-            Reason.BROKER_UNREACHABLE,
-            Reason.BROKER_MISBEHAVED,
-        ):
-            decision = self._leases.within_grace(question, now) or decision
+            gated.confirmed = decision.generation
+            gated.revoked = None
+            if isinstance(decision, Denied) and decision.reason is Reason.SESSION_REVOKED:
+                gated.revoked = decision
+            else:
+                self._leases.keep(question, decision, now)
         self._guard.enter(gated.session)
         for pending in self._waiting.pop((gated.session.id, question), ()):
             if isinstance(decision, Granted):
