@@ -13,6 +13,7 @@ import contextlib
 import errno
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -88,12 +89,20 @@ class Standby:
             connection.close()
             return
         connection.settimeout(1.0)  # its own agent, which reads while it is being told
-        if self._agent is not None:
-            self._hang_up()
+        self._finish()
         self._agent = connection
         self._had_agent = True
         self._rest()
         self._loop.watch(connection.fileno(), READABLE, self._hear)
+
+    def _finish(self) -> None:
+        """Hears what an agent that is followed by another said last."""
+        poll = select.poll()  # not select(2), which knows no descriptor over 1023
+        if self._agent is not None:
+            poll.register(self._agent, select.POLLIN)
+        while self._agent is not None and poll.poll(0):
+            self._hear(READABLE)
+        self._hang_up()
 
     def _hear(self, _events: int) -> None:
         agent = self._agent
