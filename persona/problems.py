@@ -30,6 +30,11 @@ class Reason(StrEnum):
     OTHER_FILE = "other_file"
     OTHER_ARGUMENTS = "other_arguments"
     KERNEL_LAYER_MISSING = "kernel_layer_missing"
+    PERSONA_UNAVAILABLE = "persona_unavailable"  # its document cannot be had
+    MEMORY_LIMIT = "memory_limit"  # killed: out of memory under its persona
+    PIDS_LIMIT = "pids_limit"  # no more processes under its persona
+    PERSONA_WITHDRAWN = "persona_withdrawn"  # frozen or killed: its session's persona does not allow it any more
+    ENFORCEMENT_FAILED = "enforcement_failed"  # its limits or rules could not be put in place
 
 
 class Fault(StrEnum):

@@ -1,0 +1,48 @@
+"""What becomes of the processes under a persona when a session's personas change.  Values in, values out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from persona.decisions import PersonaRef, Program
+from persona.documents import Persona, ResourceLimits
+from persona.patterns import Whitelist
+
+# A session whose user no persona is for right now still has its shell, which is admission's: with
+# enough to type, and to be told why a command is denied, and nothing else.
+NOBODY = PersonaRef("_nobody", 0)
+NOBODYS = Persona(
+    name=NOBODY.name,
+    command_whitelist=Whitelist(()),
+    resource_limits=ResourceLimits(cpu_percent=20.0, memory_bytes=256 << 20, pids=32),
+    priority=1,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A policy that names a session's user and holds now, with the persona that it hands out."""
+
+    ref: PersonaRef
+    policy: str
+    commands: Whitelist
+
+
+Stage = tuple[Program, tuple[str, ...]]
+
+
+def choose(stages: Sequence[Stage], holding: Sequence[tuple[Held, Persona]]) -> PersonaRef | None:
+    """Under which persona something that runs might be started now; ``None`` = under none.
+
+    As the broker decides: of the script first, then of its interpreter, the first policy in order that
+    speaks for it and whose persona allows it.
+    """
+    for program, argv in stages:
+        for held, persona in holding:
+            if held.commands.allows(program, argv) and persona.command_whitelist.allows(program, argv):
+                return held.ref
+    return None
+
+
+def bereft(persona: Persona) -> Persona:
+    """A withdrawn persona for what may still finish, or lies frozen: the same limits, no network."""
+    return replace(persona, network_access=())

@@ -1,0 +1,107 @@
+"""Where the processes of one persona of one session live: places, and how their cgroups are called.
+
+======================================  ====================================================
+what the session is                     cgroup of its processes under persona P
+======================================  ====================================================
+a login with a scope of its own         user.slice/user-UID.slice/session-N.scope/P
+cron, at, su from another's login,      user.slice/persona-sessions.service/SESSION/P
+sshd without PAM
+P's limits are ``per: persona``         user.slice/persona-sessions.service/shared-P/SESSION
+what P was withdrawn from               as the first or second, with -P for P
+the user's service manager              user.slice/user-UID.slice/user@UID.service, as it is
+======================================  ====================================================
+
+Beside P, ``login`` holds what opened the session (sshd's two processes).
+"""
+
+import re
+from dataclasses import dataclass
+
+from persona.decisions import PersonaRef
+
+LOGIN = "login"
+MANAGED = ""  # the key of the place that a user's service manager is: no persona has that name
+_WITHDRAWN = "-"  # no persona's name begins like that either
+HOUSE = "user.slice/persona-sessions.service"
+_SHARED = "shared-"  # no file of the kernel and no session begins like that
+_SCOPE = re.compile(r"(user\.slice/user-(\d+)\.slice/session-[A-Za-z0-9]+\.scope)(?:/.*)?")
+_MANAGER = re.compile(r"(user\.slice/user-(\d+)\.slice/user@(\d+)\.service)(?:/.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One persona of one session.  ``cgroup`` is relative to the cgroup root, without a leading slash.
+
+    ``origin`` is the cgroup in which the session was found, where its processes go back to.
+    ``withdrawn``: what the persona does not allow any more, apart from what it does.
+    """
+
+    session: str
+    persona: PersonaRef
+    cgroup: str
+    uid: int
+    origin: str = ""
+    withdrawn: bool = False
+
+    @property
+    def key(self) -> str:
+        """What it is called within its session."""
+        return MANAGED if self.managed else _WITHDRAWN * self.withdrawn + self.persona.name
+
+    @property
+    def level(self) -> int:
+        """The number of path components: what ``socket cgroupv2 level`` of nftables(8) counts."""
+        return self.cgroup.count("/") + 1
+
+    @property
+    def parent(self) -> str:
+        """The cgroup above: a scope, the session's own, or what all sessions under the persona share."""
+        return self.cgroup.rpartition("/")[0]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the limits are those of the parent, for all sessions under this persona."""
+        return self.parent.startswith(f"{HOUSE}/{_SHARED}")
+
+    @property
+    def managed(self) -> bool:
+        """Whether systemd owns the cgroup (a user's service manager): nothing is made or moved there."""
+        return manager_of(self.cgroup, self.uid) == self.cgroup
+
+
+def directory_name(persona: str) -> str:
+    """A persona's cgroup below a scope: its name, or '_' and its name.
+
+    The kernel's own files there have a dot in their names (``cpu.max``), as have systemd's units, and
+    ``login`` is taken.  Names of personas begin with a letter, so '_' makes no two alike.
+    """
+    return "_" + persona if "." in persona or persona == LOGIN else persona
+
+
+def place_of(
+    session: str, uid: int, persona: PersonaRef, found: str, *, shared: bool = False, withdrawn: bool = False
+) -> Place:
+    """Where processes of a session that was found in the cgroup ``found`` live under a persona."""
+    manager = manager_of(found, uid)
+    if manager is not None:
+        return Place(session, persona, manager, uid, manager)
+    scope = scope_of(found, uid)
+    if withdrawn:
+        cgroup = f"{scope or f'{HOUSE}/{session}'}/{_WITHDRAWN}{persona.name}"
+    elif shared:
+        cgroup = f"{HOUSE}/{_SHARED}{persona.name}/{session}"
+    else:
+        cgroup = f"{scope or f'{HOUSE}/{session}'}/{directory_name(persona.name)}"
+    return Place(session, persona, cgroup, uid, scope or found, withdrawn)
+
+
+def scope_of(cgroup: str, uid: int) -> str | None:
+    """The session scope that a process is in, where it is a login of this very user; else ``None``."""
+    match = _SCOPE.fullmatch(cgroup)
+    return match[1] if match is not None and int(match[2]) == uid else None
+
+
+def manager_of(cgroup: str, uid: int) -> str | None:
+    """The user's own service manager, where a process is below it; else ``None``."""
+    match = _MANAGER.fullmatch(cgroup)
+    return match[1] if match is not None and int(match[2]) == int(match[3]) == uid else None

@@ -1,0 +1,118 @@
+"""cgroup v2 as files: cgroups(7), cgroup-v2.rst.  Paths are relative to the root and never the caller's.
+
+Every method raises ``OSError``.
+"""
+
+import contextlib
+import os
+
+_READ_MAX = 1 << 20  # cgroup.procs of a place whose pids are not limited
+_NOTE = "user.persona"
+
+
+class Hierarchy:
+    """One mounted hierarchy; tests pass a directory of plain files."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def path(self, cgroup: str, file: str = "") -> str:
+        """The absolute path."""
+        return "/".join(part for part in (self.root, cgroup, file) if part)
+
+    def exists(self, cgroup: str) -> bool:
+        """Whether there is such a cgroup."""
+        return os.path.isdir(self.path(cgroup))
+
+    def read(self, cgroup: str, file: str) -> str:
+        """The whole file."""
+        fd = os.open(self.path(cgroup, file), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            parts: list[bytes] = []
+            while len(parts) < 256 and (part := os.read(fd, _READ_MAX)):
+                parts.append(part)
+            return b"".join(parts).decode()
+        finally:
+            os.close(fd)
+
+    def write(self, cgroup: str, file: str, text: str) -> None:
+        """One write, which is how the kernel takes a value."""
+        fd = os.open(self.path(cgroup, file), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+    def make(self, cgroup: str) -> None:
+        """A new cgroup, whose parent exists; one that is there is fine."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(self.path(cgroup), 0o755)
+
+    def remove(self, cgroup: str) -> None:
+        """An empty one; one that is gone is fine.  EBUSY where something lives there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.rmdir(self.path(cgroup))
+
+    def children(self, cgroup: str) -> list[str]:
+        """The names of the cgroups directly below; none where it is gone."""
+        try:
+            with os.scandir(self.path(cgroup)) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        except FileNotFoundError:
+            return []
+
+    def processes(self, cgroup: str) -> list[int]:
+        """The pids in this very cgroup; none where it is gone."""
+        try:
+            return [int(word) for word in self.read(cgroup, "cgroup.procs").split()]
+        except FileNotFoundError:
+            return []
+
+    def populated(self, cgroup: str) -> bool:
+        """Whether anything lives in it or below; of one that is gone, nothing does."""
+        try:
+            return "populated 1" in self.read(cgroup, "cgroup.events")
+        except FileNotFoundError:
+            return False
+
+    def move(self, cgroup: str, pid: int) -> None:
+        """The process that ``pid`` (of any of its threads) belongs to, with all its threads."""
+        self.write(cgroup, "cgroup.procs", str(pid))
+
+    def note(self, cgroup: str, text: str) -> None:
+        """Keeps a word with the cgroup (user.* attributes: Linux 5.7); the empty word = forgets it."""
+        if text:
+            os.setxattr(self.path(cgroup), _NOTE, text.encode())
+        else:
+            with contextlib.suppress(OSError):  # there is none, or the cgroup is gone
+                os.removexattr(self.path(cgroup), _NOTE)
+
+    def noted(self, cgroup: str) -> str:
+        """What ``note`` kept; empty where there is nothing."""
+        try:
+            return os.getxattr(self.path(cgroup), _NOTE).decode()
+        except OSError:
+            return ""
+
+    def empty(self, cgroup: str, into: str) -> None:
+        """Moves what lives in one to another, children that are born meanwhile too."""
+        for _ in range(16):
+            pids = self.processes(cgroup)
+            if not pids:
+                return
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                    self.move(into, pid)
+
+
+def cgroup_of(pid: int) -> str:
+    """The cgroup of a task, relative to the root; empty for the root itself.  Raises ``OSError``."""
+    fd = os.open(f"/proc/{pid}/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(fd, 8192).decode("utf-8", "surrogateescape")
+    finally:
+        os.close(fd)
+    for line in text.splitlines():
+        if line.startswith("0::/"):  # beside it, a hybrid system has lines of v1
+            return line[4:]
+    raise FileNotFoundError(2, "no cgroup v2 hierarchy")

@@ -1,0 +1,45 @@
+"""inotify(7), for files that the kernel itself changes: the *.events of a cgroup."""
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterator
+
+IN_MODIFY = 0x2
+IN_IGNORED = 0x8000  # the file is gone, and the watch with it
+_IN_NONBLOCK = os.O_NONBLOCK
+_IN_CLOEXEC = os.O_CLOEXEC
+_EVENT = struct.Struct("=iIII")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Inotify:
+    """One instance; ``fd`` is readable when something happened."""
+
+    def __init__(self) -> None:
+        """Raises ``OSError``."""
+        self.fd = _checked(_libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC))
+
+    def add(self, path: str) -> int:
+        """Watches a file for changes; the watch's number.  Raises ``OSError``."""
+        return _checked(_libc.inotify_add_watch(self.fd, os.fsencode(path), IN_MODIFY))
+
+    def events(self) -> Iterator[tuple[int, int]]:
+        """(watch, mask) of what happened; nothing where nothing did."""
+        try:
+            data = os.read(self.fd, 65536)
+        except BlockingIOError:
+            return
+        offset = 0
+        while offset + _EVENT.size <= len(data):
+            watch, mask, _cookie, length = _EVENT.unpack_from(data, offset)
+            yield watch, mask
+            offset += _EVENT.size + length
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result

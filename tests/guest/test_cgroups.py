@@ -1,0 +1,208 @@
+"""Limits as plans over a fake hierarchy; what the kernel makes of them is tests/guest_vm/test_limits.py's."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from persona_guest.core.limits import Setting, settings_of, weight_of
+from persona_guest.core.places import HOUSE, Place, directory_name, manager_of, place_of, scope_of
+from persona_guest.enforce.cgroups import Cgroups
+from persona_guest.enforce.disks import disks
+from persona_guest.enforce.plan import PlanError, apply, describe, undo
+from persona_guest.kernel.cgroup import Hierarchy
+
+from persona.decisions import PersonaRef
+from persona.documents import DiskIo, Persona, ResourceLimits
+from persona.patterns import Whitelist
+from persona.problems import PersonaError, Reason
+from tests.guest.fake_cgroups import FakeHierarchy
+
+SCOPE = "user.slice/user-1000.slice/session-5.scope"
+MANAGER = "user.slice/user-1000.slice/user@1000.service"
+LIMITS = ResourceLimits(cpu_percent=150.0, memory_bytes=1 << 30, pids=64, disk_io=DiskIo(read_bps=1000))
+
+
+def persona(limits: ResourceLimits = LIMITS, name: str = "P", priority: int = 50) -> Persona:
+    return Persona(name, Whitelist(()), limits, priority=priority)
+
+
+def place(
+    found: str = SCOPE, name: str = "P", version: int = 1, *, shared: bool = False, session: str = "s-1"
+) -> Place:
+    return place_of(session, 1000, PersonaRef(name, version), found, shared=shared)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> FakeHierarchy:
+    tree = FakeHierarchy(tmp_path / "cgroup")
+    tree.grow(SCOPE, 10, 11)
+    tree.grow("system.slice/cron.service", 20)
+    tree.grow("user.slice/user-1000.slice/user@1000.service/init.scope", 30)
+    return tree
+
+
+@pytest.fixture
+def cgroups(tree: FakeHierarchy, tmp_path: Path) -> Cgroups:
+    (tmp_path / "mountinfo").write_text("1 1 254:1 / / rw - ext4 /dev/vda1 rw\n2 1 0:5 / /proc rw - proc proc rw\n")
+    disk = tmp_path / "block" / "vda"
+    (disk / "vda1").mkdir(parents=True)
+    (disk / "dev").write_text("254:0\n")
+    (disk / "vda1" / "dev").write_text("254:1\n")
+    (disk / "vda1" / "partition").write_text("1\n")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "254:1").symlink_to(disk / "vda1")
+    (tmp_path / "dev" / "254:0").symlink_to(disk)
+    return Cgroups(tree, str(tmp_path / "mountinfo"), str(tmp_path / "dev"))
+
+
+def snapshot(tree: Hierarchy) -> dict[str, str]:
+    root = Path(tree.root)
+    return {str(file.relative_to(root)): file.read_text().strip() for file in root.rglob("*") if file.is_file()}
+
+
+def test_places_and_their_names() -> None:
+    assert place().cgroup == f"{SCOPE}/P"
+    assert place().level == 4
+    assert place(f"{SCOPE}/login").cgroup == f"{SCOPE}/P"
+    assert place("system.slice/cron.service").cgroup == f"{HOUSE}/s-1/P"
+    assert place("system.slice/cron.service").origin == "system.slice/cron.service"
+    assert place(shared=True).cgroup == f"{HOUSE}/shared-P/s-1"
+    assert place(f"{MANAGER}/app.slice/x.service").cgroup == MANAGER
+    assert place(f"{MANAGER}/app.slice/x.service").managed
+    assert (directory_name("cpu.max"), directory_name("login"), directory_name("A-b")) == ("_cpu.max", "_login", "A-b")
+    assert scope_of("user.slice/user-0.slice/session-3.scope", 1000) is None  # somebody else's login
+    assert manager_of("user.slice/user-1000.slice/user@0.service", 1000) is None
+    assert scope_of("user.slice/user-1000.slice/session-5.scope.d/x", 1000) is None
+
+
+def test_numbers_become_the_kernels_words() -> None:
+    limits = ResourceLimits(cpu_percent=20, memory_bytes=512_000_001, pids=7, disk_io=DiskIo(None, 5, 6, None))
+    assert {setting.text for setting in settings_of(limits, ("8:0",))} == {
+        "20000 100000", "512000000", "0", "7", "8:0 rbps=max wbps=5 riops=6 wiops=max"
+    }  # fmt: skip
+    assert all(setting.default for setting in settings_of(ResourceLimits(), ("8:0",)))
+    assert [weight_of(priority) for priority in (0, 1, 50, 1000)] == [1, 2, 100, 2000]
+    assert Setting("io.max", "", "8:0").current("8:16 rbps=1\n8:0 rbps=2 wbps=max\n") == "rbps=2 wbps=max"
+
+
+def test_entering_makes_and_limits_and_is_done_once(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    before = snapshot(tree)
+    plan = cgroups.enter(place(), persona())
+    assert snapshot(tree) == before  # a plan changes nothing
+    apply(plan)
+    assert tree.processes(SCOPE) == []
+    assert tree.processes(f"{SCOPE}/login") == [10, 11]
+    assert tree.read(f"{SCOPE}/P", "cpu.max") == "150000 100000\n"
+    assert tree.read(f"{SCOPE}/P", "memory.max") == f"{1 << 30}\n"
+    assert tree.read(f"{SCOPE}/P", "io.max").strip() == "254:0 rbps=1000 wbps=max riops=max wiops=max"
+    assert cgroups.enter(place(), persona()) == ()
+    undo(plan)
+    assert snapshot(tree) == before
+
+
+def test_another_version_changes_only_what_differs(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    apply(cgroups.enter(place(), persona()))
+    plan = cgroups.enter(place(version=2), persona(ResourceLimits(cpu_percent=150.0, pids=64)))
+    assert [(step["file"], step["value"], step["before"]) for step in describe(plan)] == [
+        ("memory.max", "max", f"{1 << 30}"),
+        ("memory.swap.max", "max", "0"),
+        ("io.max", "254:0 rbps=max wbps=max riops=max wiops=max", "rbps=1000 wbps=max riops=max wiops=max"),
+    ]
+
+
+def test_what_fails_leaves_nothing_behind(
+    tree: FakeHierarchy, cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(tree)
+    write: Callable[[str, str, str], None] = tree.write
+
+    def full(cgroup: str, file: str, text: str) -> None:
+        if file == "pids.max":
+            raise OSError(errno.ENOMEM, "no memory")
+        write(cgroup, file, text)
+
+    monkeypatch.setattr(tree, "write", full)
+    with pytest.raises(PlanError, match="no memory") as caught:
+        apply(cgroups.enter(place(), persona()))
+    assert caught.value.code is Reason.ENFORCEMENT_FAILED
+    assert snapshot(tree) == before
+
+
+def test_a_scope_that_is_gone_or_not_delegated_is_refused(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    with pytest.raises(PersonaError, match="there is no cgroup"):
+        cgroups.enter(place("user.slice/user-1000.slice/session-77.scope"), persona())
+    Path(tree.path(MANAGER, "memory.max")).unlink()
+    with pytest.raises(PersonaError, match=r"no memory\.max"):
+        cgroups.enter(place(MANAGER), persona())
+
+
+def test_sessions_without_a_scope_come_and_go(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    here = place("system.slice/cron.service")
+    apply(cgroups.enter(here, persona()))
+    tree.move(here.cgroup, 20)
+    with pytest.raises(PlanError):
+        apply(cgroups.leave(here))  # something lives there
+    apply(cgroups.reconcile({}))
+    assert tree.processes("system.slice/cron.service") == [20]
+    assert not [name for name in tree.children(HOUSE) if name != "login"]
+
+
+def test_limits_of_all_sessions_are_the_parents(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    one, other = place(shared=True), place(shared=True, session="s-2")
+    apply(cgroups.enter(one, persona()))
+    apply(cgroups.enter(other, persona()))
+    assert tree.read(f"{HOUSE}/shared-P", "pids.max") == "64\n"
+    assert tree.read(one.cgroup, "pids.max") == "max\n"
+    apply(cgroups.leave(one))
+    assert tree.exists(f"{HOUSE}/shared-P")
+    apply(cgroups.leave(other))
+    assert not tree.exists(f"{HOUSE}/shared-P")
+
+
+def test_a_service_manager_is_limited_as_it_is_and_put_back(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    here = place(MANAGER)
+    apply(cgroups.enter(here, persona()))
+    assert tree.read(MANAGER, "pids.max") == "64\n"
+    assert cgroups.reconcile({here: persona()}) == ()
+    apply(cgroups.reconcile({}))
+    assert tree.read(MANAGER, "pids.max") == "max\n"
+    assert cgroups.reconcile({}) == ()
+
+
+def test_reconciling_puts_right_and_clears_away(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    here, wanted = place(), {place(): persona()}
+    apply(cgroups.enter(here, persona()))
+    assert cgroups.reconcile(wanted) == ()
+    tree.write(here.cgroup, "pids.max", "max")
+    tree.make(f"{SCOPE}/Stray")
+    tree.grow(f"{SCOPE}/Lived", 12)
+    tree.grow(f"{HOUSE}/s-9/P")
+    apply(cgroups.reconcile(wanted))
+    assert tree.read(here.cgroup, "pids.max") == "64\n"
+    assert tree.children(SCOPE) == ["Lived", "P", "login"]  # what lives under a persona that is not known stays bound
+    assert tree.children(HOUSE) == []
+    apply(cgroups.reconcile({}))
+    assert tree.children(SCOPE) == []
+    assert sorted(tree.processes(SCOPE)) == [10, 11, 12]
+    assert tree.read(SCOPE, "cgroup.subtree_control").split() == []
+
+
+def test_weights_are_those_of_the_heaviest(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    heavy, light = place(name="Heavy"), place(name="Light")
+    apply(cgroups.enter(light, persona(priority=10)))
+    assert tree.read("user.slice/user-1000.slice", "cpu.weight") == "20\n"
+    apply(cgroups.enter(heavy, persona(name="Heavy", priority=100)))
+    assert tree.read(SCOPE, "cpu.weight") == "200\n"
+    apply(cgroups.leave(heavy))
+    assert tree.read("user.slice/user-1000.slice", "cpu.weight") == "20\n"
+    apply(cgroups.reconcile({}))
+    assert tree.read("user.slice/user-1000.slice", "cpu.weight") == "100\n"
+
+
+def test_disks_are_whole_and_each_once(tmp_path: Path, cgroups: Cgroups) -> None:
+    assert disks(str(tmp_path / "mountinfo"), str(tmp_path / "dev")) == ("254:0",)
+    (tmp_path / "mountinfo").write_text("cut\n1 1 7:9 / /gone rw - ext4 /nowhere rw\n3 1 254:0 / /x rw - xfs x rw\n")
+    assert disks(str(tmp_path / "mountinfo"), str(tmp_path / "dev")) == ("254:0",)
+    with pytest.raises(OSError, match="No such file"):
+        disks(str(tmp_path / "missing"), str(tmp_path / "dev"))
