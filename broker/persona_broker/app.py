@@ -7,7 +7,7 @@ from flask import Flask
 
 from persona.codec import MAX_BODY
 from persona_broker import problems
-from persona_broker.api import decisions, documents, events, health, reports
+from persona_broker.api import current, decisions, documents, events, health, reports
 from persona_broker.host.load import LoadSource, MachineSource, SetSource
 from persona_broker.settings import Settings
 from persona_broker.state import State
@@ -19,7 +19,13 @@ from persona_broker.workers import at_exit
 def api(settings: Settings) -> Flask:
     """Decisions, sessions, documents, health.  Call it in the process that will serve it."""
     app = _base(settings)
-    for blueprint in (decisions.blueprint, reports.blueprint, documents.blueprint, health.blueprint):
+    for blueprint in (
+        decisions.blueprint,
+        current.blueprint,
+        reports.blueprint,
+        documents.blueprint,
+        health.blueprint,
+    ):
         app.register_blueprint(blueprint)
     return app
 
