@@ -217,7 +217,16 @@ def _reason(value: object, path: str) -> Reason:
 
 # --- records ----------------------------------------------------------------------------------------
 
-EVENTS = ("exec", "admission", "break_glass", "stopped", "killed", "session_end")
+EVENTS = (
+    "exec",
+    "admission",
+    "break_glass",
+    "stopped",
+    "killed",
+    "session_end",
+    "limit",
+    "frozen",
+)
 
 
 @dataclass(frozen=True, slots=True)

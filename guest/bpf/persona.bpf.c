@@ -213,11 +213,6 @@ static int follows(struct state *state, struct linux_binprm *bprm)
 	return 1;
 }
 
-static int is_first(const struct linux_binprm *bprm)
-{
-	return bprm->interp == bprm->filename; /* each interpreter gets a name of its own */
-}
-
 /*
  * Whether this very step was let through already.  While a new version of these programs takes over,
  * both run, and the first has used the approval up.  It also lets an exec that failed half-way be tried
@@ -228,8 +223,7 @@ static int let_through(const struct state *state, struct linux_binprm *bprm)
 	__u32 step = state->next - 1;
 
 	return state->bprm == (__u64)bprm && state->file == (__u64)bprm->file && step < CHAIN_MAX &&
-	       (step == 0) == is_first(bprm) && is(&state->approval.chain[step], bprm->file) &&
-	       bpf_ktime_get_ns() < state->approval.expires;
+	       is(&state->approval.chain[step], bprm->file) && bpf_ktime_get_ns() < state->approval.expires;
 }
 
 /* Called for the file of an execve, and again for each interpreter that a script names. */
@@ -241,7 +235,7 @@ int BPF_PROG(check_file, struct linux_binprm *bprm)
 	__u32 tid = (__u32)task->pid;
 	struct approval *approval;
 
-	if (!is_first(bprm)) {
+	if (bprm->interp != bprm->filename) {
 		/* An interpreter, and so its script was let through. */
 		if (!state)
 			return login_is_gated(task) ? refuse(bprm, task, state, 0) : 0;

@@ -5,6 +5,7 @@ Exit codes: 0 ended as asked, 1 could not start, 2 usage.
 
 import argparse
 import gc
+import json
 import logging
 import os
 import signal
@@ -13,16 +14,24 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from persona.decisions import Decision, Request
 from persona.problems import PersonaError
 from persona_guest import settings as configuration
 from persona_guest.advice import advice
 from persona_guest.agent import Agent
+from persona_guest.bounds import Bounds
 from persona_guest.broker_client.events import Connected, Event, Stream
 from persona_guest.broker_client.link import Link
 from persona_guest.broker_client.recorder import Recorder
 from persona_guest.core.leases import LeaseBook
+from persona_guest.core.sessions import Session
+from persona_guest.enforce.alarms import Alarms
+from persona_guest.enforce.cgroups import Cgroups
+from persona_guest.enforce.interface import Facility
+from persona_guest.enforcer import Enforcer
+from persona_guest.follower import Follower
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
@@ -34,14 +43,18 @@ from persona_guest.ipc.standby_socket import Keeping
 from persona_guest.ipc.user_socket import UserSocket
 from persona_guest.journal import Journal
 from persona_guest.kernel import systemd
+from persona_guest.kernel.cgroup import Hierarchy
 from persona_guest.loop import Loop
+from persona_guest.notices import Notices
+from persona_guest.personas import Personas
 from persona_guest.questions import Questions
-from persona_guest.settings import Settings
+from persona_guest.settings import Mode, Settings
 from persona_guest.shell.client import AgentError, Client
 from persona_guest.users import Users
 
 CONFIG = "/etc/persona/guest.toml"
 _INFLIGHT = "inflight"
+_LOOK_AFTER_S = 30.0  # systemd may write its own values over the few that are not below a delegated cgroup
 
 log = logging.getLogger("persona.agent")
 
@@ -53,11 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=["run", "check-config", "release", "load-kernel", "unload-kernel"],
+        choices=["run", "check-config", "release", "plan", "load-kernel", "unload-kernel"],
         default="run",
-        help="release: let every gated session go on ungated, before the package is removed; "
+        help="release: let every gated session go on ungated and unbound, before the package is removed; "
+        "plan: what would be changed now so that what is found is what should be; "
         "load-kernel: put the kernel layer in place or replace it; unload-kernel: take it away",
     )
+    parser.add_argument("--json", action="store_true", help="plan: machine-readable")
     arguments = parser.parse_args(argv)
     try:
         settings = configuration.load(Path(arguments.config))
@@ -71,6 +86,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.command == "release":
         return _release(settings)
+    if arguments.command == "plan":
+        return _plan(settings, as_json=arguments.json)
     if arguments.command.endswith("-kernel"):
         from persona_guest.gate import kernel_loader  # only these two pay for it
 
@@ -85,6 +102,23 @@ def _release(settings: Settings) -> int:
     except AgentError as error:
         print(f"persona-agent: {error.message}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _plan(settings: Settings, *, as_json: bool) -> int:
+    try:
+        with Client(f"{settings.paths.runtime_dir}/agent.sock") as client:
+            answer: dict[str, Any] = client.call("plan")
+    except AgentError as error:
+        print(f"persona-agent: {error.message}", file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps({"places": answer["places"], "plan": answer["plan"]}))
+        return 0
+    for place in answer["places"]:
+        print(f"{place['persona']['name']} v{place['persona']['version']}: {place['cgroup']}")
+    for step in answer["plan"]:
+        print(json.dumps(step))
     return 0
 
 
@@ -105,42 +139,61 @@ def run(settings: Settings) -> int:
     guard = Guard(_hung)
     journal = Journal(systemd.journal)
     recorder = Recorder(settings.broker, journal.add)
+    personas = Personas(Path(settings.paths.state_dir) / "personas", questions.persona)
 
     def ask(request: Request, done: Callable[[Decision], None]) -> None:
-        questions.decide(request, done)
+        questions.decide(request, lambda decision: personas.backed(decision, done))
+
+    def ended(session: Session) -> None:
+        agent.ended(session)
+        enforcer.ended(session)
 
     last_word = LastWord(settings, loop, lambda event: agent.stopped(event))
-    supervisor = Supervisor(
-        settings,
-        loop,
-        identifier,
-        leases,
-        inflight,
-        guard,
-        last_word,
-        ask,
-        recorder.add,
-        lambda session: agent.ended(session),
+    supervisor = Supervisor(settings, loop, identifier, leases, inflight, guard, last_word, ask, recorder.add, ended)
+    agent = Agent(settings, supervisor, last_word, leases, questions, keeping, recorder.add, personas)
+    tree = Hierarchy(settings.paths.cgroup_root)
+    # everything that binds a persona, in the order in which it is applied
+    facilities: list[Facility] = [Cgroups(tree)] if settings.paths.cgroup_root else []
+    enforcer = Enforcer(
+        loop, tree, facilities, personas, runtime / "places", agent.base_of, lambda place: alarms.watch(place)
     )
-    agent = Agent(settings, supervisor, last_word, leases, questions, keeping, recorder.add)
+    notices = Notices(enforcer, supervisor, guard, recorder.add)
+    alarms = Alarms(loop, tree, notices.alarm)
+    follower = Follower(
+        loop, enforcer, supervisor, questions, personas, identifier, guard, agent.rebase, notices.tell, notices.note
+    )
+    enforcing = bool(facilities) and settings.mode is Mode.ENFORCE
+    if enforcing:
+        supervisor.place = enforcer.place
+        agent.began = follower.began
 
     def release() -> None:
         log.warning("released: %d sessions go on ungated", len(supervisor.sessions))
         supervisor.released = True
+        enforcer.release()
         _gate_state(settings).unlink(missing_ok=True)
         loop.call_every(1.0, lambda: None if supervisor.sessions else loop.stop())
 
-    users = Users(agent, identifier, guard, release)
+    users = Users(agent, identifier, guard, release, Bounds(loop, enforcer))
     _write_gate_state(settings)
     pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
     socket = UserSocket(loop, runtime / "agent.sock", users.handle)
     agent.restore(kept)
+    if enforcing:
+        enforcer.restore(supervisor.sessions)
+        loop.call_every(_LOOK_AFTER_S, enforcer.reconcile)
+    elif facilities:
+        enforcer.release()  # what an enforcing agent before this one left
+    supervisor.answer_left_over()
     keeping.repeat()
 
     def heard(event: Event) -> None:
         if isinstance(event, Connected):
             link.reachable()
+        before = leases.generation
         agent.event(event)
+        if isinstance(event, Connected) or leases.generation != before:
+            follower.changed()
 
     stream = Stream(settings.broker, lambda event: loop.deliver(lambda: heard(event)))
     health = Reporter(settings.broker, Watch(settings.gate.uid_min, agent.layers))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.codec import Record
-from persona.decisions import Denied, Granted, Subject
+from persona.decisions import Denied, Granted, PersonaRef, Subject
 from persona.problems import Fault, PersonaError, Reason
 from persona_guest.broker_client.events import Changed, Connected, Event, Lost
 from persona_guest.core.admission import Exemption, Recent, exemption
@@ -33,6 +33,7 @@ from persona_guest.ipc.pam_socket import Reply
 from persona_guest.ipc.standby_socket import Keeping
 from persona_guest.kernel import layer_abi, seccomp
 from persona_guest.kernel.task import Task
+from persona_guest.personas import Personas
 from persona_guest.questions import UNANSWERED, Admitted, Questions
 from persona_guest.settings import Mode, Settings
 
@@ -53,6 +54,7 @@ class Agent:
         questions: Questions,
         keeping: Keeping,
         record: Callable[[Record], None],
+        personas: Personas,
     ) -> None:
         self.settings = settings
         self.supervisor = supervisor
@@ -62,6 +64,8 @@ class Agent:
         self.connection = "connecting"
         self._keeping = keeping
         self._record = record
+        self._personas = personas
+        self.began: Callable[[str], None] = lambda _session: None  # called with each session that the broker knows
         self._filter = seccomp.gate_filter()
         self._opening: dict[str, tuple[Session, Admitted | None]] = {}
         self.base: dict[str, Admitted] = {}
@@ -105,7 +109,7 @@ class Agent:
                 self._note_admission(session, result)
                 reply_to(reply(Verdict.DENY, admission_line(caller.user, self.settings.vm.name, result)))
 
-        self.questions.admit(session, answered, opening=False)
+        self._admit(session, answered, opening=False)
 
     def open(self, caller: Caller, pid: int, reply_to: Reply) -> str | None:
         """A session opens: pass, refuse, or gate it."""
@@ -155,6 +159,7 @@ class Agent:
             if isinstance(result, Admitted):
                 self._opening[session.id] = (session, result)
                 self.base[session.id] = result
+                self.began(session.id)
             elif self.settings.mode is Mode.ENFORCE:
                 self._opening.pop(session.id)
                 refuse(result)
@@ -163,7 +168,23 @@ class Agent:
                 self._unannounced[session.id] = session
             gate()
 
-        self.questions.admit(session, answered, opening=True)
+        self._admit(session, answered, opening=True)
+
+    def _admit(self, session: Session, done: Callable[[Admitted | Denied], None], *, opening: bool) -> None:
+        """The broker's word, once the document that it is about is here; without that, a refusal."""
+
+        def answered(result: Admitted | Denied) -> None:
+            if isinstance(result, Admitted) and result.persona is not None:
+                self._personas.ensure(result.persona, lambda denied: backed(result, denied))
+            else:
+                done(result)
+
+        def backed(admitted: Admitted, denied: Denied | None) -> None:
+            if denied is not None and opening:
+                self.questions.closed(session)
+            done(denied or admitted)
+
+        self.questions.admit(session, answered, opening=opening)
 
     def _unguarded(self) -> Denied | None:
         """Why no session may open on a machine whose operator demands the kernel layer."""
@@ -181,6 +202,7 @@ class Agent:
             if isinstance(result, Denied) and result.reason in UNANSWERED:
                 return
             self._unannounced.pop(session.id, None)
+            self.began(session.id)
             if session.id not in self._opening and session.id not in self.supervisor.sessions:
                 self.questions.closed(session)
 
@@ -258,6 +280,16 @@ class Agent:
         self.supervisor.add(session, fd, fresh=True)
         log.info("session %s of %s gated (%s)", session.id, printable(session.subject.user), session.service)
 
+    def base_of(self, session_id: str) -> PersonaRef | None:
+        """The persona that applies to a session as a whole, as far as it is known."""
+        base = self.base.get(session_id)
+        return base.persona if base is not None else None
+
+    def rebase(self, session_id: str, persona: PersonaRef | None, policy: str | None) -> None:
+        """From now on it is this one."""
+        if session_id in self.base or session_id in self.supervisor.sessions:
+            self.base[session_id] = Admitted(persona, policy)
+
     def _count(self, uid: int) -> int:
         return sum(gated.session.uid == uid for gated in self.supervisor.sessions.values())
 
@@ -288,7 +320,6 @@ class Agent:
             name, fd = listeners.popitem()
             os.close(fd)
             self._keeping.forget(name)
-        self.supervisor.answer_left_over()
 
     def listeners(self) -> list[tuple[str, int]]:
         """Every session's id and listener."""
@@ -369,6 +400,7 @@ class Agent:
             "policy": current[1],
             "limits": {},
             "network": [],
+            "places": [],
             "lease_s": self.leases.remaining(gated.holder, time.monotonic()) if gated else None,
             "layers": self.layers(),
             "kernel": {"why_not": layer.why, **layer.counts()},
@@ -383,7 +415,7 @@ class Agent:
     def layers(self) -> dict[str, bool]:
         """The parts of the gate by name, and whether each is active.  Safe to call from any thread."""
         active = self.last_word.layer.active
-        return {"seccomp": True, "bpf": active, "verify": not active}
+        return {"seccomp": True, "bpf": active, "verify": not active, "limits": self.supervisor.place is not None}
 
     def _current(self, gated: Gated | None) -> tuple[dict[str, Any] | None, str | None]:
         if gated is None:

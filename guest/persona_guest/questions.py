@@ -20,6 +20,8 @@ _AGAIN_MAX = 3  # answers older than the newest event that are asked again, befo
 # a loop of timeouts, and recovery is still felt at once.
 _NO_ANSWER = Lease(0.0, Width.ARGV)
 
+_AGENT = ""  # on behalf of whom the agent asks for itself: no user has that name
+
 
 class Admitted:
     """The login may go on; ``persona`` and ``policy`` are what would apply right now, if anything."""
@@ -83,6 +85,16 @@ class Questions:
         who, path = session.subject.user, f"/v1/sessions/{session.id}"
         self._link.post(who, "DELETE", path, None, lambda _outcome: None, urgent=False)
 
+    def persona(self, ref: PersonaRef, done: Callable[[Any | Denied], None]) -> None:
+        """The document of one version of a persona, as the broker's JSON."""
+        path = f"/v1/personas/{ref.name}/versions/{ref.version}"
+        self._link.post(_AGENT, "GET", path, None, lambda outcome: done(_body(outcome)))
+
+    def current(self, sessions: list[str], done: Callable[[Any | Denied], None]) -> None:
+        """What applies to sessions now, as the broker's JSON."""
+        body = {"sessions": sessions, "min_generation": self._leases.generation}
+        self._link.post(_AGENT, "POST", "/v1/sessions/current", body, lambda outcome: done(_body(outcome)))
+
     def entries(self, session: Session, done: Callable[[list[Any] | Denied], None]) -> None:
         """Every policy that names this session's user, in order, with its persona and whether it holds."""
 
@@ -114,6 +126,12 @@ def _decision(outcome: Outcome) -> Decision:
         return decode_decision(outcome.body)
     except CodecError as error:
         return _misbehaved(error.message)
+
+
+def _body(outcome: Outcome) -> Any | Denied:
+    if isinstance(outcome, BrokerError):
+        return _denied(outcome)
+    return outcome.body if outcome.status == 200 else _problem(outcome)
 
 
 def _admission(outcome: Outcome) -> Admitted | Denied:

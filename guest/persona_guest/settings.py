@@ -90,6 +90,7 @@ class Paths:
 
     runtime_dir: str = "/run/persona"
     state_dir: str = "/var/lib/persona"
+    cgroup_root: str = "/sys/fs/cgroup"  # empty = no limits at all: a trial has no rights to set any
     bpf_dir: str = "/sys/fs/bpf/persona"  # where the kernel layer is pinned; empty = none (a trial)
     bpf_object: str = "/usr/lib/persona/persona.bpf.o"
 
@@ -133,6 +134,7 @@ def parse(document: dict[str, Any], source: str) -> Settings:
         ("broker.events_url", _is_url(settings.broker.events_url), "https://HOST:PORT or unix:/PATH"),
         ("gate.uid_min", 0 <= settings.gate.uid_min <= 0x7FFFFFFF, "0 or more"),
         ("gate.secure_path", all(map(os.path.isabs, settings.gate.secure_path)), "absolute directories"),
+        ("paths.cgroup_root", settings.paths.cgroup_root[:1] in ("", "/"), "an absolute directory, or none"),
         ("paths.bpf_dir", _is_below_bpffs(settings.paths.bpf_dir), "a directory below /sys/fs/bpf, or nothing"),
         ("gate.break_glass_group", bool(_NAME.fullmatch(settings.gate.break_glass_group)), "a group name"),
     ):

@@ -8,6 +8,7 @@ from persona.codec import encode_decision, encode_program
 from persona.decisions import Decision, Denied, Request
 from persona.problems import Fault, PersonaError, Reason
 from persona_guest.agent import Agent, caller_of
+from persona_guest.bounds import Bounds
 from persona_guest.core.admission import exemption
 from persona_guest.core.pam_wire import Caller
 from persona_guest.gate import attempt as attempts
@@ -27,8 +28,11 @@ _OPENING_MAX = 64  # of one user: each holds a session of the broker's
 class Users:
     """Handles each ``op``; ``release`` is root's."""
 
-    def __init__(self, agent: Agent, identifier: Identifier, guard: Guard, release: Callable[[], None]) -> None:
+    def __init__(
+        self, agent: Agent, identifier: Identifier, guard: Guard, release: Callable[[], None], bounds: Bounds
+    ) -> None:
         self._agent = agent
+        self._bounds = bounds
         self._identifier = identifier
         self._guard = guard
         self._release = release
@@ -42,6 +46,7 @@ class Users:
             "gate": self._gate,
             "listener": self._listener,
             "release": self._release_all,
+            "plan": self._plan,
         }
 
     def handle(self, call: Call, answer: Answer) -> None:
@@ -69,16 +74,14 @@ class Users:
         if gated is None or status["persona"] is None:
             answer(status)
             return
+        status |= self._bounds.stated(status["persona"])
+        self._bounds.use(gated.session.id, lambda places: answer({**status, "places": places}))
 
-        def received(entries: list[Any] | Denied) -> None:
-            for entry in entries if isinstance(entries, list) else ():
-                if isinstance(entry, dict) and entry.get("policy") == status["policy"]:
-                    persona = entry.get("persona") or {}
-                    status["limits"] = persona.get("resource_limits", {})
-                    status["network"] = persona.get("network_access", [])
-            answer(status)
-
-        self._agent.questions.entries(gated.session, received)
+    def _plan(self, call: Call, answer: Answer) -> None:
+        call.only()
+        if call.uid != 0:
+            raise PersonaError(Fault.UNAUTHENTICATED, "only root may see everybody's places")
+        answer({"ok": True, **self._bounds.plan()})
 
     def _list(self, call: Call, answer: Answer) -> None:
         call.only()

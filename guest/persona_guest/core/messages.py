@@ -3,6 +3,8 @@
 import os
 
 from persona.decisions import Denied
+from persona.documents import Persona
+from persona.problems import Reason
 
 _LINE_MAX = 400
 
@@ -22,6 +24,24 @@ def admission_line(user: str, vm: str, denied: Denied) -> str:
     """Why a login is refused."""
     tail = f": {denied.help}" if denied.help else ""
     return printable(f"persona: {user} may not log in to {vm}, {denied.reason}{tail}")
+
+
+def limit_line(persona: Persona, reason: Reason) -> str:
+    """Which limit was met, and what came of it."""
+    limits = persona.resource_limits
+    if reason is Reason.MEMORY_LIMIT:
+        allowed = amount(limits.memory_bytes) if limits.memory_bytes else "what the machine has"
+        return f"persona: out of memory, a program was killed: persona {persona.name} allows {allowed}"
+    return f"persona: no more processes: persona {persona.name} allows {limits.pids} at once"
+
+
+def amount(size: float) -> str:
+    """Bytes for people: ``512 MiB``, ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
 
 
 def printable(text: str) -> str:

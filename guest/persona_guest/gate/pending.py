@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from persona.decisions import Denied, Granted, Width
 from persona_guest.core.sessions import Session
+from persona_guest.enforce.home import Home
 from persona_guest.gate.attempt import Attempt
 from persona_guest.gate.identity import Image
 from persona_guest.kernel.task import Task
@@ -21,6 +22,7 @@ class Gated:
     lines: int = 0
     lines_at: int = 0
     last: Granted | None = None
+    home: Home | None = None  # where its processes live, once one has started
     confirmed: int = -1  # the generation in which the broker last answered for this very session
     revoked: Denied | None = None  # if that was the answer
 

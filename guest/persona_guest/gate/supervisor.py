@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from persona.codec import Record
 from persona.decisions import Decision, Denied, Granted, Request
-from persona.problems import Reason
+from persona.problems import PersonaError, Reason
 from persona_guest.core.leases import LeaseBook, Question
 from persona_guest.core.messages import denial_line, shown_name
 from persona_guest.core.sessions import Session
@@ -38,6 +38,7 @@ from persona_guest.settings import Mode, Settings
 log = logging.getLogger("persona.gate")
 
 Ask = Callable[[Request, Callable[[Decision], None]], None]
+Place = Callable[[Pending, Granted | None], None]
 
 _LINES_PER_SECOND = 20  # denial lines to one session: a loop of denied commands must not flood
 _ANCESTORS_MAX = 128
@@ -62,6 +63,7 @@ class Supervisor:
         self.settings = settings
         self.sessions: dict[str, Gated] = {}
         self.released = False
+        self.place: Place | None = None  # brings a task under its persona before it goes on
         self.verifier = Verifier(loop, time.monotonic, guard)
         self._loop = loop
         self._identifier = identifier
@@ -274,7 +276,13 @@ class Supervisor:
         # complain mode lets go on what it would deny: a look could not tell that from a race
         verifying = self.settings.mode is Mode.ENFORCE and not layer.active
         try:
+            if self.place is not None:
+                self.place(pending, granted)
             look = self._before(pending, granted) if verifying else None
+        except PersonaError as error:
+            reason = error.code if isinstance(error.code, Reason) else Reason.ENFORCEMENT_FAILED
+            self._deny(pending, Denied(reason, help=error.message))
+            return
         except OSError:  # killed while it waited, or no descriptor left: never leave it waiting
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
             return

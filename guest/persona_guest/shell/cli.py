@@ -11,6 +11,7 @@ import shutil
 import sys
 from typing import Any
 
+from persona_guest.shell.bars import place_lines
 from persona_guest.shell.client import SOCKET, AgentError, Client
 
 _NOT_GATED = "session_unknown"
@@ -63,12 +64,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _status(arguments: argparse.Namespace) -> int:
     with Client(arguments.socket) as client:
-        status = client.call("status")
+        status: dict[str, Any] = client.call("status")
     if arguments.json:
         print(json.dumps(status))
         return 0
     for label, value in _status_lines(status):
         print(f"{label + ':':<11}{value}")
+    for line in place_lines(status["places"], bars=sys.stdout.isatty()):
+        print(line)
     return 0
 
 
@@ -102,10 +105,9 @@ def _status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _limits(limits: dict[str, Any]) -> str:
-    # Limits are shown as the persona states them; they take effect with the enforcers, which come later.
     flat = {**limits, **limits.get("disk_io", {})}
     flat.pop("disk_io", None)
-    return ", ".join(f"{key} {value}" for key, value in flat.items()) + " (not enforced yet)" if flat else "-"
+    return ", ".join(f"{key} {value}" for key, value in flat.items()) or "-"
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -88,7 +88,7 @@ def start(stack: ExitStack, home: Path, files: list[str]) -> None:
         f'mode = "enforce"\n[vm]\nname = "{VM}"\n[broker]\nurl = "unix:{home}/api.sock"\n'
         f'events_url = "unix:{home}/events.sock"\ntoken_file = "{token}"\ntimeout_s = 10.0\n'
         "[gate]\nuid_min = 0\nnever_gate_root = false\n"
-        f'[paths]\nruntime_dir = "{home}/run"\nstate_dir = "{home}/state"\nbpf_dir = ""\n'
+        f'[paths]\nruntime_dir = "{home}/run"\nstate_dir = "{home}/state"\nbpf_dir = ""\ncgroup_root = ""\n'
     )
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
         notified.bind(str(home / "notify"))

@@ -1,0 +1,80 @@
+"""A process that runs already, as a whitelist would see it: its program by inode, its command line as it stands."""
+
+import os
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from persona_guest.core.following import Stage
+from persona_guest.core.messages import printable
+from persona_guest.core.script import Shebang
+from persona_guest.gate.identity import Identified, Identifier, Image
+from persona_guest.kernel.task import Task
+from persona_guest.settings import Settings
+
+_ARGV_MAX = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """``stages``: the script that an interpreter was started for, if any, then what really runs."""
+
+    stages: tuple[tuple[Identified, tuple[str, ...]], ...]
+
+    @property
+    def image(self) -> Image:
+        """The file that it runs."""
+        return self.stages[-1][0].image
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return printable(os.path.basename(self.stages[0][0].program.path))
+
+    @property
+    def trusted(self) -> tuple[Stage, ...]:
+        """Of the stages those that a whitelist can vouch for."""
+        return tuple(
+            (found.as_called(os.fsencode(argv[0]) if argv else b""), argv)
+            for found, argv in self.stages
+            if found.trusted
+        )
+
+    def plumbing(self, settings: Settings) -> bool:
+        """Whether it is the session's own machinery."""
+        found = self.stages[-1][0]
+        return found.trusted and any(fnmatchcase(found.program.path, one) for one in settings.gate.plumbing)
+
+
+def look(pid: int, identifier: Identifier) -> Running:
+    """Raises ``OSError`` where it is gone."""
+    task = Task(pid)
+    program = _identify(task, b"/proc/self/exe", identifier)
+    words = task.command_line(_ARGV_MAX).split(b"\0")[:-1]
+    argv = tuple(map(os.fsdecode, words))
+    stages = [(program, argv)]
+    for index in (1, 2):  # a shebang may bring one argument of its own
+        if index < len(words) and words[index].startswith(b"/"):
+            try:
+                script = _identify(task, words[index], identifier)
+            except OSError:
+                continue
+            if isinstance(script.format, Shebang) and _interprets(task, program, script.format, identifier):
+                stages.insert(0, (script, argv[index:]))
+                break
+    return Running(tuple(stages))
+
+
+def _interprets(task: Task, program: Identified, shebang: Shebang, identifier: Identifier) -> bool:
+    """A process may write any script's name over its own command line: its program must at least fit."""
+    try:
+        return _identify(task, shebang.interpreter, identifier).image == program.image
+    except OSError:
+        return False
+
+
+def _identify(task: Task, path: bytes, identifier: Identifier) -> Identified:
+    fd = task.open_program(path)
+    try:
+        return identifier.identify(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,89 @@
+"""What happens to running processes, for the user's terminal and for the record."""
+
+import time
+from collections.abc import Callable
+
+from persona.codec import Record
+from persona.documents import Persona
+from persona.problems import PersonaError, Reason
+from persona_guest.core.messages import limit_line, printable
+from persona_guest.core.places import Place
+from persona_guest.core.sessions import Session
+from persona_guest.enforce.home import Home
+from persona_guest.enforcer import Enforcer
+from persona_guest.gate.guard import Guard
+from persona_guest.gate.running import Running
+from persona_guest.gate.supervisor import Supervisor
+from persona_guest.gate.terminal import tell
+
+_TRIED_MAX = 32  # processes of a session, until one has a terminal
+
+
+class Notices:
+    """Says it in one line, and records it."""
+
+    def __init__(
+        self, enforcer: Enforcer, supervisor: Supervisor, guard: Guard, record: Callable[[Record], None]
+    ) -> None:
+        self._enforcer = enforcer
+        self._supervisor = supervisor
+        self._guard = guard
+        self._record = record
+
+    def tell(self, home: Home, line: str) -> None:
+        """One line to the session's user, through the first process of it that has a terminal or pipe.
+
+        What a process has as its standard error may hang: the caller stands between the guard's enter and leave.
+        """
+        pids = [
+            pid
+            for place in home.places.values()
+            if not place.withdrawn and not place.managed
+            for pid in self._enforcer.tree.processes(place.cgroup)
+        ]
+        any(tell(pid, printable(line)) for pid in sorted(pids)[:_TRIED_MAX])
+
+    def alarm(self, place: Place, reason: Reason) -> None:
+        """A place ran into a limit."""
+        gated = self._supervisor.sessions.get(place.session)
+        home = self._enforcer.homes.get(place.session)
+        if gated is None or home is None:
+            return
+        try:
+            persona = self._enforcer.document(place.persona)
+        except PersonaError:  # it is kept while it is used; without it there is nothing to say
+            return
+        self._guard.enter(gated.session)
+        self.tell(home, limit_line(persona, reason))
+        self._guard.leave()
+        self._record(_record(gated.session, place, "limit", reason, "", ()))
+
+    def note(self, home: Home, persona: Persona, event: str, running: Running) -> None:
+        """One process that was frozen or asked to end."""
+        gated = self._supervisor.sessions.get(home.session)
+        place = next((place for place in home.places.values() if place.persona.name == persona.name), None)
+        if gated is not None:
+            program, argv = running.stages[0]
+            shown = tuple(argument[:256] for argument in argv[:16])
+            reason = Reason.PERSONA_WITHDRAWN
+            self._record(_record(gated.session, place, event, reason, program.program.path, shown))
+
+
+def _record(
+    session: Session, place: Place | None, event: str, reason: Reason, program: str, argv: tuple[str, ...]
+) -> Record:
+    return Record(
+        at=time.time(),
+        session=session.id,
+        user=session.subject.user,
+        program=program,
+        argv=argv,
+        decision="denied",
+        reason=reason,
+        persona=place.persona.name if place else None,
+        persona_version=place.persona.version if place else None,
+        policy=None,
+        event=event,
+        leased=False,
+        complain=False,
+    )
