@@ -7,6 +7,7 @@ from pathlib import Path
 
 from persona_broker.store.sqlite import Store
 
+from tests.bench import limits
 from tests.bench.row import Row, median, pairs, percentile
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT, Broker, await_connected, site
@@ -110,7 +111,12 @@ def kernel(machine: Machine, broker: Broker) -> list[Row]:
 
 
 def rows(directory: Path | None = None) -> list[Row]:
-    """login.*, revoke.*, *kernel*"""
+    """login.*, revoke.*, cgroup.*, exec.*, follow.*, *kernel*"""
     with site(directory) as (machine, broker):
         machine.must("loginctl terminate-user alice || true")
-        return [login_ratio(machine), revoke(machine, broker), *kernel(machine, broker)]
+        return [
+            login_ratio(machine),
+            revoke(machine, broker),
+            *limits.rows(machine, broker),
+            *kernel(machine, broker),
+        ]

@@ -1,0 +1,100 @@
+"""What it costs to bind processes: moving one, an exec under another persona, and how soon what runs follows."""
+
+import time
+
+from persona_broker.store.sqlite import Store
+
+from tests.bench.row import Row, median, percentile
+from tests.guest_vm.bound import USER, apply, persona, policy
+from tests.guest_vm.login import Session
+from tests.guest_vm.machine import Machine
+from tests.guest_vm.site import Broker
+
+CHANGES = 200
+
+# Moves a process to and fro between two cgroups of two controllers, and prints each move's seconds.
+MOVES = """
+import os, subprocess, time
+root = "/sys/fs/cgroup/user.slice/"
+for name in ("bench-a", "bench-b"): os.mkdir(root + name)
+child = subprocess.Popen(["sleep", "100"])
+for n in range(200):
+    fd = os.open(root + ("bench-a", "bench-b")[n % 2] + "/cgroup.procs", os.O_WRONLY)
+    began = time.perf_counter()
+    os.write(fd, str(child.pid).encode())
+    print(time.perf_counter() - began)
+    os.close(fd)
+child.kill(); child.wait()
+for name in ("bench-a", "bench-b"): os.rmdir(root + name)
+"""
+
+# Starts two programs in turn and prints the seconds of each: the same persona's, and another's.
+STARTS = """
+import subprocess, time
+for _ in range(60):
+    for program in ("tail", "head"):
+        began = time.perf_counter()
+        subprocess.run([program, "-c0", "/dev/null"])
+        print(program, time.perf_counter() - began)
+"""
+
+
+def moves(machine: Machine) -> Row:
+    """``cgroup.move_us``"""
+    machine.must("cat > /root/moves.py", stdin=MOVES)
+    seconds = [float(line) for line in machine.must("python3 /root/moves.py").split()]
+    p99 = percentile(seconds, 99)
+    value = median(seconds)
+    return Row("cgroup.move_us", value * 1e6, "us", "p99", p99 * 1e6, value / p99, "")
+
+
+def starts(machine: Machine, broker: Broker) -> Row:
+    """``exec.other_persona_us``: what a start costs more where its persona is not its parent's."""
+    apply(
+        broker,
+        persona("Wide", {"pids": 77}, ["**", "!head"]),
+        persona("Narrow", {"pids": 33}, ["head"]),
+        policy("wide", "Wide"),
+        policy("narrow", "Narrow"),
+    )
+    machine.must("install -m 644 /dev/stdin /tmp/starts.py", stdin=STARTS)
+    with machine.session(USER) as session:
+        session.ask("head -c0 /dev/null; tail -c0 /dev/null")
+        found: dict[str, list[float]] = {"head": [], "tail": []}
+        for line in session.ask("python3 /tmp/starts.py").splitlines():
+            program, seconds = line.split()
+            found[program].append(float(seconds))
+    same, other = median(found["tail"]), median(found["head"])
+    return Row("exec.other_persona_us", other * 1e6, "us", "its parent's persona", same * 1e6, other / same, "")
+
+
+def follow(machine: Machine, broker: Broker) -> Row:
+    """``follow.p99_s``: from a change of the load in the record to a running shell's new cgroup."""
+    apply(
+        broker,
+        persona("Work", {"pids": 77, "memory": "300MiB"}),
+        persona("Rest", {"pids": 33}),
+        policy("work", "Work", when={"host_load": {"cpu": {"below": 70, "again_below": 60}}}),
+        policy("rest", "Rest"),
+    )
+    store = Store(broker.directory / "broker.db")
+    with machine.session(USER) as session:
+        session.ask("ls /")
+        pairs = [("Rest", 82.0), ("Work", 30.0)] * (CHANGES // 2)
+        seconds = [_change(session, store, name, load) for name, load in pairs]
+    p99 = percentile(seconds, 99)
+    return Row("follow.p99_s", p99, "s", "median", median(seconds), p99 / median(seconds), "< 1.0")
+
+
+def _change(session: Session, store: Store, name: str, load: float) -> float:
+    session.write(f"until read -r at < /proc/$$/cgroup; [[ $at == */{name} ]]; do :; done")
+    time.sleep(0.2)
+    began = time.perf_counter()
+    store.put_set_load({"cpu": load})
+    session.read()
+    return time.perf_counter() - began
+
+
+def rows(machine: Machine, broker: Broker) -> list[Row]:
+    """cgroup.*, exec.*, follow.*"""
+    return [moves(machine), starts(machine, broker), follow(machine, broker)]
