@@ -145,7 +145,18 @@ def test_sessions_without_a_scope_come_and_go(tree: FakeHierarchy, cgroups: Cgro
         apply(cgroups.leave(here))  # something lives there
     apply(cgroups.reconcile({}))
     assert tree.processes("system.slice/cron.service") == [20]
-    assert not [name for name in tree.children(HOUSE) if name != "login"]
+    assert not tree.exists(HOUSE)
+
+
+def test_who_has_nowhere_to_go_back_to_stays_in_the_house(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    here = place("system.slice/cron.service")
+    apply(cgroups.enter(here, persona()))
+    tree.move(here.cgroup, 20)
+    tree.remove("system.slice/cron.service")
+    apply(cgroups.reconcile({}))
+    assert tree.processes(f"{HOUSE}/login") == [20]
+    assert tree.children(HOUSE) == ["login"]
+    assert cgroups.reconcile({}) == ()
 
 
 def test_limits_of_all_sessions_are_the_parents(tree: FakeHierarchy, cgroups: Cgroups) -> None:

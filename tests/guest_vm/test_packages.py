@@ -44,6 +44,8 @@ def test_removal_inside_a_session_purge_and_installation_anew(guest: Machine, br
     )
     left = guest.must(f"ls -d {ours} 2>/dev/null || true")
     assert left == ""
+    names = "-name login -o -name DataAnalyst -o -name 'persona*'"
+    assert guest.must(f"find /sys/fs/cgroup/user.slice -type d {names}") == ""
     assert guest.ssh("alice", "echo in").out == "in\n"
     install(guest)
     try:

@@ -174,7 +174,24 @@ class Cgroups:
         for name in self._tree.children(HOUSE):
             if name != LOGIN:
                 steps += self._clear(f"{HOUSE}/{name}", keep)
+        if not wanted and self._tree.exists(HOUSE) and not self._homeless():
+            steps += [Remove(self._tree, f"{HOUSE}/{LOGIN}"), Remove(self._tree, HOUSE)]
         return tuple(steps)
+
+    def _homeless(self) -> bool:
+        """Whether anything lives in the house that came from nowhere that is left."""
+        living = [
+            f"{HOUSE}/{name}/{below}"
+            for name in self._tree.children(HOUSE)
+            for below in self._tree.children(f"{HOUSE}/{name}")
+        ]
+        return self._tree.populated(f"{HOUSE}/{LOGIN}") or any(
+            self._tree.populated(cgroup) and not self._origin(cgroup) for cgroup in living
+        )
+
+    def _origin(self, cgroup: str) -> str | None:
+        origin = self._tree.noted(cgroup)
+        return origin if origin and self._tree.exists(origin) else None
 
     def _tidy(self, scope: str, keep: set[str]) -> Iterator[Operation]:
         """What is empty goes; what lives under a persona that nobody knows of any more keeps its limits."""
@@ -194,9 +211,12 @@ class Cgroups:
         names = self._tree.children(parent)
         gone = [name for name in names if f"{parent}/{name}" not in keep]
         for name in gone:
-            origin = self._tree.noted(f"{parent}/{name}")
-            back = origin if origin and self._tree.exists(origin) else f"{HOUSE}/{LOGIN}"
-            yield from self._remove(f"{parent}/{name}", back)
+            cgroup = f"{parent}/{name}"
+            origin = self._origin(cgroup)
+            if origin is None and self._tree.populated(cgroup):
+                origin = f"{HOUSE}/{LOGIN}"
+                yield Make(self._tree, origin)
+            yield from self._remove(cgroup, origin or "")
         if len(gone) == len(names):
             yield Remove(self._tree, parent)
 
