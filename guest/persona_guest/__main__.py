@@ -50,6 +50,7 @@ from persona_guest.personas import Personas
 from persona_guest.questions import Questions
 from persona_guest.settings import Mode, Settings
 from persona_guest.shell.client import AgentError, Client
+from persona_guest.sorter import Sorter
 from persona_guest.users import Users
 
 CONFIG = "/etc/persona/guest.toml"
@@ -159,9 +160,8 @@ def run(settings: Settings) -> int:
     )
     notices = Notices(enforcer, supervisor, guard, recorder.add)
     alarms = Alarms(loop, tree, notices.alarm)
-    follower = Follower(
-        loop, enforcer, supervisor, questions, personas, identifier, guard, agent.rebase, notices.tell, notices.note
-    )
+    sorter = Sorter(settings, loop, enforcer, identifier, guard, notices.tell, notices.note)
+    follower = Follower(loop, enforcer, supervisor, questions, personas, sorter, agent.rebase)
     enforcing = bool(facilities) and settings.mode is Mode.ENFORCE
     if enforcing:
         supervisor.place = enforcer.place

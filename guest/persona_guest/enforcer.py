@@ -20,7 +20,7 @@ from persona_guest.core.sessions import Session
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.home import Home, load
 from persona_guest.enforce.interface import Facility
-from persona_guest.enforce.plan import Plan, PlanError
+from persona_guest.enforce.plan import Plan
 from persona_guest.gate.identity import Image
 from persona_guest.gate.pending import Gated, Pending
 from persona_guest.kernel import seccomp
@@ -200,22 +200,13 @@ class Enforcer:
         self.reconcile()
 
     def wanted(self) -> dict[Place, Persona]:
-        """Every place in use, and what it is under."""
+        """Every place in use, and what it is under.  Raises ``PersonaError`` where a document is not here."""
         found = {}
         for home in self.homes.values():
-            for key, place in home.places.items():
-                persona = self._under(home, key)
-                if persona is not None:
-                    found[place] = persona
+            for place in home.places.values():
+                persona = self.document(place.persona)
+                found[place] = bereft(persona) if place.withdrawn else persona
         return found
-
-    def _under(self, home: Home, key: str) -> Persona | None:
-        try:
-            persona = self.document(home.places[key].persona)
-        except PersonaError as error:
-            log.error("session %s: %s; what it limits stays as it is", home.session, error.message)
-            return None
-        return bereft(persona) if home.places[key].withdrawn else persona
 
     def plan(self) -> list[tuple[str, Plan]]:
         """What would be changed now, by facility.  Raises ``PersonaError``."""
@@ -224,11 +215,17 @@ class Enforcer:
 
     def reconcile(self) -> None:
         """Makes what is found what should be; what cannot be is in the journal, and denied when it matters."""
-        wanted = self.wanted()
+        try:
+            wanted = self.wanted()
+        except PersonaError as error:  # what is there stays as it is, rather than go for want of a document
+            log.error("nothing is looked after: %s", error.message)
+            for ref in {place.persona for home in self.homes.values() for place in home.places.values()} - {NOBODY}:
+                self._personas.ensure(ref, lambda _denied: None)
+            return
         for facility in self._facilities:
             try:
                 plans.apply(facility.reconcile(wanted))
-            except (PlanError, PersonaError, OSError) as error:
+            except (PersonaError, OSError) as error:
                 log.error("%s: cannot be made so: %s", facility.name, error)
 
     def release(self) -> None:

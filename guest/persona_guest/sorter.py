@@ -1,0 +1,210 @@
+"""Running processes of one session go where they belong now, and what no persona allows is frozen or ends.
+
+What a session's persona allows moves under it; with the rest happens what the old one's ``on_revoke``
+says.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from persona.decisions import PersonaRef
+from persona.documents import Persona
+from persona.problems import PersonaError
+from persona_guest.core.following import NOBODY, Held, choose
+from persona_guest.core.places import MANAGED, manager_of
+from persona_guest.enforce.home import Home
+from persona_guest.enforcer import Enforcer
+from persona_guest.gate.guard import Guard
+from persona_guest.gate.identity import Identifier, Image
+from persona_guest.gate.pending import Gated
+from persona_guest.gate.running import Running, look
+from persona_guest.loop import Loop
+from persona_guest.settings import Settings
+
+log = logging.getLogger("persona.enforce")
+
+GRACE_S = 5.0  # between the message and SIGTERM, and the end
+_PASSES = 8  # what is moved may have children meanwhile
+_NAMED_MAX = 64  # of what is frozen or killed at once, so many are recorded one by one
+
+Shells = tuple[Image, ...]
+Pairs = Sequence[tuple[Held, Persona]]
+Told = Callable[[Home, str], None]
+Noted = Callable[[Home, Persona, str, Running], None]
+
+
+class Sorter:
+    """``tell`` tells a session's user, ``note`` records what becomes of one process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: Loop,
+        enforcer: Enforcer,
+        identifier: Identifier,
+        guard: Guard,
+        tell: Told,
+        note: Noted,
+    ) -> None:
+        self._settings = settings
+        self._loop = loop
+        self._enforcer = enforcer
+        self._identifier = identifier
+        self._guard = guard
+        self._tell = tell
+        self._note = note
+        self._ending: dict[str, object] = {}  # cgroup -> the newest notice to end; earlier ones have no say
+
+    def follow(self, home: Home, gated: Gated, holding: tuple[Held, ...], revoked: bool) -> bool:
+        """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
+        home.base = holding[0].ref if holding else NOBODY
+        self._guard.enter(gated.session)  # what its processes call themselves is in their own memory
+        try:
+            pairs = [(held, self._enforcer.document(held.ref)) for held in holding]
+            shells = () if revoked else gated.shells
+            sorted_ = [self._sort(home, key, pairs, shells) for key in list(home.places) if key != MANAGED]
+            whole = all(sorted_)
+            if not home.places and manager_of(home.found, home.uid) is not None:
+                self._enforcer.enter(home, home.base, home.found)
+            if MANAGED in home.places:
+                self._manage(home, pairs, shells)
+            if whole:
+                home.holding = holding
+        except (PersonaError, OSError) as error:
+            log.error("session %s does not follow: %s", home.session, error)
+            return False
+        finally:
+            self._guard.leave()
+        return whole
+
+    def _sort(self, home: Home, key: str, pairs: Pairs, shells: Shells) -> bool:
+        """Every process of a place goes to where it would be started now, or stays, or is withdrawn.
+
+        False where processes were born faster than they could be looked at.
+        """
+        place = home.places[key]
+        old = self._enforcer.document(place.persona)
+        done: dict[int, Running] = {}  # by pid: what needs no further look
+        withdrawn: dict[int, Running] = {}
+        stays = returns = whole = False
+        for _ in range(_PASSES):
+            found = list(self._look(pid for pid in self._enforcer.tree.processes(place.cgroup) if pid not in done))
+            if not found:
+                whole = True
+                break
+            for pid, running in found:
+                ref = self._target(running, home, old, pairs, shells)
+                if ref is None:
+                    target = self._enforcer.enter(home, place.persona, withdrawn=True)
+                    if not place.withdrawn:
+                        withdrawn[pid] = running
+                else:
+                    target = self._enforcer.enter(home, ref)
+                if target.cgroup == place.cgroup:
+                    done[pid] = running
+                    stays = True
+                else:
+                    with contextlib.suppress(ProcessLookupError):
+                        self._enforcer.tree.move(target.cgroup, pid)
+                    returns |= place.withdrawn
+        if not stays and not self._enforcer.tree.populated(place.cgroup):
+            self._enforcer.leave(home, key)
+        if returns and old.on_revoke == "freeze":
+            self._tell(home, f"persona: {old.name} applies again; what was frozen goes on")
+        if withdrawn:
+            self._withdraw(home, place.persona, old, withdrawn)
+        return whole
+
+    @staticmethod
+    def _target(running: Running, home: Home, old: Persona, pairs: Pairs, shells: Shells) -> PersonaRef | None:
+        ref = choose(running.trusted, pairs)
+        if ref is None and (running.image in shells or (old.on_revoke == "finish" and home.base != NOBODY)):
+            return home.base  # the login shell is admission's, until the session itself is revoked
+        return ref
+
+    def _withdraw(self, home: Home, ref: PersonaRef, old: Persona, rest: dict[int, Running]) -> None:
+        cgroup = self._enforcer.enter(home, ref, withdrawn=True).cgroup
+        if old.on_revoke == "kill":
+            self._end(home, old, cgroup, rest)
+        elif old.on_revoke == "freeze":
+            self._enforcer.tree.write(cgroup, "cgroup.freeze", "1")
+            self._tell(home, f"persona: {old.name} no longer applies: {_names(rest)} frozen until it does again")
+            for running in list(rest.values())[:_NAMED_MAX]:
+                self._note(home, old, "frozen", running)
+
+    def _manage(self, home: Home, pairs: Pairs, shells: Shells) -> None:
+        """The service manager keeps its place under whatever is the base now.
+
+        Its parts cannot be frozen one by one (its user could thaw them): ``freeze`` lets them finish.
+        """
+        place = home.places[MANAGED]
+        if place.persona == home.base:
+            return
+        old = self._enforcer.document(place.persona)
+        self._enforcer.enter(home, home.base, place.cgroup)
+        if old.on_revoke == "kill":
+            rest = {
+                pid: running
+                for pid, running in self._look(self._below(place.cgroup))
+                if self._target(running, home, old, pairs, shells) is None and not running.plumbing(self._settings)
+            }
+            if rest:
+                self._end(home, old, None, rest)
+
+    def _below(self, cgroup: str) -> list[int]:
+        tree, waiting = self._enforcer.tree, [cgroup]
+        found: list[int] = []
+        while waiting and len(found) < 65536:
+            here = waiting.pop()
+            found += tree.processes(here)
+            waiting += [f"{here}/{name}" for name in tree.children(here)]
+        return found
+
+    # --- processes --------------------------------------------------------------------------------
+
+    def _look(self, pids: Iterable[int]) -> Iterator[tuple[int, Running]]:
+        for pid in pids:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                yield pid, look(pid, self._identifier)
+
+    def _end(self, home: Home, old: Persona, cgroup: str | None, rest: dict[int, Running]) -> None:
+        """Asks them to end, and after the grace ends them: all of a cgroup, or one by one."""
+        self._tell(home, f"persona: {old.name} no longer applies: {_names(rest)} ends in {GRACE_S:.0f} s")
+        held: list[int] = []
+        notice = object()
+        if cgroup is not None:
+            self._ending[cgroup] = notice
+        for pid, running in rest.items():
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(pid)
+                held.append(pidfd)
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            if len(held) <= _NAMED_MAX:
+                self._note(home, old, "killed", running)
+
+        def over() -> None:
+            for pidfd in held:
+                if cgroup is None:
+                    with contextlib.suppress(OSError):
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                os.close(pidfd)
+            if cgroup is not None and self._ending.get(cgroup) is notice:
+                del self._ending[cgroup]
+                with contextlib.suppress(FileNotFoundError):  # all that was there has come back, or ended
+                    self._enforcer.tree.write(cgroup, "cgroup.kill", "1")
+                self._loop.call_later(0.5, lambda: self._gone(home, cgroup))
+
+        self._loop.call_later(GRACE_S, over)
+
+    def _gone(self, home: Home, cgroup: str) -> None:
+        for key, place in list(home.places.items()):
+            if place.cgroup == cgroup and not self._enforcer.tree.populated(cgroup):
+                self._enforcer.leave(home, key)
+
+
+def _names(rest: dict[int, Running]) -> str:
+    names = sorted({running.name for running in rest.values()})
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -1,0 +1,131 @@
+"""Asking what applies to running sessions: coalesced, retried without piling up, documents first."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from persona_guest import follower as module
+from persona_guest.enforce.home import Home
+from persona_guest.follower import Follower
+from persona_guest.gate.identity import Image
+from persona_guest.loop import Loop
+from persona_guest.personas import Personas
+
+from persona.decisions import Denied, PersonaRef
+from persona.problems import Reason
+
+ANSWER = {
+    "sessions": {
+        f"s-{number}": {
+            "personas": [{"name": "P", "version": 1, "policy": "p", "commands": ["**"]}],
+            "others": [{"name": "Q", "version": 2}],
+            "revoked": False,
+        }
+        for number in range(5)
+    }
+}
+DOCUMENT = {"kind": "Persona", "command_whitelist": ["ls"]}
+
+
+class Site:
+    """Fakes of everything around the follower: what it asks, and what it does with the answers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.loop = Loop()
+        self.asked: list[list[str]] = []
+        self.fetched: list[PersonaRef] = []
+        self.followed: list[str] = []
+        self.based: dict[str, PersonaRef | None] = {}
+        self.answers: Callable[[Callable[[Any], None]], None] = lambda done: done(ANSWER)
+        self.documents: Callable[[PersonaRef], Any] = lambda ref: {
+            "version": ref.version,
+            "document": {**DOCUMENT, "name": ref.name},
+        }
+        homes = {f"s-{number}": Home(f"s-{number}", 1000, "x", Image(1, 2)) for number in range(5)}
+
+        def current(sessions: list[str], done: Callable[[Any], None]) -> None:
+            self.asked.append(sessions)
+            self.answers(done)
+
+        def fetch(ref: PersonaRef, done: Callable[[Any], None]) -> None:
+            self.fetched.append(ref)
+            done(self.documents(ref))
+
+        def follow(home: Home, _gated: object, _holding: object, _revoked: bool) -> bool:
+            self.followed.append(home.session)
+            return True
+
+        self.follower = Follower(
+            self.loop,
+            SimpleNamespace(homes=homes),  # type: ignore[arg-type]  # fakes, each of one method
+            SimpleNamespace(sessions=homes, released=False),  # type: ignore[arg-type]
+            SimpleNamespace(current=current),  # type: ignore[arg-type]
+            Personas(directory, fetch),
+            SimpleNamespace(follow=follow),  # type: ignore[arg-type]
+            lambda session, ref, _policy: self.based.__setitem__(session, ref),
+        )
+
+    def run(self, seconds: float) -> None:
+        self.loop.call_later(seconds, self.loop.stop)
+        self.loop.run()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.setattr(module, "_AGAIN_S", 0.05)
+    return Site(tmp_path / "personas")
+
+
+def test_one_question_for_all_and_the_documents_before_anything_moves(site: Site) -> None:
+    site.follower.changed()
+    site.run(0.05)
+    assert site.asked == [[f"s-{number}" for number in range(5)]]
+    assert set(site.fetched) == {PersonaRef("P", 1), PersonaRef("Q", 2)}  # the next one's too
+    assert len(site.fetched) == 2
+    assert site.followed == site.asked[0]
+    assert set(site.based.values()) == {PersonaRef("P", 1)}
+
+
+def test_events_while_a_question_is_under_way_make_one_more(site: Site) -> None:
+    waiting: list[Callable[[Any], None]] = []
+    site.answers = waiting.append
+    for _ in range(4):
+        site.follower.changed()
+    assert len(site.asked) == 1
+    waiting.pop()(ANSWER)
+    assert len(site.asked) == 2
+    waiting.pop()(ANSWER)
+    assert len(site.asked) == 2
+
+
+def test_failures_are_tried_again_and_do_not_pile_up(site: Site) -> None:
+    there, seen = site.documents, list[int]()
+    site.documents = lambda _ref: Denied(Reason.BROKER_UNREACHABLE, help="away")
+
+    def back() -> None:
+        seen.append(len(site.asked))
+        assert site.followed == []
+        site.documents = there
+
+    site.follower.changed()
+    site.loop.call_later(0.5, back)
+    site.run(0.8)
+    assert 3 <= seen[0] <= 11  # one question in a while, not one for each session of each before
+    assert site.followed
+
+
+def test_a_broker_that_is_away_is_asked_again(site: Site) -> None:
+    site.answers = lambda done: done(Denied(Reason.BROKER_UNREACHABLE, help="away"))
+    site.follower.changed()
+    site.run(0.3)
+    assert 3 <= len(site.asked) <= 7
+
+
+@pytest.mark.parametrize("answer", [None, [], {"sessions": {"s-0": {}}}, {"sessions": {"s-0": {"personas": [1]}}}])
+def test_an_answer_that_is_none_moves_nothing(site: Site, answer: Any) -> None:
+    site.answers = lambda done: done(answer)
+    site.follower.changed()
+    site.run(0.05)
+    assert site.followed == []
