@@ -213,6 +213,11 @@ static int follows(struct state *state, struct linux_binprm *bprm)
 	return 1;
 }
 
+static int is_first(const struct linux_binprm *bprm)
+{
+	return bprm->interp == bprm->filename; /* each interpreter gets a name of its own */
+}
+
 /*
  * Whether this very step was let through already.  While a new version of these programs takes over,
  * both run, and the first has used the approval up.  It also lets an exec that failed half-way be tried
@@ -220,9 +225,11 @@ static int follows(struct state *state, struct linux_binprm *bprm)
  */
 static int let_through(const struct state *state, struct linux_binprm *bprm)
 {
-	__u32 step = state->next - 1;
+	__u64 step = (__u64)state->next - 1; /* as wide as a pointer: the verifier must see that the bound holds */
 
-	return state->bprm == (__u64)bprm && state->file == (__u64)bprm->file && step < CHAIN_MAX &&
+	if (step >= CHAIN_MAX || (step == 0) != is_first(bprm))
+		return 0;
+	return state->bprm == (__u64)bprm && state->file == (__u64)bprm->file &&
 	       is(&state->approval.chain[step], bprm->file) && bpf_ktime_get_ns() < state->approval.expires;
 }
 
@@ -235,7 +242,7 @@ int BPF_PROG(check_file, struct linux_binprm *bprm)
 	__u32 tid = (__u32)task->pid;
 	struct approval *approval;
 
-	if (bprm->interp != bprm->filename) {
+	if (!is_first(bprm)) {
 		/* An interpreter, and so its script was let through. */
 		if (!state)
 			return login_is_gated(task) ? refuse(bprm, task, state, 0) : 0;
