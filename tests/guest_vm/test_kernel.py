@@ -179,6 +179,17 @@ print(run("marked", "b/wrong-1"))
     assert kernel(guest) == before
 
 
+def test_a_32_bit_program_is_held_to_its_arguments_too(guest: Machine, static_c: Compiler) -> None:
+    source = "#include <stdio.h>\nint main(int c, char **v) { return c == 2 && puts(v[1]) > 0 ? 0 : 1; }\n"
+    guest.must("rm -f /usr/local/bin/marked")
+    guest.put(static_c.compile("marked", source, "-m32"), to="/usr/local/bin/marked")
+    guest.must("chmod 755 /usr/local/bin/marked; sleep 2")
+    before = kernel(guest)
+    assert guest.ssh("carol", "marked some/right-1").out == "some/right-1\n"
+    assert guest.ssh("carol", "marked some/wrong-1").code == 126
+    assert kernel(guest) == before
+
+
 def test_scripts_and_what_becomes_of_them(guest: Machine) -> None:
     before = kernel(guest)
     guest.must(
