@@ -39,11 +39,9 @@ def store_of(settings: Settings) -> "Store":
 
 
 def existing(settings: Settings) -> "Store":
-    """The record, for what only reads or ends something.  Raises ``PersonaError`` where there is none."""
+    """The record, for what only reads or ends something.  Raises ``OSError`` where there is none."""
     if not Path(settings.db).exists():
-        raise PersonaError(
-            Fault.NOT_FOUND, f"there is no record {settings.db}; 'persona-broker apply FILES' begins one"
-        )
+        raise FileNotFoundError(f"there is no record {settings.db}; 'persona-broker apply FILES' begins one")
     return store_of(settings)
 
 

@@ -249,14 +249,16 @@ class Supervisor:
             else:
                 self._leases.keep(question, decision, now)
         self._guard.enter(gated.session)
-        for pending in self._waiting.pop((gated.session.id, question), ()):
-            if isinstance(decision, Granted):
-                self._allow(pending, decision)
-            else:
-                pending.denials += (decision,)
-                pending.stage += 1
-                self._decide(pending)
-        self._guard.leave()
+        try:
+            for pending in self._waiting.pop((gated.session.id, question), ()):
+                if isinstance(decision, Granted):
+                    self._allow(pending, decision)
+                else:
+                    pending.denials += (decision,)
+                    pending.stage += 1
+                    self._decide(pending)
+        finally:
+            self._guard.leave()
 
     def _still_waits(self, pending: Pending) -> bool:
         """Whether what was read of the task was its own; without, nothing may be said or asked of it.
