@@ -53,12 +53,13 @@ def bombed(guest: Machine, bomb: str) -> tuple[float, float, str]:
     """alice's latency without and with a bomb in bob's session, and what bob was told."""
     idle = statistics.median(float(guest.ssh("alice", python(LATENCY)).out) for _ in range(3))
     with guest.session(USER) as session:
+        place = cgroup(session.ask("cat /proc/self/cgroup"))
         session.write(bomb)
         time.sleep(3)
         under = statistics.median(float(guest.ssh("alice", python(LATENCY)).out) for _ in range(3))
         answered = json.loads(guest.must("persona status --json"))
         assert answered["ok"]
-        guest.must(f"pkill -9 -u {USER} -x 'sh|bash|python3' || true")
+        guest.must(f"echo 1 > {CGROUPS}{place}/cgroup.kill")  # pkill does not catch up with a fork bomb
     return idle, under, guest.must("journalctl -u persona-agent --no-pager -n 200 -g 'limit:' || true")
 
 
@@ -156,7 +157,7 @@ def test_memory_kills_inside_the_session_only(guest: Machine, broker: Broker) ->
         with guest.session(USER) as session:
             said = session.ask("python3 -c 'x = bytearray(500 << 20)'; echo $?")
             assert "137\n" in said
-            assert session.ask("echo still here") == "still here\n"
+            assert "still here\n" in session.ask("echo still here")
         assert "Running" in other.ask("jobs")
 
 
