@@ -1,6 +1,8 @@
-"""Network rules.
+"""Network rules: who a persona may talk to, who may talk to it, and by which way.
 
-``10.20.0.0/16:tcp/5432``, ``any:tcp/443``, ``2001:db8::/32``, ``icmp``, ``dns``, ``in:any:tcp/22``.
+``10.20.0.0/16:tcp/5432``, ``any:tcp/443``, ``2001:db8::/32``, ``icmp``, ``dns``, ``in:any:tcp/8080``,
+``10.20.0.0/16:tcp/5432 via 10.0.0.1``, ``any:tcp/443 via dev eth1``, ``dns via table 100``.
+docs/network.md says what each means.
 """
 
 import ipaddress
@@ -9,7 +11,33 @@ from dataclasses import dataclass
 
 from persona.parsing import Bad
 
+RULE_MAX = 512  # characters of one rule
+PORT_RANGES_MAX = 16
 _SERVICE = re.compile(r":(tcp|udp)/([0-9,-]+|\*)$", re.ASCII)
+_DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}", re.ASCII)  # IFNAMSIZ, netdevice(7)
+_TABLE_MAX = (1 << 32) - 1
+_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
+_HINT = "like 10.20.0.0/16:tcp/5432, any:tcp/443, icmp, dns or in:any:tcp/8080"
+_VIA_HINT = "via GATEWAY, via GATEWAY dev DEVICE, via dev DEVICE or via table NUMBER"
+OUR_TABLES = range(21_000, 21_256)  # routing tables that the guest makes for gateways and devices
+
+
+@dataclass(frozen=True, slots=True)
+class Via:
+    """The way that packets take instead of the machine's own: a gateway, a device, or a routing table.
+
+    Exactly one of ``gateway`` (with or without ``device``), ``device`` and ``table`` is set.
+    """
+
+    gateway: str = ""
+    device: str = ""
+    table: int = 0
+
+    def __str__(self) -> str:
+        if self.table:
+            return f"table {self.table}"
+        device = f"dev {self.device}" if self.device else ""
+        return f"{self.gateway} {device}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,38 +52,83 @@ class NetworkRule:
     network: str
     protocol: str
     ports: tuple[tuple[int, int], ...]
+    via: Via | None = None
 
     def __str__(self) -> str:
-        head = "in:" if self.inbound else ""
+        tail = f" via {self.via}" if self.via else ""
         if self.protocol in ("icmp", "dns"):
-            return head + self.protocol
+            return self.protocol + tail
+        head = "in:" if self.inbound else ""
         if self.protocol == "any":
-            return head + self.network
+            return head + self.network + tail
         ports = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in self.ports) or "*"
-        return f"{head}{self.network}:{self.protocol}/{ports}"
+        return f"{head}{self.network}:{self.protocol}/{ports}{tail}"
 
 
 def parse_rule(value: object) -> NetworkRule:
-    """Raises ``Bad`` for anything that is not one of the forms above."""
-    if not isinstance(value, str):
-        raise Bad(f"expected a network rule, not {value!r}", "put it in quotes")
-    text = value.strip()
+    """Raises ``Bad`` for anything that is not one of the forms above, or that could never match."""
+    if not isinstance(value, str) or len(value) > RULE_MAX:
+        raise Bad(f"expected a network rule, not {str(value)[:80]!r}", "put it in quotes")
+    text, led, way = value.strip().partition(" via ")
+    text = text.strip()
     inbound = text.startswith("in:")
     text = text.removeprefix("in:")
+    via = parse_via(way) if led else None
+    if inbound and via is not None:
+        raise Bad(f"{value!r}: 'via' is for what goes out", "answers take the machine's own routes: leave it away")
     if text in ("icmp", "dns"):
-        return NetworkRule(inbound, "any", text, ())
+        if inbound:
+            raise Bad(
+                f"{value!r}: 'in:' is for listening sockets", "the kernel answers pings; in:any:udp/53 for a server"
+            )
+        return NetworkRule(inbound, "any", text, (), via)
     protocol = "any"
     ports: tuple[tuple[int, int], ...] = ()
     service = _SERVICE.search(text)
     if service is not None:
         text, protocol, ports = text[: service.start()], service[1], _ports(service[2])
     if text == "any":
-        return NetworkRule(inbound, "any", protocol, ports)
+        return NetworkRule(inbound, "any", protocol, ports, via)
     try:
         network = ipaddress.ip_network(text)
     except ValueError as error:
-        raise Bad(f"{value!r}: {error}", "like 10.20.0.0/16:tcp/5432, any:tcp/443, icmp or dns") from None
-    return NetworkRule(inbound, str(network), protocol, ports)
+        raise Bad(f"{value!r}: {error}", _HINT) from None
+    if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_MAPPED):
+        raise Bad(f"{value!r}: IPv4-mapped addresses never travel", "write the IPv4 prefix: it covers them")
+    if via is not None and via.gateway and ipaddress.ip_address(via.gateway).version != network.version:
+        raise Bad(f"{value!r}: the gateway is of the other IP version", f"an IPv{network.version} gateway")
+    return NetworkRule(inbound, str(network), protocol, ports, via)
+
+
+def parse_via(text: str) -> Via:
+    """What follows ``via``.  Raises ``Bad``."""
+    words = text.split()
+    if len(words) == 2 and words[0] == "table":
+        if not words[1].isascii() or not words[1].isdigit() or not 0 < int(words[1]) <= _TABLE_MAX:
+            raise Bad(f"via {text}: no number of a routing table", _VIA_HINT)
+        table = int(words[1])
+        if table == 255 or table in OUR_TABLES:
+            raise Bad(f"via {text}: that table is not the operator's", f"not 255 (local), nor {OUR_TABLES[0]} and up")
+        return Via(table=table)
+    if len(words) == 2 and words[0] == "dev":
+        return Via(device=_device(words[1]))
+    if len(words) not in (1, 3) or (len(words) == 3 and words[1] != "dev"):
+        raise Bad(f"via {text}: not understood", _VIA_HINT)
+    try:
+        gateway = ipaddress.ip_address(words[0])
+    except ValueError:
+        raise Bad(f"via {text}: {words[0]!r} is no address", _VIA_HINT) from None
+    if "%" in words[0] or gateway.is_multicast or gateway.is_unspecified or gateway.is_loopback:
+        raise Bad(f"via {text}: {words[0]} can be no gateway", "the address of a router on one of this VM's networks")
+    if gateway.is_link_local and len(words) == 1:
+        raise Bad(f"via {text}: a link-local gateway needs its device", f"via {words[0]} dev DEVICE")
+    return Via(str(gateway), _device(words[2]) if len(words) == 3 else "")
+
+
+def _device(text: str) -> str:
+    if not _DEVICE.fullmatch(text) or text == "lo":
+        raise Bad(f"{text!r} is no network device to go out by", _VIA_HINT)
+    return text
 
 
 def _ports(text: str) -> tuple[tuple[int, int], ...]:
@@ -70,4 +143,6 @@ def _ports(text: str) -> tuple[tuple[int, int], ...]:
         if not 0 < first <= last < 65536:
             raise Bad(f"{part!r}: ports go from 1 to 65535, the lower first")
         ranges.append((first, last))
+    if len(ranges) > PORT_RANGES_MAX:
+        raise Bad(f"{len(ranges)} ranges of ports, at most {PORT_RANGES_MAX}", "write more rules")
     return tuple(ranges)
