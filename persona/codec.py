@@ -226,6 +226,7 @@ EVENTS = (
     "session_end",
     "limit",
     "frozen",
+    "network",
 )
 
 

@@ -34,6 +34,7 @@ class Reason(StrEnum):
     MEMORY_LIMIT = "memory_limit"  # killed: out of memory under its persona
     PIDS_LIMIT = "pids_limit"  # no more processes under its persona
     PERSONA_WITHDRAWN = "persona_withdrawn"  # frozen or killed: its session's persona does not allow it any more
+    NETWORK_REFUSED = "network_refused"  # its persona does not list the destination, or the source
     ENFORCEMENT_FAILED = "enforcement_failed"  # its limits or rules could not be put in place
 
 

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from persona.decisions import Decision, Request
-from persona.problems import PersonaError
+from persona.decisions import Decision, PersonaRef, Request
+from persona.documents import Persona
+from persona.problems import PersonaError, Reason
 from persona_guest import settings as configuration
 from persona_guest.advice import advice
 from persona_guest.agent import Agent
@@ -45,6 +46,7 @@ from persona_guest.journal import Journal
 from persona_guest.kernel import systemd
 from persona_guest.kernel.cgroup import Hierarchy
 from persona_guest.loop import Loop
+from persona_guest.net import Net
 from persona_guest.notices import Notices
 from persona_guest.personas import Personas
 from persona_guest.questions import Questions
@@ -102,8 +104,14 @@ def _release(settings: Settings) -> int:
             client.call("release")
     except AgentError as error:
         print(f"persona-agent: {error.message}", file=sys.stderr)
+        if settings.paths.cgroup_root:  # what it bound must not outlive it
+            Net(Path(settings.paths.runtime_dir), settings.paths.cgroup_root, _no_documents).clear()
         return 1
     return 0
+
+
+def _no_documents(ref: PersonaRef) -> Persona:
+    raise PersonaError(Reason.PERSONA_UNAVAILABLE, f"persona {ref.name} is not here")
 
 
 def _plan(settings: Settings, *, as_json: bool) -> int:
@@ -153,8 +161,9 @@ def run(settings: Settings) -> int:
     supervisor = Supervisor(settings, loop, identifier, leases, inflight, guard, last_word, ask, recorder.add, ended)
     agent = Agent(settings, supervisor, last_word, leases, questions, keeping, recorder.add, personas)
     tree = Hierarchy(settings.paths.cgroup_root)
+    net = Net(runtime, tree.root, personas.get) if tree.root else None
     # everything that binds a persona, in the order in which it is applied
-    facilities: list[Facility] = [Cgroups(tree)] if settings.paths.cgroup_root else []
+    facilities: list[Facility] = [Cgroups(tree), *net.facilities] if net is not None else []
     enforcer = Enforcer(
         loop, tree, facilities, personas, runtime / "places", agent.base_of, lambda place: alarms.watch(place)
     )
@@ -167,10 +176,15 @@ def run(settings: Settings) -> int:
         supervisor.place = enforcer.place
         agent.began = follower.began
 
+    def unbind() -> None:
+        if net is not None:
+            net.bases.release()
+        enforcer.release()
+
     def release() -> None:
         log.warning("released: %d sessions go on ungated", len(supervisor.sessions))
         supervisor.released = True
-        enforcer.release()
+        unbind()
         _gate_state(settings).unlink(missing_ok=True)
         loop.call_every(1.0, lambda: None if supervisor.sessions else loop.stop())
 
@@ -179,11 +193,15 @@ def run(settings: Settings) -> int:
     pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
     socket = UserSocket(loop, runtime / "agent.sock", users.handle)
     agent.restore(kept)
-    if enforcing:
+    if enforcing and net is not None:
+        net.resolvers.refresh()
+        net.bases.restore({name: gated.session.uid for name, gated in supervisor.sessions.items()})
+        agent.bases = net.bases
         enforcer.restore(supervisor.sessions)
         loop.call_every(_LOOK_AFTER_S, enforcer.reconcile)
+        net.watch(loop, enforcer.reconcile, notices.refused)
     elif facilities:
-        enforcer.release()  # what an enforcing agent before this one left
+        unbind()  # what an enforcing agent before this one left
     supervisor.answer_left_over()
     keeping.repeat()
 

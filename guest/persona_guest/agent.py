@@ -20,6 +20,7 @@ from typing import Any
 from persona.codec import Record
 from persona.decisions import Denied, Granted, PersonaRef, Subject
 from persona.problems import Fault, PersonaError, Reason
+from persona_guest.bases import Bases
 from persona_guest.broker_client.events import Changed, Connected, Event, Lost
 from persona_guest.core.admission import Exemption, Recent, exemption
 from persona_guest.core.leases import LeaseBook
@@ -69,6 +70,7 @@ class Agent:
         self._filter = seccomp.gate_filter()
         self._opening: dict[str, tuple[Session, Admitted | None]] = {}
         self.base: dict[str, Admitted] = {}
+        self.bases: Bases | None = None  # only where personas bind
         self._recent: Recent[Admitted] = Recent()
         self._unannounced: dict[str, Session] = {}
         self._directory = Path(settings.paths.runtime_dir) / "sessions"
@@ -145,8 +147,9 @@ class Agent:
             self._opening[session.id] = (session, recent)
             self.base[session.id] = recent
             self._note_admission(session, recent)
-            gate()
-            self._announce(session)
+            if self._bind(session, recent, refuse):
+                gate()
+                self._announce(session)
             return
         self._opening[session.id] = (session, None)
 
@@ -159,6 +162,8 @@ class Agent:
             if isinstance(result, Admitted):
                 self._opening[session.id] = (session, result)
                 self.base[session.id] = result
+                if not self._bind(session, result, refuse):
+                    return
                 self.began(session.id)
             elif self.settings.mode is Mode.ENFORCE:
                 self._opening.pop(session.id)
@@ -169,6 +174,18 @@ class Agent:
             gate()
 
         self._admit(session, answered, opening=True)
+
+    def _bind(self, session: Session, admitted: Admitted, refuse: Callable[[Denied], None]) -> bool:
+        """Before its first process: a login that starts nothing still has sshd's forwards."""
+        try:
+            if self.bases is not None:
+                self.bases.opened(session, admitted.persona)
+        except (PersonaError, OSError) as error:
+            log.error("session %s: its network cannot be bound: %s", session.id, error)
+            self.abandoned(session.id)
+            refuse(Denied(Reason.ENFORCEMENT_FAILED, admitted.policy, help="the network rules cannot be put in place"))
+            return False
+        return True
 
     def _admit(self, session: Session, done: Callable[[Admitted | Denied], None], *, opening: bool) -> None:
         """The broker's word, once the document that it is about is here; without that, a refusal."""
@@ -233,7 +250,7 @@ class Agent:
     def abandoned(self, session_id: str) -> None:
         """An opened session whose listener will not come."""
         opening = self._opening.pop(session_id, None)
-        self.base.pop(session_id, None)
+        self._unbase(session_id)
         self._unannounced.pop(session_id, None)
         if opening is not None and opening[1] is not None:
             self.questions.closed(opening[0])
@@ -269,7 +286,7 @@ class Agent:
             raise PersonaError(Reason.SESSION_UNKNOWN, "this session was not admitted")
         if not seccomp.is_listener(fd) or self._count(session.uid) >= _SESSIONS_PER_USER:
             os.close(fd)
-            self.base.pop(session_id, None)
+            self._unbase(session_id)
             self._unannounced.pop(session_id, None)
             self.questions.closed(session)
             raise PersonaError(Fault.BAD_REQUEST, "that is no listener, or this user has too many sessions")
@@ -289,6 +306,13 @@ class Agent:
         """From now on it is this one."""
         if session_id in self.base or session_id in self.supervisor.sessions:
             self.base[session_id] = Admitted(persona, policy)
+        if self.bases is not None:
+            self.bases.rebased(session_id, persona)
+
+    def _unbase(self, session_id: str) -> None:
+        self.base.pop(session_id, None)
+        if self.bases is not None:
+            self.bases.ended(session_id)
 
     def _count(self, uid: int) -> int:
         return sum(gated.session.uid == uid for gated in self.supervisor.sessions.values())
@@ -296,7 +320,7 @@ class Agent:
     def ended(self, session: Session) -> None:
         """The last process of a session is gone."""
         (self._directory / f"{session.id}.json").unlink(missing_ok=True)
-        self.base.pop(session.id, None)
+        self._unbase(session.id)
         self._unannounced.pop(session.id, None)
         self._keeping.forget(session.id)
         self.questions.closed(session)

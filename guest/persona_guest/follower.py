@@ -51,7 +51,7 @@ class Follower:
         if self._asking:
             self._again = True
             return
-        sessions = list(self._enforcer.homes)
+        sessions = list(self._supervisor.sessions)  # one that has started nothing yet has sshd's forwards
         for start in range(0, len(sessions), _SESSIONS_A_CALL):
             self._asking += 1
             self._questions.current(sessions[start : start + _SESSIONS_A_CALL], self._answered)

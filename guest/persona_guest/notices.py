@@ -6,16 +6,18 @@ from collections.abc import Callable
 from persona.codec import Record
 from persona.documents import Persona
 from persona.problems import PersonaError, Reason
-from persona_guest.core.messages import limit_line, printable
+from persona_guest.core.messages import limit_line, printable, refusal_line
 from persona_guest.core.places import Place
 from persona_guest.core.sessions import Session
 from persona_guest.enforce.home import Home
+from persona_guest.enforce.refusals import Refusal
 from persona_guest.enforcer import Enforcer
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.running import Running
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.gate.terminal import tell
 
+_MANAGER = "systemd-user"  # the PAM service of users' service managers, which have no terminal
 _TRIED_MAX = 32  # processes of a session, until one has a terminal
 
 
@@ -57,6 +59,31 @@ class Notices:
         self.tell(home, limit_line(persona, reason))
         self._guard.leave()
         self._record(_record(gated.session, place, "limit", reason, "", ()))
+
+    def refused(self, refusal: Refusal) -> None:
+        """A connection that the rules refuse: to its user's terminal, where it is clear which, and to the record."""
+        theirs = [gated.session for gated in self._supervisor.sessions.values() if gated.session.uid == refusal.uid]
+        logins = [session for session in theirs if session.service != _MANAGER]
+        session = logins[0] if len(logins) == 1 else None
+        if session is not None and (home := self._enforcer.homes.get(session.id)) is not None:
+            self.tell(home, refusal_line(refusal.persona, refusal.target))
+        self._record(
+            Record(
+                at=time.time(),
+                session=session.id if session is not None else "",
+                user=theirs[0].subject.user if theirs else "",
+                program="",
+                argv=(refusal.target,),
+                decision="denied",
+                reason=Reason.NETWORK_REFUSED,
+                persona=refusal.persona,
+                persona_version=None,
+                policy=None,
+                event="network",
+                leased=False,
+                complain=False,
+            )
+        )
 
     def note(self, home: Home, persona: Persona, event: str, running: Running) -> None:
         """One process that was frozen or asked to end."""

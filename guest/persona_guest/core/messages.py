@@ -35,6 +35,11 @@ def limit_line(persona: Persona, reason: Reason) -> str:
     return f"persona: no more processes: persona {persona.name} allows {limits.pids} at once"
 
 
+def refusal_line(persona: str, target: str) -> str:
+    """Where a connection may not go, or come from: programs say 'connection refused', as if the peer had."""
+    return printable(f"persona: {target}: denied, {Reason.NETWORK_REFUSED} under persona {persona}")
+
+
 def amount(size: float) -> str:
     """Bytes for people: ``512 MiB``, ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):

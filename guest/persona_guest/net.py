@@ -1,0 +1,64 @@
+"""The network of personas, put together: the table, the ways, and what users are under outside of every place."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from persona.decisions import PersonaRef
+from persona.documents import Persona
+from persona.problems import PersonaError
+from persona_guest.bases import Bases
+from persona_guest.enforce import plan as plans
+from persona_guest.enforce.interface import Facility
+from persona_guest.enforce.meddling import Meddling
+from persona_guest.enforce.nft import Network
+from persona_guest.enforce.plan import Plan
+from persona_guest.enforce.refusals import Refusals, Tell
+from persona_guest.enforce.resolvers import Resolvers
+from persona_guest.enforce.routes import Routes, Routing, Ways
+from persona_guest.enforce.table import Table
+from persona_guest.loop import Loop
+
+log = logging.getLogger("persona.enforce")
+
+_RESOLVERS_S = 2.0  # after a change of resolv.conf; at none it costs two calls of stat(2)
+
+
+class Net:
+    """``document`` has the personas' documents.  Raises ``OSError`` where there is no nftables to speak to."""
+
+    def __init__(self, runtime: Path, cgroups: str, document: Callable[[PersonaRef], Persona]) -> None:
+        ways = Ways(runtime / "ways.json")
+        self.table = Table(ways.number)
+        self.bases = Bases(runtime / "bases.json", document, self._bind)
+        self._routes = Routes(ways, Routing(), self.table, self.bases.current)
+        self._network = Network(self.table, ways.number, cgroups, self.bases.current)
+        self.facilities: tuple[Facility, ...] = (self._routes, self._network)
+        self.resolvers = Resolvers(self.table)
+
+    def _bind(self, uid: int) -> Plan:
+        persona = self.bases.current.get(uid)
+        if persona is not None:
+            return (*self._routes.need(persona), *self._network.base(uid))
+        return self._network.base(uid)
+
+    def watch(self, loop: Loop, repair: Callable[[], None], tell: Tell) -> None:
+        """Hears from now on what is refused, and of others' hands in the table."""
+
+        def meddled() -> None:
+            log.warning("somebody else changed the table inet persona; it is made anew")
+            self.table.disturbed = True
+            repair()
+
+        Refusals(loop, tell)
+        Meddling(loop, self.table.port, meddled)
+        loop.call_every(_RESOLVERS_S, self.resolvers.refresh)
+
+    def clear(self) -> None:
+        """Nothing of ours stays, whoever made it."""
+        self.bases.release()
+        for facility in reversed(self.facilities):
+            try:
+                plans.apply(facility.reconcile({}))
+            except (PersonaError, OSError) as error:
+                log.error("%s: something stays: %s", facility.name, error)
