@@ -1,6 +1,6 @@
 """``make bench``: every figure beside its peer, a table and build/bench.json.  Needs root.
 
-Arguments pick parts: ``gate``, ``decide``, ``guest``.
+Arguments pick parts: ``gate``, ``decide``, ``net``, ``guest``.
 """
 
 import json
@@ -8,9 +8,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.bench import decide, gate, guest
+from tests.bench import decide, gate, guest, net
 
-PARTS = {"gate": gate.rows, "decide": decide.rows, "guest": guest.rows}
+PARTS = {"gate": gate.rows, "decide": decide.rows, "net": net.rows, "guest": guest.rows}
 OUTPUT = Path(__file__).parents[2] / "build" / "bench.json"
 
 
