@@ -4,22 +4,19 @@ Everything here runs in the loop's thread.  A question to the broker comes back 
 """
 
 import base64
-import contextlib
-import grp
 import json
 import logging
 import os
-import pwd
 import secrets
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from persona.codec import Record
-from persona.decisions import Denied, Granted, PersonaRef, Subject
+from persona.decisions import Denied, PersonaRef, Subject
 from persona.problems import Fault, PersonaError, Reason
+from persona_guest.accounts import caller_of, user_name
 from persona_guest.bases import Bases
 from persona_guest.broker_client.events import Changed, Connected, Event, Lost
 from persona_guest.core.admission import Exemption, Recent, exemption
@@ -28,7 +25,6 @@ from persona_guest.core.messages import admission_line, printable
 from persona_guest.core.pam_wire import Caller, Verdict, reply
 from persona_guest.core.sessions import Session, from_json, to_json
 from persona_guest.gate.kernel_layer import LastWord
-from persona_guest.gate.pending import Gated
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.pam_socket import Reply
 from persona_guest.ipc.standby_socket import Keeping
@@ -36,6 +32,7 @@ from persona_guest.kernel import layer_abi, seccomp
 from persona_guest.kernel.task import Task
 from persona_guest.personas import Personas
 from persona_guest.questions import UNANSWERED, Admitted, Questions
+from persona_guest.records import of_login, of_stop
 from persona_guest.settings import Mode, Settings
 
 log = logging.getLogger("persona.agent")
@@ -63,7 +60,7 @@ class Agent:
         self.leases = leases
         self.questions = questions
         self.connection = "connecting"
-        self._keeping = keeping
+        self.keeping = keeping
         self._record = record
         self._personas = personas
         self.began: Callable[[str], None] = lambda _session: None  # called with each session that the broker knows
@@ -273,7 +270,7 @@ class Agent:
         found = exemption(caller.uid, caller.groups, self.settings.gate)
         if found is Exemption.BREAK_GLASS and where == "session":
             log.critical("BREAK GLASS: %s logs in ungated by %s", printable(caller.user), caller.service)
-            self._record(self._login_record("", caller.user, "break_glass", None))
+            self._log("", caller.user, "break_glass")
         return found
 
     # --- sessions ---------------------------------------------------------------------------------
@@ -293,7 +290,7 @@ class Agent:
         path = self._directory / f"{session.id}.json"
         path.touch(mode=0o600)
         path.write_text(json.dumps(to_json(session)))
-        self._keeping.keep(session.id, fd)
+        self.keeping.keep(session.id, fd)
         self.supervisor.add(session, fd, fresh=True)
         log.info("session %s of %s gated (%s)", session.id, printable(session.subject.user), session.service)
 
@@ -322,9 +319,9 @@ class Agent:
         (self._directory / f"{session.id}.json").unlink(missing_ok=True)
         self._unbase(session.id)
         self._unannounced.pop(session.id, None)
-        self._keeping.forget(session.id)
+        self.keeping.forget(session.id)
         self.questions.closed(session)
-        self._record(self._login_record(session.id, session.subject.user, "session_end", None))
+        self._log(session.id, session.subject.user, "session_end")
         log.info("session %s ended", session.id)
 
     def restore(self, listeners: dict[str, int]) -> None:
@@ -343,7 +340,7 @@ class Agent:
         while listeners:  # no copy may be left anywhere: then execs there fail with ENOSYS, else they hang
             name, fd = listeners.popitem()
             os.close(fd)
-            self._keeping.forget(name)
+            self.keeping.forget(name)
 
     def listeners(self) -> list[tuple[str, int]]:
         """Every session's id and listener."""
@@ -351,51 +348,21 @@ class Agent:
 
     def _note_admission(self, session: Session, result: Admitted | Denied) -> None:
         denied = result if isinstance(result, Denied) else None
-        self._record(self._login_record(session.id, session.subject.user, "admission", denied))
+        self._log(session.id, session.subject.user, "admission", denied)
 
-    def _login_record(self, session: str, user: str, event: str, denied: Denied | None) -> Record:
-        return Record(
-            at=time.time(),
-            session=session,
-            user=user,
-            program="",
-            argv=(),
-            decision="denied" if denied else "granted",
-            reason=denied.reason if denied else None,
-            persona=None,
-            persona_version=None,
-            policy=denied.policy if denied else None,
-            event=event,
-            leased=False,
-            complain=self.settings.mode is Mode.COMPLAIN,
-        )
+    def _log(self, session: str, user: str, event: str, denied: Denied | None = None) -> None:
+        self._record(of_login(session, user, event, denied, complain=self.settings.mode is Mode.COMPLAIN))
 
     def stopped(self, event: layer_abi.Event) -> None:
         """The kernel stopped, killed or would have stopped an exec that nobody had approved."""
-        gated = next(
-            (one for one in self.supervisor.sessions.values() if one.session.audit == event.audit_session), None
-        )
+        sessions = self.supervisor.sessions.values()
+        gated = next((one for one in sessions if one.session.audit == event.audit_session), None)
         if gated is None or event.audit_session is None:
             gated = self.supervisor.find(event.tgid)
-        session = gated.session if gated else None
-        name = session.subject.user if session else user_name(event.uid if event.login is None else event.login)
-        self._record(
-            Record(
-                at=time.time(),
-                session=session.id if session else "",
-                user=name,
-                program=event.path,
-                argv=(event.path,),
-                decision="denied",
-                reason=event.reason,
-                persona=None,
-                persona_version=None,
-                policy=None,
-                event="killed" if event.reason is Reason.OTHER_ARGUMENTS else "stopped",
-                leased=False,
-                complain=not event.enforced,
-            )
-        )
+        if gated is not None:
+            self._record(of_stop(event, gated.session.id, gated.session.subject.user))
+        else:
+            self._record(of_stop(event, "", user_name(event.uid if event.login is None else event.login)))
 
     # --- what users ask ---------------------------------------------------------------------------
 
@@ -408,48 +375,10 @@ class Agent:
         mode = "" if self.settings.mode is Mode.ENFORCE else " (complain mode: nothing is stopped)"
         return f"persona: {now} on {self.settings.vm.name}{mode}; 'persona list' shows what you may run"
 
-    def status(self, gated: Gated | None, uid: int) -> dict[str, Any]:
-        """What ``persona status`` shows without asking the broker."""
-        session = gated.session if gated else None
-        current = self._current(gated)
-        layer = self.last_word.layer
-        return {
-            "ok": True,
-            "gated": gated is not None,
-            "mode": str(self.settings.mode),
-            "session": session.id if session else None,
-            "user": session.subject.user if session else user_name(uid),
-            "vm": self.settings.vm.name,
-            "persona": current[0],
-            "policy": current[1],
-            "limits": {},
-            "network": [],
-            "places": [],
-            "lease_s": self.leases.remaining(gated.holder, time.monotonic()) if gated else None,
-            "layers": self.layers(),
-            "kernel": {"why_not": layer.why, **layer.counts()},
-            "broker": self.connection,
-            "standby": self._keeping.connected,
-            "generation": self.leases.generation,
-            "sessions": len(self.supervisor.sessions),
-            "notify_us": _percentiles(self.supervisor.times),
-            "verified": asdict(self.supervisor.verifier.counts),
-        }
-
     def layers(self) -> dict[str, bool]:
         """The parts of the gate by name, and whether each is active.  Safe to call from any thread."""
         active = self.last_word.layer.active
         return {"seccomp": True, "bpf": active, "verify": not active, "limits": self.supervisor.place is not None}
-
-    def _current(self, gated: Gated | None) -> tuple[dict[str, Any] | None, str | None]:
-        if gated is None:
-            return None, None
-        if gated.last is not None and gated.last.generation == self.leases.generation:
-            return _ref(gated.last), gated.last.policy
-        base = self.base.get(gated.session.id)
-        if base is None or base.persona is None:
-            return None, None
-        return {"name": base.persona.name, "version": base.persona.version}, base.policy
 
     def open_from_shell(self, pid: int, uid: int, shell: str, reply_to: Callable[[dict[str, Any]], None]) -> str:
         """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
@@ -471,35 +400,3 @@ class Agent:
     def listener_from_shell(self, session_id: str, fd: int) -> None:
         """The listener of ``persona-shell``.  Raises ``PersonaError`` where it is not taken."""
         self._take(session_id, fd)
-
-
-def caller_of(uid: int, shell: str = "") -> Caller:
-    """The user database's word on a uid.  Raises ``PersonaError`` for one that it does not know."""
-    try:
-        entry = pwd.getpwuid(uid)
-    except KeyError:
-        raise PersonaError(Fault.NOT_FOUND, f"uid {uid} is in no user database") from None
-    groups = []
-    for gid in os.getgrouplist(entry.pw_name, entry.pw_gid):
-        with contextlib.suppress(KeyError):
-            groups.append(grp.getgrgid(gid).gr_name)
-    return Caller(uid, "persona-shell", entry.pw_name, "", shell or entry.pw_shell, tuple(groups))
-
-
-def user_name(uid: int) -> str:
-    """The login name of a uid, or the number."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-def _percentiles(seconds: Iterable[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
-    if not ordered:
-        return {}
-    return {f"p{p}": round(ordered[(len(ordered) - 1) * p // 100] * 1e6, 1) for p in (50, 99)}
-
-
-def _ref(granted: Granted) -> dict[str, Any]:
-    return {"name": granted.persona.name, "version": granted.persona.version}

@@ -7,7 +7,8 @@ from typing import Any
 from persona.codec import encode_decision, encode_program
 from persona.decisions import Decision, Denied, Request
 from persona.problems import Fault, PersonaError, Reason
-from persona_guest.agent import Agent, caller_of
+from persona_guest.accounts import caller_of
+from persona_guest.agent import Agent
 from persona_guest.bounds import Bounds
 from persona_guest.core.admission import exemption
 from persona_guest.core.pam_wire import Caller
@@ -20,6 +21,7 @@ from persona_guest.gate.supervisor import untrusted
 from persona_guest.ipc.user_socket import Answer, Call
 from persona_guest.kernel.task import Task
 from persona_guest.login_shells import login_shells, real_shell
+from persona_guest.status import status as status_of
 
 ARGUMENTS_MAX = 1024
 _OPENING_MAX = 64  # of one user: each holds a session of the broker's
@@ -70,7 +72,7 @@ class Users:
     def _status(self, call: Call, answer: Answer) -> None:
         call.only()
         gated = self._own(call)
-        status = self._agent.status(gated, call.uid)
+        status = status_of(self._agent, gated, call.uid)
         if gated is None or status["persona"] is None:
             answer(status)
             return
