@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from persona_guest.broker_client.link import Link
 from persona_guest.broker_client.recorder import Recorder
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.sessions import Session
+from persona_guest.dependencies import Again, Dependencies, Done, Looker
 from persona_guest.enforce.alarms import Alarms
 from persona_guest.enforce.cgroups import Cgroups
 from persona_guest.enforce.interface import Facility
@@ -39,12 +39,16 @@ from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.kernel_layer import LastWord
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.health import Reporter, Watch
+from persona_guest.installer.client import Installation
 from persona_guest.ipc.pam_socket import PamSocket
 from persona_guest.ipc.standby_socket import Keeping
 from persona_guest.ipc.user_socket import UserSocket
 from persona_guest.journal import Journal
 from persona_guest.kernel import systemd
 from persona_guest.kernel.cgroup import Hierarchy
+from persona_guest.kernel.dpkg import Dpkg
+from persona_guest.kernel.units import Units
+from persona_guest.lacking import Look
 from persona_guest.loop import Loop
 from persona_guest.net import Net
 from persona_guest.notices import Notices
@@ -149,9 +153,27 @@ def run(settings: Settings) -> int:
     journal = Journal(systemd.journal)
     recorder = Recorder(settings.broker, journal.add)
     personas = Personas(Path(settings.paths.state_dir) / "personas", questions.persona)
+    dpkg = Dpkg()
+    dependencies = Dependencies(
+        loop,
+        settings.dependencies,
+        lambda ref: personas.get(ref).dependencies,
+        Looker(Look(dpkg, Units()), loop.deliver),
+        Installation(f"{settings.paths.runtime_dir}/installer.sock", loop.deliver),
+        dpkg.stamp,
+        lambda request, line: supervisor.tell_waiting(request.session, line),
+        leases.drop,
+        install=settings.mode is Mode.ENFORCE,
+    )
 
-    def ask(request: Request, done: Callable[[Decision], None]) -> None:
-        questions.decide(request, lambda decision: personas.backed(decision, done))
+    def backed(decision: Decision, done: Done, request: Request | None = None, again: Again | None = None) -> None:
+        personas.backed(decision, lambda found: dependencies.backed(found, done, request, again))
+
+    def ask(request: Request, done: Done) -> None:
+        def again() -> None:  # after an installation, which took its time; not a second one
+            questions.decide(request, lambda decision: backed(decision, done, request))
+
+        questions.decide(request, lambda decision: backed(decision, done, request, again))
 
     def ended(session: Session) -> None:
         agent.ended(session)
@@ -188,7 +210,7 @@ def run(settings: Settings) -> int:
         _gate_state(settings).unlink(missing_ok=True)
         loop.call_every(1.0, lambda: None if supervisor.sessions else loop.stop())
 
-    users = Users(agent, identifier, guard, release, Bounds(loop, enforcer))
+    users = Users(agent, identifier, guard, release, Bounds(loop, enforcer), backed)
     _write_gate_state(settings)
     pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
     socket = UserSocket(loop, runtime / "agent.sock", users.handle)
@@ -218,6 +240,7 @@ def run(settings: Settings) -> int:
     loop.call_every(1.0, lambda: identifier.refresh(time.monotonic()))
     loop.call_every(5.0, agent.announce_again)
     loop.call_every(10.0, last_word.check)
+    loop.call_every(1.0, dependencies.refresh)
     loop.call_every(0.25, lambda: link.sweep(time.monotonic()))
     interval = systemd.watchdog_interval()
     if interval is not None:

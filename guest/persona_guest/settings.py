@@ -85,6 +85,18 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class Dependencies:
+    """What the installer may do for personas that need what is not there; patterns of fnmatch.
+
+    Documents come from the broker, and installing is root's work: who wants a broker to have it says so here.
+    """
+
+    install: tuple[str, ...] = ()  # packages, from the machine's own apt sources; ["*"] = any
+    start: tuple[str, ...] = ()  # services
+    deadline_s: float = 300.0  # how long a command waits; the installation itself goes on
+
+
+@dataclass(frozen=True, slots=True)
 class Paths:
     """Where the agent keeps its sockets and its state; a trial moves them to a private directory."""
 
@@ -103,6 +115,7 @@ class Settings:
     vm: Vm = field(default_factory=Vm)
     broker: Broker = field(default_factory=Broker)
     gate: Gate = field(default_factory=Gate)
+    dependencies: Dependencies = field(default_factory=Dependencies)
     paths: Paths = field(default_factory=Paths)
 
 
@@ -132,6 +145,7 @@ def parse(document: dict[str, Any], source: str) -> Settings:
         ("broker.grace_s", 0 <= settings.broker.grace_s <= 86400, "0 to 86400 seconds"),
         ("broker.url", _is_url(settings.broker.url), "https://HOST:PORT or unix:/PATH"),
         ("broker.events_url", _is_url(settings.broker.events_url), "https://HOST:PORT or unix:/PATH"),
+        ("dependencies.deadline_s", 1 <= settings.dependencies.deadline_s <= 3600, "1 to 3600 seconds"),
         ("gate.uid_min", 0 <= settings.gate.uid_min <= 0x7FFFFFFF, "0 or more"),
         ("gate.secure_path", all(map(os.path.isabs, settings.gate.secure_path)), "absolute directories"),
         ("paths.cgroup_root", settings.paths.cgroup_root[:1] in ("", "/"), "an absolute directory, or none"),

@@ -23,21 +23,30 @@ from persona_guest.kernel.task import Task
 from persona_guest.login_shells import login_shells, real_shell
 from persona_guest.status import status as status_of
 
+Backed = Callable[[Decision, Callable[[Decision], None]], None]
+
 ARGUMENTS_MAX = 1024
 _OPENING_MAX = 64  # of one user: each holds a session of the broker's
 
 
 class Users:
-    """Handles each ``op``; ``release`` is root's."""
+    """Handles each ``op``; ``release`` is root's, ``backed`` says what a grant counts on this machine."""
 
     def __init__(
-        self, agent: Agent, identifier: Identifier, guard: Guard, release: Callable[[], None], bounds: Bounds
+        self,
+        agent: Agent,
+        identifier: Identifier,
+        guard: Guard,
+        release: Callable[[], None],
+        bounds: Bounds,
+        backed: Backed,
     ) -> None:
         self._agent = agent
         self._bounds = bounds
         self._identifier = identifier
         self._guard = guard
         self._release = release
+        self._backed = backed
         # pid of a persona-shell -> its uid, and the session whose listener is to come
         self._opening: dict[int, tuple[int, str]] = {}
         self._ops: dict[str, Callable[[Call, Answer], None]] = {
@@ -155,7 +164,7 @@ class Users:
             cwd,
             question.complete,
         )
-        self._agent.questions.decide(request, decided, explain=True)
+        self._agent.questions.decide(request, lambda decision: self._backed(decision, decided), explain=True)
 
     def _gate(self, call: Call, answer: Answer) -> None:
         call.only("shell", "interactive")

@@ -16,7 +16,7 @@ from persona.codec import Record
 from persona.decisions import Decision, Denied, Granted, Request
 from persona.problems import PersonaError, Reason
 from persona_guest.core.leases import LeaseBook, Question
-from persona_guest.core.messages import denial_line, shown_name
+from persona_guest.core.messages import denial_line, printable, shown_name
 from persona_guest.core.sessions import Session
 from persona_guest.gate import attempt as attempts
 from persona_guest.gate import own
@@ -259,6 +259,16 @@ class Supervisor:
                     self._decide(pending)
         finally:
             self._guard.leave()
+
+    def tell_waiting(self, session: str, line: str) -> None:
+        """A line to one of the session's tasks that wait for an answer, if there is one and it may be spoken to."""
+        for (ident, _), waiting in self._waiting.items():
+            for pending in waiting if ident == session else ():
+                gated = pending.gated
+                if seccomp.still_valid(gated.listener, pending.ident) and self._may_speak(gated):
+                    with contextlib.suppress(OSError):  # killed meanwhile
+                        tell(pending.task.credentials().tgid, printable(line))
+                    return
 
     def _still_waits(self, pending: Pending) -> bool:
         """Whether what was read of the task was its own; without, nothing may be said or asked of it.

@@ -13,6 +13,7 @@ log = logging.getLogger("persona.health")
 _TIMEOUT_S = 5.0
 _BUS = "org.freedesktop.systemd1"
 _MANAGER = "org.freedesktop.systemd1.Manager"
+_UNIT = "org.freedesktop.systemd1.Unit"
 _PATH = "/org/freedesktop/systemd1"
 
 
@@ -30,6 +31,20 @@ class Units:
         """The names of all units that failed.  Raises ``UnitsError``."""
         (units,) = self._call(_PATH, _MANAGER, "ListUnitsFiltered", "as", (["failed"],))
         return tuple(sorted(str(unit[0]) for unit in units))
+
+    def state(self, service: str) -> str:
+        """ActiveState of a service, ``active`` when it runs; or ``not-found``, ``masked``.  Raises ``UnitsError``."""
+        (path,) = self._call(_PATH, _MANAGER, "LoadUnit", "s", (f"{service}.service",))
+        loaded, active = self._property(path, "LoadState"), self._property(path, "ActiveState")
+        return active if loaded == "loaded" else loaded
+
+    def start(self, service: str) -> None:
+        """Has a service started; ``state`` says what becomes of it.  Raises ``UnitsError``."""
+        self._call(_PATH, _MANAGER, "StartUnit", "ss", (f"{service}.service", "replace"))
+
+    def _property(self, path: str, name: str) -> str:
+        ((_, value),) = self._call(path, "org.freedesktop.DBus.Properties", "Get", "ss", (_UNIT, name))
+        return str(value)
 
     def close(self) -> None:
         """Drops the connection; the next call makes a new one."""

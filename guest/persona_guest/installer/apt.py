@@ -1,0 +1,254 @@
+"""One apt-get run that satisfies dependencies from the machine's own sources, and dpkg left consistent after it.
+
+``apt-get satisfy`` (apt-get(8), since 2.0) takes dependencies as Debian writes them.  It is run with an
+explicit environment and no shell, its progress read from APT::Status-Fd (apt's README.progress-reporting).
+Once dpkg has begun it is left to finish, whatever the time: killed, it would leave packages half installed.
+"""
+
+import json
+import os
+import re
+import selectors
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from persona.dependencies import Package
+from persona_guest.kernel.dpkg import Dpkg, DpkgError
+
+LOCK_S = 30.0  # others who install (unattended-upgrades, an operator) are given this to finish
+_LOOK_S = 2.0
+_FETCH_MAX_S = 900.0
+_DPKG_MAX_S = 3600.0  # then something hangs for good, and only killing it is left
+_EVERY_S = 5.0
+_WORDS_MAX = 64 * 1024
+_LINE = re.compile(rb"(dlstatus|pmstatus|pmerror|pmconffile):([^:]*):([0-9.]*):(.*)")
+_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C.UTF-8",
+    "DEBIAN_FRONTEND": "noninteractive",
+    "APT_LISTCHANGES_FRONTEND": "none",
+    "HOME": "/root",
+}
+_OPTIONS = (
+    ("DPkg::Lock::Timeout", "0"),  # 'satisfy' would wait in silence; we say for whom
+    ("DPkg::Use-Pty", "0"),
+    ("DPkg::Options::", "--force-confdef"),  # a question about a configuration file: the machine's own stays
+    ("DPkg::Options::", "--force-confold"),
+    ("APT::Get::Remove", "false"),  # never take a package away for another
+    ("APT::Get::Assume-Yes", "true"),
+    ("APT::Update::Error-Mode", "any"),
+    ("Acquire::Retries", "1"),
+    ("Acquire::http::Timeout", "20"),
+    ("Acquire::https::Timeout", "20"),
+)
+
+
+class AptError(Exception):
+    """It could not be done; the message is apt's or dpkg's own."""
+
+
+class Apt:
+    """``options`` of apt.conf(5) and ``dpkg`` arguments come after ours: a test gives a root of its own.
+
+    ``home`` keeps what is downloaded while it is needed, and the note that a run is under way.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        state: Dpkg,
+        home: Path,
+        options: Sequence[tuple[str, str]] = (),
+        dpkg: Sequence[str] = ("dpkg",),
+        lock_s: float = LOCK_S,
+    ) -> None:
+        self._say = say
+        self._state = state
+        self._archives = home / "archives"
+        self._note = home / "installing.json"
+        self._options = [*_OPTIONS, ("Dir::Cache::archives", str(self._archives)), *options]
+        self._dpkg = list(dpkg)
+        self._lock_s = lock_s
+        self._said = (b"", 0.0)
+        self._began = False  # dpkg has
+
+    def install(self, packages: Iterable[Package]) -> None:
+        """All of them, in one run.  Raises ``AptError``; then what this run brought is gone again."""
+        wanted = [str(package) for package in packages]
+        before = self._state.installed()
+        self._begin(set(before.versions) | before.unfinished)
+        try:
+            try:
+                self._patiently("satisfy", *wanted)
+            except AptError as error:
+                if self._began or _LOCK.search(str(error)):
+                    raise
+                self._say("asking the package sources for news")
+                self._update(error)
+                self._patiently("satisfy", *wanted)
+        except AptError as error:
+            if self._began:
+                self._repair(set(before.versions) | before.unfinished, error)
+            raise
+        finally:
+            self._note.unlink(missing_ok=True)
+            shutil.rmtree(self._archives, ignore_errors=True)
+
+    def recover(self) -> None:
+        """Puts things back after a run that was cut off (a crash, a power cut).  Raises ``AptError``."""
+        try:
+            before = set(json.loads(self._note.read_text()))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError) as error:
+            raise AptError(f"{self._note}: {error}") from error
+        self._repair(before, AptError("an installation was cut off"))
+        self._note.unlink(missing_ok=True)
+
+    def _begin(self, before: set[str]) -> None:
+        """Notes what there was, for the case that this process does not live to see the end."""
+        new = self._note.with_suffix(".new")
+        try:
+            (self._archives / "partial").mkdir(mode=0o755, parents=True, exist_ok=True)
+            new.write_text(json.dumps(sorted(before)))
+            new.replace(self._note)
+        except OSError as error:
+            raise AptError(f"{new}: {error.strerror}") from error
+
+    def _update(self, first: AptError) -> None:
+        """Package lists may be old; where they cannot be had, what was wrong before says more."""
+        try:
+            self._patiently("update")
+        except AptError as error:
+            raise AptError(f"{first}; the package lists cannot be renewed either: {error}") from error
+
+    # --- apt-get ----------------------------------------------------------------------------------
+
+    def _patiently(self, *words: str) -> None:
+        """Gives whoever has a lock some time to finish.  Raises ``AptError``."""
+        deadline = time.monotonic() + self._lock_s
+        while True:
+            try:
+                self._run(*words)
+            except AptError as error:
+                if self._began or not _LOCK.search(str(error)) or time.monotonic() > deadline:
+                    raise
+                holder = _HOLDER.search(str(error))
+                self._say(f"waiting for {holder[1] if holder else 'somebody'}, which is installing something else")
+                time.sleep(_LOOK_S)
+            else:
+                return
+
+    def _run(self, *words: str) -> None:
+        reading, writing = os.pipe()
+        options = [*self._options, ("APT::Status-Fd", str(writing))]
+        argv = ["apt-get", "-q", *(word for name, value in options for word in ("-o", f"{name}={value}")), *words]
+        try:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                pass_fds=(writing,), env=_ENVIRONMENT,
+            )  # fmt: skip
+        except OSError as error:
+            os.close(reading)
+            raise AptError(f"apt-get cannot be run: {error}") from error
+        finally:
+            os.close(writing)
+        try:
+            output, late = self._follow(process, reading)
+        finally:
+            os.close(reading)
+        if process.returncode:
+            raise AptError(late or own_words(output) or f"apt-get ended with {process.returncode}")
+
+    def _follow(self, process: subprocess.Popen[bytes], status: int) -> tuple[bytes, str]:
+        """What it printed, and why it was ended, if so.  A service that it started may keep its output open."""
+        if process.stdout is None:  # it is a pipe
+            return b"", ""
+        output, steps, late = bytearray(), bytearray(), ""
+        began = time.monotonic()
+        with selectors.DefaultSelector() as selector:
+            for fd, buffer in ((process.stdout.fileno(), output), (status, steps)):
+                os.set_blocking(fd, False)
+                selector.register(fd, selectors.EVENT_READ, buffer)
+            while process.poll() is None or selector.get_map():
+                ended = process.returncode is not None
+                ready = selector.select(0 if ended else 0.5) if selector.get_map() else []
+                for key, _ in ready:
+                    if block := os.read(key.fd, 65536):
+                        key.data.extend(block)
+                        del key.data[:-_WORDS_MAX]
+                    else:
+                        selector.unregister(key.fd)
+                self._report(steps)
+                if ended and not ready:
+                    break
+                if not ended and not late and time.monotonic() - began > (_DPKG_MAX_S if self._began else _FETCH_MAX_S):
+                    late = "apt-get was at it for too long and was ended"
+                    process.terminate()
+                if not ready and not selector.get_map():
+                    time.sleep(0.1)
+        process.stdout.close()
+        process.wait()
+        return bytes(output), late
+
+    def _report(self, steps: bytearray) -> None:
+        """Takes whole lines off; of many, a person sees one every few seconds."""
+        while b"\n" in steps:
+            line, _, rest = bytes(steps).partition(b"\n")
+            steps[:] = rest
+            match = _LINE.match(line)
+            if match is None:
+                continue
+            self._began = self._began or match[1] != b"dlstatus"
+            phase, at = self._said
+            now = time.monotonic()
+            if now - at >= _EVERY_S or match[1] != phase:
+                self._said = (match[1], now)
+                what = "downloading" if match[1] == b"dlstatus" else match[4].decode("utf-8", "replace")
+                self._say(f"{what}, {float(match[3] or 0):.0f} %")
+
+    # --- afterwards -------------------------------------------------------------------------------
+
+    def _repair(self, before: set[str], error: AptError) -> None:
+        """Purges what this run brought and did not finish, and all else that it brought.  Raises ``AptError``."""
+        self._say("it failed; putting things back")
+        try:
+            after = self._state.installed()
+        except DpkgError as unreadable:
+            raise AptError(f"{error}; afterwards {unreadable}") from error
+        new = sorted((set(after.versions) | after.unfinished) - before)
+        if new:
+            self._call("--purge", "--force-remove-reinstreq", *new)
+        self._call("--configure", "-a")
+        left = self._call("--audit")
+        if left:
+            raise AptError(f"{error}; dpkg is left with: {left}") from error
+
+    def _call(self, *words: str) -> str:
+        """dpkg(1) with what it prints; it is never interrupted, and waits for another one to end."""
+        deadline = time.monotonic() + _DPKG_MAX_S
+        while True:
+            done = subprocess.run(
+                [*self._dpkg, *words],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env=_ENVIRONMENT, check=False,
+            )  # fmt: skip
+            said = " ".join(done.stdout.decode("utf-8", "replace").split())[:1000]
+            if done.returncode == 0 or not _DPKG_LOCK.search(said) or time.monotonic() > deadline:
+                return said
+            time.sleep(_LOOK_S)
+
+
+_WORDS = re.compile(r"E: |dpkg: error|dpkg-deb: error|.* Depends: | *installed .* returned error| cannot copy")
+_HOLDER = re.compile(r"held by (process \d+ \([^)]*\))")
+_DPKG_LOCK = re.compile(r"lock was locked by another process")
+_LOCK = re.compile(r"Could not get lock|Unable to acquire|Unable to lock")
+
+
+def own_words(output: bytes) -> str:
+    """What apt-get says is wrong, of all that it says."""
+    lines = [line.strip() for line in output.decode("utf-8", "replace").splitlines() if _WORDS.match(line)]
+    return "; ".join(dict.fromkeys(lines))[:800]
