@@ -168,7 +168,7 @@ def test_limits_of_all_sessions_are_the_parents(tree: FakeHierarchy, cgroups: Cg
     apply(cgroups.leave(one))
     assert tree.exists(f"{HOUSE}/shared-P")
     apply(cgroups.leave(other))
-    assert not tree.exists(f"{HOUSE}/shared-P")
+    assert not tree.exists(HOUSE)
 
 
 def test_a_service_manager_is_limited_as_it_is_and_put_back(tree: FakeHierarchy, cgroups: Cgroups) -> None:

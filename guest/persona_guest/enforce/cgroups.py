@@ -75,9 +75,18 @@ class Cgroups:
 
     def _leave_above(self, place: Place) -> Plan:
         if self._in_house(place):
-            others = [name for name in self._tree.children(place.parent) if f"{place.parent}/{name}" != place.cgroup]
-            return (Remove(self._tree, place.parent),) if not others and self._tree.exists(place.parent) else ()
+            if not self._tree.exists(place.parent) or self._others(place.parent, place.cgroup):
+                return ()
+            last = not self._others(HOUSE, place.parent) and not self._tree.populated(f"{HOUSE}/{LOGIN}")
+            return (Remove(self._tree, place.parent), *(self._away() if last else ()))
         return self._weigh(place, 0) if not place.managed and self._tree.exists(place.parent) else ()
+
+    def _others(self, cgroup: str, child: str) -> list[str]:
+        return [name for name in self._tree.children(cgroup) if name != LOGIN and f"{cgroup}/{name}" != child]
+
+    def _away(self) -> Plan:
+        """The house itself, once nothing lives there."""
+        return tuple(Remove(self._tree, cgroup) for cgroup in (f"{HOUSE}/{LOGIN}", HOUSE) if self._tree.exists(cgroup))
 
     @staticmethod
     def _in_house(place: Place) -> bool:
@@ -175,7 +184,7 @@ class Cgroups:
             if name != LOGIN:
                 steps += self._clear(f"{HOUSE}/{name}", keep)
         if not wanted and self._tree.exists(HOUSE) and not self._homeless():
-            steps += [Remove(self._tree, f"{HOUSE}/{LOGIN}"), Remove(self._tree, HOUSE)]
+            steps += self._away()
         return tuple(steps)
 
     def _homeless(self) -> bool:
