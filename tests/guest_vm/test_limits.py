@@ -245,8 +245,8 @@ def test_the_plan_is_empty_when_all_is_as_it_should_be(guest: Machine) -> None:
         plan = json.loads(guest.must("persona-agent plan --json"))
         assert plan["plan"] == []
         assert here in [place["cgroup"] for place in plan["places"]]
-        guest.must(f"echo 77 > {CGROUPS}{here}/pids.max")
-        plan = json.loads(guest.must("persona-agent plan --json"))["plan"]
+        # at once: it is looked after every 30 s
+        plan = json.loads(guest.must(f"echo 77 > {CGROUPS}{here}/pids.max; persona-agent plan --json"))["plan"]
         assert [(step["op"], step["value"], step["before"]) for step in plan] == [("cgroup.set", "256", "77")]
 
 
@@ -275,12 +275,12 @@ def test_release_leaves_no_cgroup_behind(guest: Machine, broker: Broker) -> None
         scope = cgroup(session.ask("cat /proc/self/cgroup")).rpartition("/")[0]
         job = guest.must("su - alice -c 'sleep 300 >/dev/null 2>&1 & sleep 1; cat /proc/$!/cgroup'")
         assert "persona-sessions" in job
-        guest.must("persona-agent release")
+        guest.must("persona-agent unload-kernel; persona-agent release")  # as the package's removal does
         assert "login" not in guest.must(f"ls {CGROUPS}{scope}")
         assert cgroup(session.ask("cat /proc/self/cgroup")) == scope
         assert guest.root(f"ls {CGROUPS}user.slice/persona-sessions.service/*/*").code != 0
         assert guest.must("cat /proc/$(pgrep -fx 'sleep 300')/cgroup").strip().endswith(".scope")
-        guest.must("pkill -fx 'sleep 300'; systemctl restart persona-agent")
+        guest.must("pkill -fx 'sleep 300'; persona-agent load-kernel; systemctl restart persona-agent")
 
 
 def test_sessions_that_come_and_go_while_the_agent_is_killed_leave_nothing(guest: Machine) -> None:
