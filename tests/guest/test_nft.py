@@ -266,7 +266,7 @@ def test_the_plan_says_what_it_will_do(world: World, network: Network) -> None:
     rules = step["rules"]
     assert isinstance(rules, dict)
     out, into = rules.values()
-    assert out[0] == "ip daddr 10.20.0.0/16 meta l4proto tcp th dport 5432 accept"
+    assert out[0] == "meta l4proto tcp th dport 5432 ip daddr 10.20.0.0/16 accept"
     assert out[1] == "meta l4proto udp ct direction reply th sport 53 accept"
     assert out[-1] == "reject with icmpx admin-prohibited"
     assert into[0] == "meta l4proto udp th dport 53 accept"
@@ -359,10 +359,10 @@ def test_nft_reads_the_table_as_we_mean_it(world: World, network: Network) -> No
         "type route hook output priority mangle; policy accept;",
         "socket cgroupv2 level 4 vmap @out4",
         "meta skuid vmap @owner",
-        "ip daddr 10.20.0.0/16 tcp dport 80-90 accept",
-        "ip6 daddr 2001:db8::/33 udp dport 53 accept",
+        "tcp dport 80-90 ip daddr 10.20.0.0/16 accept",
+        "udp dport 53 ip6 daddr 2001:db8::/33 accept",
         "meta mark set meta mark & 0x01ffffff | 0x01000000 accept",
-        "ip6 daddr @resolvers6 udp dport 53 accept",
+        "udp dport 53 ip6 daddr @resolvers6 accept",
         "ct direction reply udp sport 9 accept",
         "reject with icmpx admin-prohibited",
         "reject with tcp reset",

@@ -183,7 +183,7 @@ class Log:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``accept``, ``masquerade``, ``reset`` or ``refuse``.
+    """``accept``, ``masquerade``, ``jump CHAIN``, ``reset`` or ``refuse``.
 
     A connect that is reset fails with ECONNREFUSED at once, an open flow with ECONNRESET.  One that is refused
     by an ICMP error fails only after a second: the socket is locked when the error comes.
@@ -281,39 +281,42 @@ def _matches(rule: NetworkRule, address: str, port: str) -> list[Rule]:
         return [(Protocol(ICMP),), (Protocol(ICMPV6),)]
     if rule.protocol == "dns":
         return [
-            (Resolver(address, version), Protocol(protocol), Port(port, _DNS, _DNS))
+            (Protocol(protocol), Port(port, _DNS, _DNS), Resolver(address, version))
             for version in (4, 6)
             for protocol in (UDP, TCP)
         ]
-    head: Rule = () if rule.network == "any" else (Address(address, rule.network),)
     if rule.protocol == "any":
-        return [head]
-    return _with_ports((*head, Protocol(TCP if rule.protocol == "tcp" else UDP)), port, rule.ports)
+        return [_addressed(rule, address)]
+    return _ported((Protocol(TCP if rule.protocol == "tcp" else UDP),), port, rule, address)
 
 
-def _with_ports(head: Rule, side: str, ports: Iterable[tuple[int, int]]) -> list[Rule]:
-    return [(*head, Port(side, low, high)) for low, high in ports] or [head]
+def _ported(head: Rule, side: str, rule: NetworkRule, address: str) -> list[Rule]:
+    """The cheapest question first: most rules are not about most packets."""
+    tail = _addressed(rule, address)
+    return [(*head, Port(side, low, high), *tail) for low, high in rule.ports] or [(*head, *tail)]
+
+
+def _addressed(rule: NetworkRule, side: str) -> Rule:
+    return () if rule.network == "any" else (Address(side, rule.network),)
 
 
 def _answers(rule: NetworkRule) -> list[Rule]:
     """What a listening socket sends back: TCP by its flags, UDP by connection tracking."""
-    head: Rule = () if rule.network == "any" else (Address("daddr", rule.network),)
     found: list[Rule] = []
     if rule.protocol in ("tcp", "any"):
-        found += _with_ports((*head, Protocol(TCP), NotOpening()), "sport", rule.ports)
+        found += _ported((Protocol(TCP), NotOpening()), "sport", rule, "daddr")
     if rule.protocol in ("udp", "any"):
-        found += _with_ports((*head, Protocol(UDP), Answer()), "sport", rule.ports)
+        found += _ported((Protocol(UDP), Answer()), "sport", rule, "daddr")
     return found
 
 
 def _datagrams(rule: NetworkRule) -> list[Rule]:
     """What comes back over UDP, which knows no connections: who may be spoken to may speak."""
     if rule.protocol == "dns":
-        return [(Resolver("saddr", version), Protocol(UDP), Port("sport", _DNS, _DNS)) for version in (4, 6)]
+        return [(Protocol(UDP), Port("sport", _DNS, _DNS), Resolver("saddr", version)) for version in (4, 6)]
     if rule.protocol not in ("udp", "any"):
         return []
-    head: Rule = () if rule.network == "any" else (Address("saddr", rule.network),)
-    return _with_ports((*head, Protocol(UDP)), "sport", rule.ports)
+    return _ported((Protocol(UDP),), "sport", rule, "saddr")
 
 
 def base_chains() -> tuple[Chain, ...]:
@@ -322,14 +325,12 @@ def base_chains() -> tuple[Chain, ...]:
     # each map is named once: the kernel walks all that a map leads to, for each rule that names it, at each change
     judge: list[Rule] = [(ByCgroup(level, f"out{level}"),) for level in LEVELS]
     listen: list[Rule] = [(ByCgroup(level, f"in{level}"),) for level in LEVELS]
-    local: list[Rule] = [
-        (Loopback("oif"), *other, ACCEPT),
-        (Loopback("oif"), Not(Port("dport", _DNS, _DNS)), ACCEPT),
-    ]
-    output = [*local, *judge, (ByOwner("owner"),)]
+    local: list[Rule] = [(Not(Port("dport", _DNS, _DNS)), ACCEPT), (*other, ACCEPT)]
+    output: list[Rule] = [(Loopback("oif"), Verdict("jump local")), *judge, (ByOwner("owner"),)]
     # of an ICMP error the kernel would look up the socket that it is about
-    into: list[Rule] = [(Loopback("iif"), ACCEPT), (*other, ACCEPT), (Protocol(TCP), NotOpening(), ACCEPT), *listen]
+    into: list[Rule] = [(Protocol(TCP), NotOpening(), ACCEPT), (Loopback("iif"), ACCEPT), (*other, ACCEPT), *listen]
     return (
+        Chain("local", tuple(local)),
         # of type route, so that a mark given here is routed by; before the translation of addresses
         Chain("output", tuple(output), Hook("route", "output", -150)),
         Chain("input", tuple(into), Hook("filter", "input", 0)),

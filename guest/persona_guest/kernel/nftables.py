@@ -41,6 +41,7 @@ _NETWORK, _TRANSPORT = 1, 2  # enum nft_payload_bases
 _META_MARK, _META_IIF, _META_OIF, _META_SKUID, _META_NFPROTO, _META_L4PROTO = 3, 4, 5, 10, 15, 16
 _SOCKET_CGROUPV2 = 3
 _CT_DIRECTION, _CT_REPLY = 1, 1
+_JUMP = -3 & 0xFFFFFFFF
 _GOTO = -4 & 0xFFFFFFFF
 _ACCEPT = 1
 _REJECT_TCP_RST, _REJECT_ICMPX, _ADMIN_PROHIBITED = 1, 2, 3
@@ -227,6 +228,8 @@ def _expression(item: r.Expression) -> Iterable[tuple[str, bytes]]:
 def _final(what: str) -> tuple[str, bytes]:
     if what == "accept":
         return "immediate", u32(1, 0) + nested(2, _verdict(_ACCEPT))
+    if what.startswith("jump "):
+        return "immediate", u32(1, 0) + nested(2, _verdict(_JUMP, what.removeprefix("jump ")))
     if what == "reset":
         return "reject", u32(1, _REJECT_TCP_RST)
     if what == "refuse":
