@@ -378,7 +378,8 @@ class Agent:
     def layers(self) -> dict[str, bool]:
         """The parts of the gate by name, and whether each is active.  Safe to call from any thread."""
         active = self.last_word.layer.active
-        return {"seccomp": True, "bpf": active, "verify": not active, "limits": self.supervisor.place is not None}
+        limits, network = self.supervisor.place is not None, self.bases is not None
+        return {"seccomp": True, "bpf": active, "verify": not active, "limits": limits, "network": network}
 
     def open_from_shell(self, pid: int, uid: int, shell: str, reply_to: Callable[[dict[str, Any]], None]) -> str:
         """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
