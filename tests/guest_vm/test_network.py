@@ -26,7 +26,7 @@ from tests.guest_vm.far import (
     set_up,
 )
 from tests.guest_vm.machine import Machine, free_port
-from tests.guest_vm.site import Broker, await_connected
+from tests.guest_vm.site import Broker, await_connected, configure, install
 
 REFUSED, CUT, REFUSED_ICMP6, PROHIBITED, PROHIBITED6 = "ECONNREFUSED", "EPERM", "EACCES", "EHOSTUNREACH", "EACCES"
 NEIGHBOURS = Path(__file__).parents[1] / "guest" / "neighbours.nft"
@@ -423,3 +423,6 @@ def test_removal_leaves_no_table_rule_or_route(guest: Machine, broker: Broker) -
         assert "fwmark" not in guest.must("ip rule; ip -6 rule")
         assert guest.must("ip route show table 21001 2>/dev/null; true") == ""
     broker.run("apply", *map(str, DOCUMENTS))
+    guest.must("systemctl unmask persona-agent")
+    install(guest)
+    configure(guest, broker)
