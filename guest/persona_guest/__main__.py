@@ -5,7 +5,6 @@ Exit codes: 0 ended as asked, 1 could not start, 2 usage.
 
 import argparse
 import gc
-import json
 import logging
 import os
 import signal
@@ -13,13 +12,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from persona.decisions import Decision, PersonaRef, Request
-from persona.documents import Persona
-from persona.problems import PersonaError, Reason
+from persona.decisions import Decision, Request
+from persona.problems import PersonaError
+from persona_guest import commands, gate_state
 from persona_guest import settings as configuration
-from persona_guest.advice import advice
 from persona_guest.agent import Agent
 from persona_guest.bounds import Bounds
 from persona_guest.broker_client.events import Connected, Event, Stream
@@ -55,7 +52,6 @@ from persona_guest.notices import Notices
 from persona_guest.personas import Personas
 from persona_guest.questions import Questions
 from persona_guest.settings import Mode, Settings
-from persona_guest.shell.client import AgentError, Client
 from persona_guest.sorter import Sorter
 from persona_guest.users import Users
 
@@ -87,52 +83,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"persona-agent: {error.message}", file=sys.stderr)
         return 1
     if arguments.command == "check-config":
-        print(f"{arguments.config}: mode {settings.mode}, VM {settings.vm.name}")
-        for line in advice():
-            print(f"note: {line}")
-        return 0
+        return commands.check_config(arguments.config, settings)
     if arguments.command == "release":
-        return _release(settings)
+        return commands.release(settings)
     if arguments.command == "plan":
-        return _plan(settings, as_json=arguments.json)
+        return commands.plan(settings, as_json=arguments.json)
     if arguments.command.endswith("-kernel"):
         from persona_guest.gate import kernel_loader  # only these two pay for it
 
         return kernel_loader.main(arguments.command, settings)
     return run(settings)
-
-
-def _release(settings: Settings) -> int:
-    try:
-        with Client(f"{settings.paths.runtime_dir}/agent.sock") as client:
-            client.call("release")
-    except AgentError as error:
-        print(f"persona-agent: {error.message}", file=sys.stderr)
-        if settings.paths.cgroup_root:  # what it bound must not outlive it
-            Net(Path(settings.paths.runtime_dir), settings.paths.cgroup_root, _no_documents).clear()
-        return 1
-    return 0
-
-
-def _no_documents(ref: PersonaRef) -> Persona:
-    raise PersonaError(Reason.PERSONA_UNAVAILABLE, f"persona {ref.name} is not here")
-
-
-def _plan(settings: Settings, *, as_json: bool) -> int:
-    try:
-        with Client(f"{settings.paths.runtime_dir}/agent.sock") as client:
-            answer: dict[str, Any] = client.call("plan")
-    except AgentError as error:
-        print(f"persona-agent: {error.message}", file=sys.stderr)
-        return 1
-    if as_json:
-        print(json.dumps({"places": answer["places"], "plan": answer["plan"]}))
-        return 0
-    for place in answer["places"]:
-        print(f"{place['persona']['name']} v{place['persona']['version']}: {place['cgroup']}")
-    for step in answer["plan"]:
-        print(json.dumps(step))
-    return 0
 
 
 def run(settings: Settings) -> int:
@@ -207,11 +167,11 @@ def run(settings: Settings) -> int:
         log.warning("released: %d sessions go on ungated", len(supervisor.sessions))
         supervisor.released = True
         unbind()
-        _gate_state(settings).unlink(missing_ok=True)
+        gate_state.remove(settings)
         loop.call_every(1.0, lambda: None if supervisor.sessions else loop.stop())
 
     users = Users(agent, identifier, guard, release, Bounds(loop, enforcer), backed)
-    _write_gate_state(settings)
+    gate_state.write(settings)
     pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
     socket = UserSocket(loop, runtime / "agent.sock", users.handle)
     agent.restore(kept)
@@ -306,21 +266,6 @@ def _take_inflight(kept: dict[str, int], keeping: Keeping) -> InFlight:
     table = InFlight()
     keeping.keep(_INFLIGHT, table.fd)
     return table
-
-
-def _gate_state(settings: Settings) -> Path:
-    return Path(settings.paths.state_dir) / "gate.state"
-
-
-def _write_gate_state(settings: Settings) -> None:
-    """What the PAM module goes by while there is no agent; written whole, then renamed."""
-    path = _gate_state(settings)
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    gate = settings.gate
-    new.write_text(f"mode={settings.mode}\nuid_min={gate.uid_min}\nbreak_glass={gate.break_glass_group}\n")
-    new.chmod(0o644)
-    new.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""What ``persona-agent`` does besides running: it asks the agent that runs, or looks at the settings."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from persona.decisions import PersonaRef
+from persona.documents import Persona
+from persona.problems import PersonaError, Reason
+from persona_guest.advice import advice
+from persona_guest.net import Net
+from persona_guest.settings import Settings
+from persona_guest.shell.client import AgentError, Client
+
+
+def check_config(path: str, settings: Settings) -> int:
+    """Says what was understood of ``path``, and what in sshd's settings goes past the gate."""
+    print(f"{path}: mode {settings.mode}, VM {settings.vm.name}")
+    for line in advice():
+        print(f"note: {line}")
+    return 0
+
+
+def release(settings: Settings) -> int:
+    """Every gated session goes on ungated and unbound; 1 where no agent could be told."""
+    try:
+        with Client(f"{settings.paths.runtime_dir}/agent.sock") as client:
+            client.call("release")
+    except AgentError as error:
+        print(f"persona-agent: {error.message}", file=sys.stderr)
+        if settings.paths.cgroup_root:  # what it bound must not outlive it
+            Net(Path(settings.paths.runtime_dir), settings.paths.cgroup_root, _no_documents).clear()
+        return 1
+    return 0
+
+
+def _no_documents(ref: PersonaRef) -> Persona:
+    raise PersonaError(Reason.PERSONA_UNAVAILABLE, f"persona {ref.name} is not here")
+
+
+def plan(settings: Settings, *, as_json: bool) -> int:
+    """Prints where sessions live, and what would be changed now so that what is found is what should be."""
+    try:
+        with Client(f"{settings.paths.runtime_dir}/agent.sock") as client:
+            answer: dict[str, Any] = client.call("plan")
+    except AgentError as error:
+        print(f"persona-agent: {error.message}", file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps({"places": answer["places"], "plan": answer["plan"]}))
+        return 0
+    for place in answer["places"]:
+        print(f"{place['persona']['name']} v{place['persona']['version']}: {place['cgroup']}")
+    for step in answer["plan"]:
+        print(json.dumps(step))
+    return 0
