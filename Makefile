@@ -22,7 +22,7 @@ format: ## ruff, in place
 	$(PYTHON) -m ruff check -q --fix .
 
 test-fast: ## tests that need no guest, under two minutes
-	$(PYTHON) -m pytest -q -m "not guest"
+	$(PYTHON) -m pytest -q -n 2 -m "not guest"
 
 test: ## everything, guests included (root)
 	scripts/test

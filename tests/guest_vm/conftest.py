@@ -5,8 +5,8 @@ so that no test inherits what another left.
 """
 
 import contextlib
+import os
 import re
-import shutil
 import subprocess
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -17,15 +17,20 @@ from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT, Broker, await_connected, configure, site
 
 ARTIFACTS = ROOT / "build" / "artifacts"
+# These hold the guest to times and rates, which another guest beside it would spoil.
+TIMED = {"test_limits.py", "test_following.py", "test_network.py", "test_failures.py"}
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # of several, each has a guest of its own
 DOCUMENTS = [ROOT / "examples", Path(__file__).parent / "documents"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs the guest."""
+    """Marks what needs the guest, and what needs the machine for itself."""
     for item in items:
         if isinstance(item, pytest.Function) and "_warm" in item.fixturenames:
             item.add_marker(pytest.mark.guest)
             item.add_marker(pytest.mark.timeout(900))
+            if item.path.name in TIMED:
+                item.add_marker(pytest.mark.alone)
 
 
 _FAILED = pytest.StashKey[bool]()
@@ -77,12 +82,11 @@ class Warm:
 
 @pytest.fixture(scope="session")
 def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    shutil.rmtree(ARTIFACTS, ignore_errors=True)
     with site(tmp_path_factory.mktemp("site")) as (machine, broker):
         broker.run("apply", *map(str, DOCUMENTS))
         warm = Warm(machine, broker)
         yield warm
-        warm.keep("end")
+        warm.keep(f"end-{WORKER}")
 
 
 @pytest.fixture
