@@ -182,7 +182,7 @@ def test_the_persona_command(guest: Machine) -> None:
         "alice", "persona status; persona list; persona explain nmap -p 1 x; echo $?; persona explain ls; echo $?"
     )
     assert "persona:   DataAnalyst v1 (policy analysts-by-day)" in done.out
-    assert "layers:    seccomp, bpf, limits\n" in done.out
+    assert "layers:    seccomp, bpf, limits, network\n" in done.out
     assert "AnalystOnBusyHost v1, policy analysts-on-busy-host: applies now" in done.out
     assert "nmap: would be denied, no_matching_policy under DataAnalyst" in done.out
     assert re.search(r"^1\nls: would run under DataAnalyst v1 .*\n0$", done.out, re.MULTILINE)
