@@ -78,8 +78,10 @@ class Link:
             self._deliver(lambda: done(overload))
 
     def reachable(self) -> None:
-        """The event stream came up: ask again at once."""
+        """The event stream came up: ask again at once, and connect before somebody waits for it."""
         self._pause_until = 0.0
+        for _ in self._connections:
+            self.post("", "GET", "/healthz", None, lambda _outcome: None, urgent=False)
 
     def sweep(self, now: float) -> None:
         """Cuts calls that are past their deadline, which a dripping peer could stretch; call often."""
