@@ -40,7 +40,8 @@ _FAILED = pytest.StashKey[bool]()
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Lets the guest fixture know how its test ended."""
     report = yield
-    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    before = report.when != "setup" and item.stash.get(_FAILED, False)  # each try begins anew
+    item.stash[_FAILED] = before or report.failed
     return report
 
 
