@@ -154,11 +154,12 @@ def test_a_lock_no_network_and_a_full_disk(guest: Machine, broker: Broker, tmp_p
 
     guest.must(f"echo 'deb [trusted=yes] file:{SOURCE} ./' > /etc/apt/sources.list")
     guest.must("mkdir -p /opt && mount -t tmpfs -o size=2m none /opt")
-    guest.must("touch /var/lib/dpkg/status")  # an operator did something: what failed is tried again
+    # an operator did something: what failed is tried again, as soon as the agent has seen it
+    guest.must("touch /var/lib/dpkg/status; sleep 3")
     done = guest.ssh("alice", "ls -d /etc; true", timeout=200)
     assert "No space left on device" in done.err
     assert audit(guest) == ""
-    guest.must("umount /opt; touch /var/lib/dpkg/status")
+    guest.must("umount /opt; touch /var/lib/dpkg/status; sleep 3")
     assert guest.ssh("alice", "ls -d /etc", timeout=200).out == "/etc\n"
 
 
