@@ -45,5 +45,9 @@ class Pending:
 
         Of a command line too long to read, no argument can have mattered but the name of a multi-call program.
         """
-        narrow = granted is not None and granted.lease.width is Width.ARGV and self.attempt.complete
-        return narrow or any(found.multicall for found, _ in self.attempt.stages)
+        if granted is not None and granted.lease.width is Width.ARGV and self.attempt.complete:
+            return True
+        for found, _ in self.attempt.stages:  # no generator: this is asked at every exec  # noqa: SIM110
+            if found.multicall:
+                return True
+        return False

@@ -298,7 +298,8 @@ class Supervisor:
         except OSError:  # killed while it waited, or no descriptor left: never leave it waiting
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
             return
-        layer.approve(pending.task.tid, pending.attempt, arguments=pending.hangs_on_arguments(granted))
+        if layer.active:
+            layer.approve(pending.task.tid, pending.attempt, arguments=pending.hangs_on_arguments(granted))
         if not self._go_on(gated, pending.ident, pending.slot):
             layer.withdraw(pending.task.tid)
             if look is not None:
