@@ -12,7 +12,7 @@ from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.kernel_layer import LastWord
-from persona_guest.gate.supervisor import Supervisor
+from persona_guest.gate.supervisor import Place, Supervisor
 from persona_guest.kernel import seccomp
 from persona_guest.loop import Loop
 from persona_guest.settings import Mode, Paths, Settings
@@ -42,11 +42,11 @@ def gated_child(program: str) -> tuple[int, int]:
     return pid, listener
 
 
-def supervise(listener: int, decide: Callable[[Request], Decision]) -> None:
+def supervise(listener: int, decide: Callable[[Request], Decision], place: Place | None = None) -> None:
     loop = Loop()
 
     def ask(request: Request, done: Callable[[Decision], None]) -> None:
-        done(decide(request))
+        loop.deliver(lambda: done(decide(request)))  # later, as the broker answers
 
     settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""))
     supervisor = Supervisor(
@@ -54,6 +54,7 @@ def supervise(listener: int, decide: Callable[[Request], Decision]) -> None:
         Guard(lambda: None), LastWord(settings, loop, lambda event: None), ask,
         lambda record: None, lambda session: loop.stop(),
     )  # fmt: skip
+    supervisor.place = place
     session = Session("s-1", Subject("u", (), "vm"), os.getuid(), "t", "", "/nonexistent", os.getpid(), None, 0)
     supervisor.add(session, listener)
     loop.call_later(10, loop.stop)
@@ -82,6 +83,23 @@ def test_an_error_while_judging_is_a_denial(monkeypatch: pytest.MonkeyPatch) -> 
     pid, listener = gated_child("/usr/bin/true")
     supervise(listener, granted)
     assert outcome(pid) == 13
+
+
+def test_an_error_after_the_broker_s_answer_is_a_denial_and_the_agent_goes_on() -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("unforeseen")
+
+    pid, listener = gated_child("/usr/bin/true")
+    supervise(listener, granted, broken)
+    assert outcome(pid) == 13
+
+
+def test_a_slot_that_is_cleared_twice_is_free_once() -> None:
+    table = InFlight()
+    slot = table.put(b"s-1", bytes(seccomp.NOTIF_SIZE))
+    table.clear(slot)
+    table.clear(slot)
+    assert table.put(b"s-1", bytes(seccomp.NOTIF_SIZE)) != table.put(b"s-2", bytes(seccomp.NOTIF_SIZE))
 
 
 def test_no_descriptor_left_is_a_denial(monkeypatch: pytest.MonkeyPatch) -> None:

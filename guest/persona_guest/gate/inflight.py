@@ -44,8 +44,8 @@ class InFlight:
             self._map[slot * _SLOT.size] = _READ
 
     def clear(self, slot: int) -> None:
-        """The notification of ``slot`` is answered."""
-        if slot >= 0:
+        """The notification of ``slot`` is answered; once more is nothing, or two would share the slot."""
+        if slot >= 0 and self._map[slot * _SLOT.size] != _FREE:
             self._map[slot * _SLOT.size] = _FREE
             self._free.append(slot)
 

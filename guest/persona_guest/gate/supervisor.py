@@ -11,6 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from persona.codec import Record
 from persona.decisions import Decision, Denied, Granted, Request
@@ -149,12 +150,16 @@ class Supervisor:
             self._end(gated)
 
     def _answer(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
+        self._guarded(gated, notification.id, slot, lambda: self._handle(gated, notification, slot))
+
+    def _guarded(self, gated: Gated, ident: int, slot: int, judge: Callable[[], None]) -> None:
+        """Whatever a caller's exec can provoke while it is judged: it is denied, and the agent serves the others."""
         self._guard.enter(gated.session)  # memory, files and standard error of the task may all be its user's own
         try:
-            self._handle(gated, notification, slot)
-        except Exception:  # whatever a caller's exec can provoke: it is denied, and the agent serves the others
+            judge()
+        except Exception:  # no list is complete of what may go wrong, and not to answer would be to hang
             log.exception("an exec could not be judged; it is denied")
-            self._unreadable(gated, notification.id, slot, OSError(errno.EACCES, "not judged"))
+            self._unreadable(gated, ident, slot, OSError(errno.EACCES, "not judged"))
         finally:
             self._guard.leave()
 
@@ -248,17 +253,16 @@ class Supervisor:
                 gated.revoked = decision
             else:
                 self._leases.keep(question, decision, now)
-        self._guard.enter(gated.session)
-        try:
-            for pending in self._waiting.pop((gated.session.id, question), ()):
-                if isinstance(decision, Granted):
-                    self._allow(pending, decision)
-                else:
-                    pending.denials += (decision,)
-                    pending.stage += 1
-                    self._decide(pending)
-        finally:
-            self._guard.leave()
+        for pending in self._waiting.pop((gated.session.id, question), ()):
+            self._guarded(gated, pending.ident, pending.slot, partial(self._resume, pending, decision))
+
+    def _resume(self, pending: Pending, decision: Decision) -> None:
+        if isinstance(decision, Granted):
+            self._allow(pending, decision)
+        else:
+            pending.denials += (decision,)
+            pending.stage += 1
+            self._decide(pending)
 
     def tell_waiting(self, session: str, line: str) -> None:
         """A line to one of the session's tasks that wait for an answer, if there is one and it may be spoken to."""
