@@ -103,8 +103,7 @@ def answers(endpoint: Endpoint) -> bool:
         if endpoint.certificate is None:
             connection = http.client.HTTPConnection(where, int(port), timeout=1)
         else:
-            # our own certificate, asked on this machine for nothing secret: it may name other hosts
-            context = ssl._create_unverified_context()  # noqa: S323
+            context = ssl._create_unverified_context()  # noqa: S323 - our own, on this machine; it may name other hosts
             connection = http.client.HTTPSConnection(where, int(port), timeout=1, context=context)
     try:
         connection.request("GET", "/readyz")

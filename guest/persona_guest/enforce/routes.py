@@ -144,16 +144,15 @@ class Routing:
         return int(found[0])
 
     def _call(self, name: str, *words: str, **fields: Any) -> Any:
-        from pyroute2 import IPRoute  # type: ignore[import-untyped,import-not-found,unused-ignore]
-        from pyroute2.netlink.exceptions import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
-            NetlinkError,
-        )
+        # not before the first way: it costs 26 MB; it has no types, and a build machine may not have it
+        from pyroute2 import IPRoute  # type: ignore[import-untyped,import-not-found,unused-ignore]  # see above
+        from pyroute2.netlink import exceptions  # type: ignore[import-untyped,import-not-found,unused-ignore]  # see above
 
         if self._route is None:
             self._route = IPRoute()
         try:
             return getattr(self._route, name)(*words, **fields)
-        except NetlinkError as error:
+        except exceptions.NetlinkError as error:
             raise OSError(error.code, os.strerror(error.code)) from error
 
 

@@ -47,7 +47,7 @@ class Pending:
         """
         if granted is not None and granted.lease.width is Width.ARGV and self.attempt.complete:
             return True
-        for found, _ in self.attempt.stages:  # no generator: this is asked at every exec  # noqa: SIM110
+        for found, _ in self.attempt.stages:  # noqa: SIM110 - a generator costs more, and this is asked at every exec
             if found.multicall:
                 return True
         return False
