@@ -26,6 +26,7 @@ log = logging.getLogger("persona.dependencies")
 _SERVICES_S = 10.0  # nobody tells when a service stops
 _FAILED_S = 30.0  # a loop of denied commands must not become a loop of installations
 _DENIED_S = 2.0
+_LOOK_MAX_S = 5.0  # of a look: behind it are a disk and the system bus, and either may hang
 _KEPT_MAX = 256
 
 Wanted = tuple[Dependency, ...]
@@ -147,11 +148,22 @@ class Dependencies:
         known = self._known.get(wanted)
         if known is not None and known[1] > time.monotonic():
             done(known[0])
-        elif wanted in self._looking:
-            self._looking[wanted].append(done)
         else:
-            self._looking[wanted] = [done]
-            self._looker.look(wanted, lambda found: self._looked(wanted, found))
+            if wanted not in self._looking:
+                self._looking[wanted] = []
+                self._looker.look(wanted, lambda found: self._looked(wanted, found))
+            self._await(self._looking[wanted], done)
+
+    def _await(self, waiting: list[Lookup], done: Lookup) -> None:
+        """``done`` is among those who wait for a look, for so long; the look itself goes on."""
+
+        def late() -> None:
+            if done in waiting:
+                waiting.remove(done)
+                done(f"looking took longer than {_LOOK_MAX_S:g} s")
+
+        waiting.append(done)
+        self._loop.call_later(_LOOK_MAX_S, late)
 
     def _looked(self, wanted: Wanted, found: tuple[Lacking, ...] | str) -> None:
         if len(self._known) >= _KEPT_MAX:
@@ -160,8 +172,9 @@ class Dependencies:
             _SERVICES_S if isinstance(found, str) or any(isinstance(item, Service) for item in wanted) else float("inf")
         )
         self._known[wanted] = (found, time.monotonic() + lasts)
-        for done in self._looking.pop(wanted, ()):
-            done(found)
+        waiting = self._looking.pop(wanted, [])
+        while waiting:  # emptied, so that none is told once more that it is late
+            waiting.pop(0)(found)
 
     # --- installing -------------------------------------------------------------------------------
 

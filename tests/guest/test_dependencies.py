@@ -1,5 +1,6 @@
 """A grant whose persona needs something: looked at once, installed once for all who wait, and asked for anew."""
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,9 +38,12 @@ class FakeLook(Look):
         self.there: set[str] = set()
         self.looks = 0
         self.error = ""
+        self.free = threading.Event()
+        self.free.set()
 
     def lacking(self, dependencies: Iterable[Dependency]) -> tuple[Lacking, ...]:
         self.looks += 1
+        self.free.wait(10)
         if self.error:
             raise DpkgError(self.error)
         return tuple(Lacking(item, "not installed") for item in dependencies if item.name not in self.there)
@@ -198,6 +202,23 @@ def test_who_waits_too_long_is_denied_and_the_installation_goes_on(tmp_path: Pat
     assert len(site.installation.wishes) == 1
     site.installation.wishes[0][2]("")
     assert (len(first), second) == (1, ["again"])
+
+
+def test_who_waits_too_long_for_a_look_is_denied_and_a_hanging_one_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path)
+    monkeypatch.setattr("persona_guest.dependencies._LOOK_MAX_S", 0.2)
+    site.look.there = {"client", "db"}
+    site.look.free.clear()  # the system bus hangs
+    for _ in range(2):
+        found = site.outcome(granted())
+        assert isinstance(found, Denied) and "took longer" in found.help
+    assert site.look.looks == 1
+    waits = site.ask(granted())
+    site.look.free.set()
+    site.run(lambda: waits)
+    assert waits == [granted()]
 
 
 def test_a_question_installs_nothing(tmp_path: Path) -> None:
