@@ -132,3 +132,14 @@ def test_what_two_agents_hung_in_is_not_read_again() -> None:
     second.read(waiting)
     third = InFlight(os.dup(table.fd))
     assert [(slot, readable) for slot, _, _, readable in third.left_over()] == [(hung, False), (waiting, True)]
+
+
+def test_a_look_within_another_leaves_the_outer_one_watched() -> None:
+    gave_up: list[float] = []
+    guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.1)
+    guard.enter(session(UID))
+    guard.enter(session(UID))
+    guard.leave()
+    time.sleep(1.5)
+    guard.leave()
+    assert gave_up

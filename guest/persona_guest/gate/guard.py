@@ -41,15 +41,17 @@ class Guard:
         self._limit_s = limit_s
         self._thread = threading.get_native_id()
         self._entered: tuple[float, Session] | None = None
+        self._outer: list[tuple[float, Session] | None] = []  # one look may stand within another
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
 
     def enter(self, session: Session) -> None:
         """From now on a task of ``session`` may make us wait."""
+        self._outer.append(self._entered)
         self._entered = (time.monotonic(), session)
 
     def leave(self) -> None:
         """It did not."""
-        self._entered = None
+        self._entered = self._outer.pop() if self._outer else None
 
     def _watch(self) -> None:
         answered: tuple[float, Session] | None = None
