@@ -68,7 +68,7 @@ class Enforcer:
         """
         gated = pending.gated
         home = gated.home
-        before = Image(*pending.task.running())
+        before = pending.before()
         if home is None:
             home = gated.home = self._settle(gated.session, pending.task, before)
         elif before != home.opener and (granted is None or granted.persona == home.only or home.managed):

@@ -55,9 +55,9 @@ class Notices:
             persona = self._enforcer.document(place.persona)
         except PersonaError:  # it is kept while it is used; without it there is nothing to say
             return
-        self._guard.enter(gated.session)
+        outer = self._guard.enter(gated.session)
         self.tell(home, limit_line(persona, reason))
-        self._guard.leave()
+        self._guard.leave(outer)
         self._record(_record(gated.session, place, "limit", reason, "", ()))
 
     def refused(self, refusal: Refusal) -> None:

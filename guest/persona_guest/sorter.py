@@ -61,7 +61,7 @@ class Sorter:
     def follow(self, home: Home, gated: Gated, holding: tuple[Held, ...], revoked: bool) -> bool:
         """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
         home.base = holding[0].ref if holding else NOBODY
-        self._guard.enter(gated.session)  # what its processes call themselves is in their own memory
+        outer = self._guard.enter(gated.session)  # what its processes call themselves is in their own memory
         try:
             pairs = [(held, self._enforcer.document(held.ref)) for held in holding]
             shells = () if revoked else gated.shells
@@ -77,7 +77,7 @@ class Sorter:
             log.error("session %s does not follow: %s", home.session, error)
             return False
         finally:
-            self._guard.leave()
+            self._guard.leave(outer)
         return whole
 
     def _sort(self, home: Home, key: str, pairs: Pairs, shells: Shells) -> bool:

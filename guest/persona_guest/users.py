@@ -124,7 +124,7 @@ class Users:
             raise PersonaError(Fault.BAD_REQUEST, f"argv: expected a list of 1 to {ARGUMENTS_MAX} strings")
         if len(call.fds) != 1:
             raise PersonaError(Fault.BAD_REQUEST, "expected the program as one descriptor")
-        self._guard.enter(gated.session)  # it may be a file of a file system of the caller's
+        outer = self._guard.enter(gated.session)  # it may be a file of a file system of the caller's
         try:
             path = os.fsencode(call.text("path"))
             program = os.dup(call.fds[0])
@@ -134,7 +134,7 @@ class Users:
             why = error.strerror if isinstance(error, OSError) and error.strerror else "it cannot be looked at"
             raise PersonaError(Reason.PROGRAM_UNREADABLE, f"the program: {why}") from None
         finally:
-            self._guard.leave()
+            self._guard.leave(outer)
         self._explain_stage(attempt, gated, call.text("cwd", ""), 0, [], answer)
 
     def _explain_stage(

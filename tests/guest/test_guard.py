@@ -103,10 +103,10 @@ def test_who_makes_the_agent_wait_is_killed_and_the_agent_goes_on(hostage: tuple
     gave_up: list[float] = []
     guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.5)
     began = time.monotonic()
-    guard.enter(session(UID))
+    outer = guard.enter(session(UID))
     with pytest.raises(OSError, match=r"process_vm_readv|memory"):
         memory.read_call(pid, address, address + 64, 8)
-    guard.leave()
+    guard.leave(outer)
     assert os.read(asked, 1) == b"x", "the page was really asked for"
     assert 0.5 <= time.monotonic() - began < 6
     assert not gave_up
@@ -115,12 +115,12 @@ def test_who_makes_the_agent_wait_is_killed_and_the_agent_goes_on(hostage: tuple
 def test_where_killing_does_not_help_the_agent_gives_up() -> None:
     gave_up: list[float] = []
     guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.2)
-    guard.enter(session(UID))
+    outer = guard.enter(session(UID))
     time.sleep(0.8)
     assert not gave_up, "it may be a disk that is slow"
     time.sleep(1.5)
     assert gave_up
-    guard.leave()
+    guard.leave(outer)
 
 
 def test_what_two_agents_hung_in_is_not_read_again() -> None:
@@ -137,9 +137,8 @@ def test_what_two_agents_hung_in_is_not_read_again() -> None:
 def test_a_look_within_another_leaves_the_outer_one_watched() -> None:
     gave_up: list[float] = []
     guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.1)
-    guard.enter(session(UID))
-    guard.enter(session(UID))
-    guard.leave()
+    outer = guard.enter(session(UID))
+    guard.leave(guard.enter(session(UID)))
     time.sleep(1.5)
-    guard.leave()
+    guard.leave(outer)
     assert gave_up

@@ -10,7 +10,7 @@ from persona_guest.core.sessions import Session
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Image
 from persona_guest.gate.verify import Expectation, Verifier
-from persona_guest.kernel.task import Process
+from persona_guest.kernel.task import Process, Task
 from persona_guest.loop import Loop
 
 from persona.decisions import Subject
@@ -45,7 +45,7 @@ def watch(pid: int, *expectations: Expectation) -> tuple[Verifier, list[str]]:
     verifier = Verifier(loop, time.monotonic, GUARD)
     found: list[str] = []
     for expected in expectations:
-        verifier.expect(Process(pid), expected, SESSION, found.append)
+        verifier.expect(Process(Task(pid)), expected, SESSION, found.append)
     settle(verifier, loop)
     return verifier, found
 
@@ -88,7 +88,7 @@ def test_a_next_program_that_begins_from_a_wrong_one_is_killed(sleeper: subproce
 
 def test_gone() -> None:
     process = subprocess.Popen(["/usr/bin/true"])
-    held = Process(process.pid)
+    held = Process(Task(process.pid))
     process.wait()
     loop = Loop()
     verifier = Verifier(loop, time.monotonic, GUARD)

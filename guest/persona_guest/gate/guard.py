@@ -28,6 +28,9 @@ _LOOK_S = 0.25
 _FUSE = "request_wait_answer"  # where a task sleeps that asked a FUSE server: nothing of this machine's is there
 
 
+Entered = tuple[float, Session]  # since when (monotonic seconds), for whom
+
+
 class Guard:
     """``enter`` and ``leave`` around what may hang, in the thread that made this; one of its own watches.
 
@@ -40,21 +43,21 @@ class Guard:
         self._give_up = give_up
         self._limit_s = limit_s
         self._thread = threading.get_native_id()
-        self._entered: tuple[float, Session] | None = None
-        self._outer: list[tuple[float, Session] | None] = []  # one look may stand within another
+        self._entered: Entered | None = None
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
 
-    def enter(self, session: Session) -> None:
-        """From now on a task of ``session`` may make us wait."""
-        self._outer.append(self._entered)
+    def enter(self, session: Session) -> Entered | None:
+        """From now on a task of ``session`` may make us wait; what to ``leave`` to: a look may stand within another."""
+        outer = self._entered
         self._entered = (time.monotonic(), session)
+        return outer
 
-    def leave(self) -> None:
+    def leave(self, outer: Entered | None) -> None:
         """It did not."""
-        self._entered = self._outer.pop() if self._outer else None
+        self._entered = outer
 
     def _watch(self) -> None:
-        answered: tuple[float, Session] | None = None
+        answered: Entered | None = None
         until = 0.0
         while True:
             time.sleep(_LOOK_S)

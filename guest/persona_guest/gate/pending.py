@@ -39,6 +39,13 @@ class Pending:
     stage: int = 0
     denials: tuple[Denied, ...] = ()
     leased: bool = True
+    _before: Image | None = None
+
+    def before(self) -> Image:
+        """The program that the task runs while it waits.  Raises ``OSError`` when it is gone."""
+        if self._before is None:
+            self._before = Image(*self.task.running())
+        return self._before
 
     def hangs_on_arguments(self, granted: Granted | None) -> bool:
         """Whether the answer would be another one for other arguments.

@@ -154,14 +154,16 @@ class Supervisor:
 
     def _guarded(self, gated: Gated, ident: int, slot: int, judge: Callable[[], None]) -> None:
         """Whatever a caller's exec can provoke while it is judged: it is denied, and the agent serves the others."""
-        self._guard.enter(gated.session)  # memory, files and standard error of the task may all be its user's own
+        outer = self._guard.enter(
+            gated.session
+        )  # memory, files and standard error of the task may all be its user's own
         try:
             judge()
         except Exception:  # no list is complete of what may go wrong, and not to answer would be to hang
             log.exception("an exec could not be judged; it is denied")
             self._unreadable(gated, ident, slot, OSError(errno.EACCES, "not judged"))
         finally:
-            self._guard.leave()
+            self._guard.leave(outer)
 
     def _handle(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
         if self.released:
@@ -318,12 +320,12 @@ class Supervisor:
     def _before(self, pending: Pending, granted: Granted | None) -> tuple[Process, Expectation]:
         """The waiting process, held, and what it must be once it goes on.  Raises ``OSError`` when it is gone."""
         attempt, task = pending.attempt, pending.task
-        before = Image(*task.running())
+        before = pending.before()
         argv = argv_before = None
         if attempt.complete and pending.hangs_on_arguments(granted):
             argv = b"".join(argument + b"\0" for argument in attempt.final_argv)
             argv_before = task.command_line(65536) if before == attempt.final else None
-        return Process(task.tid), Expectation(before, attempt.final, argv, argv_before)
+        return Process(task), Expectation(before, attempt.final, argv, argv_before)
 
     def _deny(self, pending: Pending, denied: Denied) -> None:
         if not self._still_waits(pending):

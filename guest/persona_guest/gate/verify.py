@@ -108,11 +108,11 @@ class Verifier:
             self._schedule(max(0.001, min(look.due for look in self._open.values()) - now))
 
     def _compare(self, look: _Look) -> str | None:
-        self._guard.enter(look.session)  # its command line is its own memory
+        outer = self._guard.enter(look.session)  # its command line is its own memory
         try:
             return _compare(look.process, look.expected)
         finally:
-            self._guard.leave()
+            self._guard.leave(outer)
 
     def _close(self, pid: int, found: str) -> None:
         look = self._open.pop(pid)

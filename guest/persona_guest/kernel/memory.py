@@ -88,50 +88,78 @@ def read_string(tid: int, address: int, limit: int) -> bytes | None:
 def read_call(tid: int, path_at: int, argv_at: int, word: int) -> tuple[bytes | None, CommandLine]:
     """Path (``None`` if longer than PATH_MAX) and argv of an execve whose pointers are ``word`` bytes wide.
 
-    Two system calls for an ordinary command line.  A null ``argv_at`` is an empty argv, as the
-    kernel takes it.  Raises ``OSError`` (EFAULT where a pointer leads nowhere).
+    One system call where the arguments lie beside their vector or the path, as a shell's do, two for
+    another ordinary command line.  A null ``argv_at`` is an empty argv, as the kernel takes it.
+    Raises ``OSError`` (EFAULT where a pointer leads nowhere).
     """
-    spans = [_span(path_at, _GUESS)]
-    if argv_at:
-        spans.append(_span(argv_at, 32 * word))
-    got = _gather(tid, spans)
-    first = spans[0][1]
-    if got < first:
-        raise OSError(14, "process_vm_readv: the path leaves mapped memory")
-    end = _data.find(0, 0, first)
-    path = bytes(_view[:end]) if end >= 0 else None
-    raw_vector = bytes(_view[first:got])
-    if path is None:
-        path = read_string(tid, path_at, PATH_MAX)
+    path_page, argv_page = path_at & -_PAGE, argv_at & -_PAGE
+    if not argv_at or argv_page == path_page:
+        got = _gather(tid, [(path_page, _PAGE)])
+        where = {path_page: 0}
+    else:
+        got = _gather(tid, [(path_page, _PAGE), (argv_page, _PAGE)])
+        where = {path_page: 0, argv_page: _PAGE}
+    if got < _PAGE:
+        raise OSError(14, "process_vm_readv: the path leads nowhere")
+    pages = _view[:got].tobytes()
+    begin = path_at - path_page
+    end = pages.find(0, begin, _PAGE)
+    path = pages[begin:end] if end >= 0 else read_string(tid, path_at, PATH_MAX)
     if not argv_at:
         return path, CommandLine((), True)
-    return path, _read_vector(tid, argv_at, raw_vector, word)
+    at = where[argv_page]
+    begin = at + argv_at - argv_page
+    raw = pages[begin : min(begin + 32 * word, at + _PAGE)]
+    words = _words(raw, word)
+    if 0 not in words:
+        return path, _strings(tid, _pointers(tid, argv_at, raw, word))
+    pointers = words[: words.index(0)]
+    argv = _beside(pointers, pages, where)
+    return path, CommandLine(argv, True) if argv is not None else _strings(tid, pointers)
+
+
+def _words(raw: bytes, word: int) -> list[int]:
+    return memoryview(raw)[: len(raw) // word * word].cast("Q" if word == 8 else "I").tolist()
+
+
+def _beside(pointers: list[int], pages: bytes, where: dict[int, int]) -> tuple[bytes, ...] | None:
+    """The strings at ``pointers`` where all lie in ``pages``; ``where`` has the offset of each by its address."""
+    argv = []
+    total = 0
+    for address in pointers:
+        at = where.get(address & -_PAGE)
+        if at is None:
+            return None
+        begin = at + address % _PAGE
+        end = pages.find(0, begin, at + _PAGE)
+        if end < 0:
+            return None
+        argv.append(pages[begin:end])
+        total += end - begin + 1
+    return tuple(argv) if total <= ARGV_BYTES_MAX else None  # one string may be meant many times
 
 
 def _pointers(tid: int, argv_at: int, raw: bytes, word: int) -> list[int]:
     """argv's pointers up to its null, at most one more than ARGS_MAX; ``raw`` is its beginning."""
     found: list[int] = []
-    code = "Q" if word == 8 else "I"
     while True:
-        count = len(raw) // word
-        if not count:
-            raise OSError(14, "process_vm_readv: argv leaves mapped memory")
-        values = struct.unpack_from(f"={count}{code}", raw)
-        if 0 in values:
-            found += values[: values.index(0)]
-            return found
-        found += values
+        words = _words(raw, word)
+        if 0 in words:
+            return found + words[: words.index(0)]
+        found += words
         if len(found) > ARGS_MAX:
             return found
         # a pointer may straddle two pages: read on from the last whole one
         at = argv_at + len(found) * word
         left = _PAGE - at % _PAGE
         spans = [(at, left)] if left >= word else [(at, left), (at + left, word - left)]
-        raw = bytes(_view[: _gather(tid, spans)])
+        raw = _view[: _gather(tid, spans)].tobytes()
+        if len(raw) < word:
+            raise OSError(14, "process_vm_readv: argv leaves mapped memory")
 
 
-def _read_vector(tid: int, argv_at: int, raw: bytes, word: int) -> CommandLine:
-    pointers = _pointers(tid, argv_at, raw, word)
+def _strings(tid: int, pointers: list[int]) -> CommandLine:
+    """What they point to, wherever it is."""
     complete = len(pointers) <= ARGS_MAX
     argv: list[bytes] = []
     total = 0

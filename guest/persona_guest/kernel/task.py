@@ -183,19 +183,19 @@ class Process:
 
     __slots__ = ("_pidfd", "task")
 
-    def __init__(self, tid: int) -> None:
+    def __init__(self, task: Task) -> None:
         """Of a thread that is no leader, the process is taken: after its exec that thread leads it.
 
         Raises ``OSError`` where it is gone.
         """
         try:
-            self._pidfd = os.pidfd_open(tid)
+            self._pidfd = os.pidfd_open(task.tid)
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOENT):  # Linux 6.9 says ENOENT
                 raise
-            tid = Task(tid).credentials().tgid
-            self._pidfd = os.pidfd_open(tid)
-        self.task = Task(tid)
+            task = Task(task.credentials().tgid)
+            self._pidfd = os.pidfd_open(task.tid)
+        self.task = task
 
     def signal(self, number: int) -> None:
         """pidfd_send_signal(2).  Raises ``ProcessLookupError`` when it is gone."""
