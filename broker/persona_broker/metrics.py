@@ -93,6 +93,10 @@ def _health(view: View) -> Iterator[str]:
     yield "# TYPE persona_broker_health_report_age_seconds gauge"
     for vm, reported in view.health.items():
         yield f'persona_broker_health_report_age_seconds{{vm="{vm}"}} {time.time() - reported.at:.3f}'
+    yield "# TYPE persona_broker_vm_layer_active gauge"
+    for vm, reported in view.health.items():
+        for layer, active in reported.report.layers.items():
+            yield f'persona_broker_vm_layer_active{{vm="{vm}",layer="{layer}"}} {int(active)}'
     yield "# TYPE persona_broker_vm_conditions_unmet gauge"
     for vm, unmet in view.outlook.unhealthy.items():
         yield f'persona_broker_vm_conditions_unmet{{vm="{vm}"}} {len(unmet)}'

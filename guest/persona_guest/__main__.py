@@ -143,9 +143,17 @@ def run(settings: Settings) -> int:
     supervisor = Supervisor(settings, loop, identifier, leases, inflight, guard, last_word, ask, recorder.add, ended)
     agent = Agent(settings, supervisor, last_word, leases, questions, keeping, recorder.add, personas)
     tree = Hierarchy(settings.paths.cgroup_root)
-    net = Net(runtime, tree.root, personas.get) if tree.root else None
+    net = None
+    try:
+        net = Net(runtime, tree.root, personas.get) if tree.root else None
+    except OSError as error:
+        if settings.mode is Mode.ENFORCE:
+            log.critical("no nftables to bind anybody's network with: %s; is nf_tables in this kernel?", error)
+            return 1  # and the standby refuses every command
+        log.warning("no nftables (%s): enforce mode would not start", error)
     # everything that binds a persona, in the order in which it is applied
-    facilities: list[Facility] = [Cgroups(tree), *net.facilities] if net is not None else []
+    facilities: list[Facility] = [Cgroups(tree)] if tree.root else []
+    facilities += net.facilities if net is not None else ()
     enforcer = Enforcer(
         loop, tree, facilities, personas, runtime / "places", agent.base_of, lambda place: alarms.watch(place)
     )

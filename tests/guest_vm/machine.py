@@ -68,10 +68,12 @@ def ends_with_us(outlive: bool) -> list[str]:
 class Machine:
     """One running guest.  ``stop`` it, or use ``running``."""
 
-    def __init__(self, image: Image, directory: Path, memory_mb: int = 2048) -> None:
+    def __init__(self, image: Image, directory: Path, memory_mb: int = 2048, options: str = "") -> None:
+        """``options`` go to the kernel's command line."""
         self._set(directory, free_port())
         self.image = image
         self._memory_mb = memory_mb
+        self._options = options
         directory.mkdir(parents=True, exist_ok=True)
         shutil.copy(image.key, self._key)
         shutil.copy(image.known_hosts, directory)
@@ -98,6 +100,7 @@ class Machine:
 
     def _argv(self) -> list[str]:
         append = "root=/dev/vda rw console=ttyS0 quiet loglevel=4 mitigations=off audit=1"
+        append = f"{append} {self._options}".rstrip()
         return [
             "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-machine", "q35", "-cpu", "max",
             "-smp", "2", "-m", str(self._memory_mb), "-nodefaults", "-display", "none",

@@ -139,19 +139,21 @@ def await_connected(machine: Machine, timeout: float = 60) -> None:
 
 
 @contextlib.contextmanager
-def site(directory: Path | None = None) -> Iterator[tuple[Machine, Broker]]:
-    """A broker with the examples applied and a gated guest, both ended afterwards."""
+def site(directory: Path | None = None, options: str = "") -> Iterator[tuple[Machine, Broker]]:
+    """A broker with the examples applied and a gated guest, both ended afterwards; ``options`` for its kernel."""
     with contextlib.ExitStack() as stack:
         if directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="persona-site-")))
-        machine, broker = bring_up(directory, stack)
+        machine, broker = bring_up(directory, stack, options=options)
         yield machine, broker
 
 
-def bring_up(directory: Path, stack: contextlib.ExitStack, *, outlive: bool = False) -> tuple[Machine, Broker]:
+def bring_up(
+    directory: Path, stack: contextlib.ExitStack, *, outlive: bool = False, options: str = ""
+) -> tuple[Machine, Broker]:
     """The same in steps that say what they do; ``stack`` ends what was started."""
     image = build()
-    machine = Machine(image, directory / "vm")
+    machine = Machine(image, directory / "vm", options=options)
     stack.callback(machine.stop)
     say("booting the guest")
     machine.start(outlive=outlive)

@@ -291,3 +291,67 @@ def test_file_capabilities_and_binfmt_misc(guest: Machine) -> None:
         assert kernel(guest)["stopped"] == before["stopped"] + 1
     finally:
         guest.must("echo -1 > /proc/sys/fs/binfmt_misc/persona; rm /usr/local/bin/misc /usr/local/bin/capable")
+
+
+def test_what_a_rootless_container_starts_is_decided_too(guest: Machine) -> None:
+    guest.must("cp /usr/bin/touch /usr/local/bin/forbidden; rm -rf /tmp/in-*; sleep 2")
+    before = kernel(guest)
+    inside = "bwrap --unshare-all --bind / / --dev-bind /dev /dev --proc /proc"
+    assert guest.ssh("carol", f"{inside} /usr/bin/touch /tmp/in-allowed && echo ran").out == "ran\n"
+    assert guest.ssh("carol", f"{inside} /usr/local/bin/forbidden /tmp/in-forbidden").code != 0
+    # a root of the user's own, whose files are named as allowed ones are
+    guest.must("su carol -c 'mkdir -p ~/rootfs/usr/bin ~/rootfs/tmp; cp /bin/busybox ~/rootfs/usr/bin/touch'")
+    own = "bwrap --unshare-all --bind /home/carol/rootfs / /usr/bin/touch /tmp/in-own"
+    assert guest.ssh("carol", own).code != 0
+    guest.must(own)  # root's: the container itself is sound
+    assert (
+        guest.must("find /tmp/in-* /home/carol/rootfs/tmp -type f")
+        == "/tmp/in-allowed\n/home/carol/rootfs/tmp/in-own\n"
+    )
+    assert kernel(guest) == before
+
+
+BUNDLE = """
+import json
+config = json.load(open("config.json"))
+config["root"] = {"path": "/home/carol/rootfs", "readonly": False}
+config["process"] |= {"terminal": False, "args": ["/usr/bin/touch", "/tmp/in-crun"]}
+json.dump(config, open("config.json", "w"))
+"""
+
+
+def test_an_oci_container_s_program_is_nobody_s(guest: Machine) -> None:
+    guest.must("su carol -c 'mkdir -p ~/rootfs/usr/bin ~/rootfs/tmp; cp /bin/busybox ~/rootfs/usr/bin/touch'")
+    guest.must("rm -rf /home/carol/rootfs/tmp/* /home/carol/bundle")
+    prepared = guest.ssh("carol", "mkdir -p bundle && cd bundle && crun spec --rootless && python3 -", stdin=BUNDLE)
+    assert prepared.code == 0, prepared.text
+    run = "cd /home/carol/bundle && XDG_RUNTIME_DIR=/tmp/crun-$(id -u) crun --cgroup-manager=disabled run {}"
+    done = guest.ssh("carol", run.format("hers"))
+    assert done.code != 0
+    assert guest.must("ls /home/carol/rootfs/tmp") == "", done.text
+    print("crun:", done.text)
+
+
+@pytest.fixture
+def squash(guest: Machine) -> Iterator[Machine]:
+    """Root's FUSE file system with a program, at /mnt/squash, and its image for a user to mount herself."""
+    guest.must(
+        "modprobe fuse; mkdir -p /mnt/squash /tmp/content; cp /usr/bin/true /tmp/content/; mksquashfs /tmp/content"
+        " /home/carol/image -all-root -noappend -quiet >/dev/null; chmod 644 /home/carol/image;"
+        "squashfuse -o allow_other /home/carol/image /mnt/squash"
+    )
+    try:
+        yield guest
+    finally:
+        guest.must("umount /mnt/squash; rmdir /mnt/squash; rm -rf /tmp/content /home/carol/image")
+
+
+def test_a_program_of_root_s_fuse_file_system_runs_and_one_of_the_user_s_own_does_not(squash: Machine) -> None:
+    before = kernel(squash)
+    assert squash.ssh("carol", "/mnt/squash/true && echo ran").out == "ran\n"
+    done = squash.ssh(
+        "carol", "mkdir -p m && squashfuse image m && ls m && m/true; echo $?; fusermount3 -u m || fusermount -u m"
+    )
+    assert done.out.splitlines()[:1] == ["true"], done.text
+    assert "126" in done.out.splitlines()
+    assert kernel(squash) == before

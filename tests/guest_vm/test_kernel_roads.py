@@ -83,6 +83,22 @@ def test_a_manager_from_before_starts_nothing_and_a_new_login_is_gated_as_ever(u
     assert unwatched.ssh("alice", "nmap --version").code == 126
 
 
+def test_a_container_from_before_starts_nothing(unwatched: Machine) -> None:
+    unwatched.must("sed -i 's/^mode.*/mode = \"complain\"/' /etc/persona/guest.toml; systemctl restart persona-agent")
+    await_connected(unwatched)
+    with unwatched.session("alice") as session:
+        session.write("exec bwrap --unshare-user --unshare-pid --bind / / --dev-bind /dev /dev --proc /proc bash")
+        session.read()
+        assert session.ask("ls -d /etc") == "/etc\n"
+        unwatched.must(
+            "sed -i 's/^mode.*/mode = \"enforce\"/' /etc/persona/guest.toml; systemctl restart persona-agent"
+        )
+        await_connected(unwatched)
+        before = kernel(unwatched)
+        assert "Permission denied" in session.ask("ls -d /etc")
+        assert kernel(unwatched)["stopped"] > before["stopped"]
+
+
 def tally(text: str) -> dict[str, int]:
     """What ``sort | uniq -c`` counted."""
     return {word: int(number) for number, word in map(str.split, text.splitlines())}
@@ -143,6 +159,45 @@ def test_no_gap_while_the_layer_is_replaced_and_the_agent_restarts(guest: Machin
         counted = tally(session.read(timeout=120))
         assert set(counted) == {"ok"}, counted
     assert len(guest.must("ls /sys/fs/bpf/persona/*/links").split()) == 3
+
+
+OTHER_LAYOUT = r"""
+set -e
+rm -rf /root/old && mkdir /root/old && cd /root/old
+dpkg-deb -R /root/debs/persona-guest_*.deb guest && dpkg-deb -R /root/debs/python3-persona_*.deb common
+sed -i 's/^Version: .*/Version: 0.0.1/; s/python3-persona (= [^)]*)/python3-persona (= 0.0.1)/' */DEBIAN/control
+sed -i 's/^LAYOUT = .*/LAYOUT = "0"/' "$(find guest -name layer_abi.py)"
+dpkg-deb -b guest guest.deb && dpkg-deb -b common common.deb
+"""
+
+
+def test_no_gap_while_a_version_with_other_maps_comes_and_goes(guest: Machine, static_c: Compiler) -> None:
+    put(guest, static_c, "sidedoor")
+    guest.must(OTHER_LAYOUT, timeout=300)
+    guest.must("rm -f /tmp/enough; mkdir -p -m 777 /tmp/probe")
+    with guest.session("root") as probe, guest.session("carol") as session:
+        assert session.ask("/usr/bin/true && echo ready") == "ready\n"
+        probe.write(
+            "(echo 1002 > /proc/self/loginuid; exec bash -c 'while test ! -e /tmp/enough; do sidedoor 1002 /tmp/probe;"
+            " done') | sort | uniq -c"
+        )
+        session.write(
+            "while test ! -e /tmp/enough; do /usr/bin/true && echo ok || echo refused; done 2>/dev/null"
+            " | sort | uniq -c"
+        )
+        guest.must("dpkg -i /root/old/common.deb /root/old/guest.deb", timeout=300)  # a downgrade
+        assert guest.must("ls /sys/fs/bpf/persona") == "0\n"
+        assert guest.ssh("alice", "ls -d /etc").out == "/etc\n"
+        assert guest.ssh("alice", "nmap --version").code == 126
+        guest.must("dpkg -i /root/debs/python3-persona_*.deb /root/debs/persona-guest_*.deb", timeout=300)
+        assert guest.must("ls /sys/fs/bpf/persona") == "1\n"
+        guest.must("touch /tmp/enough")
+        seen = {tuple(line.split()[1:]) for line in probe.read(timeout=120).splitlines()}
+        assert seen == {(way, "stopped") for way in WAYS}
+        counted = tally(session.read(timeout=120))
+        assert counted["ok"] > 0
+        print("during downgrade and upgrade:", counted)
+        assert session.ask("ls -d /etc") == "/etc\n"
 
 
 def test_a_machine_that_demands_the_layer_opens_no_session_without_it(guest: Machine, broker: Broker) -> None:

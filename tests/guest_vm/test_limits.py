@@ -281,17 +281,3 @@ def test_release_leaves_no_cgroup_behind(guest: Machine, broker: Broker) -> None
         assert guest.root(f"ls {CGROUPS}user.slice/persona-sessions.service/*/*").code != 0
         assert guest.must("cat /proc/$(pgrep -fx 'sleep 300')/cgroup").strip().endswith(".scope")
         guest.must("pkill -fx 'sleep 300'; persona-agent load-kernel; systemctl restart persona-agent")
-
-
-def test_sessions_that_come_and_go_while_the_agent_is_killed_leave_nothing(guest: Machine) -> None:
-    for number in range(3):
-        jobs = [f"su - {user} -c 'sleep {1 + number % 2}; ls /' >/dev/null 2>&1 &" for user in ("alice", "carol")] * 4
-        guest.must(f"{' '.join(jobs)} sleep 1.5; systemctl kill -s KILL persona-agent; wait")
-        await_connected(guest)
-    time.sleep(7)  # the last try to leave
-    ours = "-path '*/persona-sessions.service/?*' -o -name DataAnalyst -o -name Escapist"
-    assert guest.must(f"find /sys/fs/cgroup/user.slice -type d \\( {ours} \\)") == ""
-    assert guest.must("ls /run/persona/places") == ""
-    plan = json.loads(guest.must("persona-agent plan --json"))
-    assert plan["places"] == []
-    assert [step for step in plan["plan"] if step["facility"] == "cgroups"] == []
