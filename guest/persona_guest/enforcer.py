@@ -89,13 +89,15 @@ class Enforcer:
 
     def _put(self, home: Home, pending: Pending, granted: Granted | None) -> None:
         task = pending.task
+        if not home.places and _is_services(home, task):
+            return  # before the session is its user's: the same program may be one that he may start
         current = cgroup_of(task.tid)
         if manager_of(current, home.uid) is not None:
             if MANAGED not in home.places:
                 self.enter(home, home.base, current)
             return
-        if granted is None and home.uid != 0 and not any(task.credentials().uids):
-            return  # what sshd or cron starts for itself stays with it
+        if granted is None and _is_services(home, task):
+            return
         if not seccomp.still_valid(pending.gated.listener, pending.ident):
             raise ProcessLookupError(errno.ESRCH, "what was looked at may be another's task")
         ref = home.base if granted is None else granted.persona
@@ -242,3 +244,8 @@ class Enforcer:
                 log.error("%s: something stays: %s", facility.name, error)
         for path in self._directory.glob("*.json"):
             os.unlink(path)
+
+
+def _is_services(home: Home, task: Task) -> bool:
+    """Whether it is sshd's or cron's own, which stays with them.  Raises ``OSError`` when it is gone."""
+    return home.uid != 0 and not any(task.credentials().uids)

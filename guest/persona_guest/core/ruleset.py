@@ -9,6 +9,7 @@ import hashlib
 import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from persona.documents import Persona
 from persona.network import NetworkRule, Via
@@ -222,7 +223,7 @@ class Chain:
     hook: Hook | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Access:
     """All that the kernel needs for one set of network rules.  Equal rules, equal name: chains never change."""
 
@@ -235,6 +236,11 @@ class Access:
     def counter(self) -> str:
         """The counter of what was refused."""
         return self.name
+
+    @cached_property
+    def texts(self) -> dict[str, list[str]]:
+        """Its rules as nft(8) would have them, by chain."""
+        return {chain.name: [text(rule) for rule in chain.rules] for chain in (self.out, self.into)}
 
 
 def text(rule: Rule) -> str:

@@ -5,6 +5,7 @@ proc(5) mountinfo names the device of each mount; sysfs says which disk a partit
 
 import os
 import re
+from functools import lru_cache
 
 _DEVICE = re.compile(r"(\d+):(\d+)")
 _DISKS_MAX = 64
@@ -16,14 +17,19 @@ def disks(mountinfo: str = "/proc/self/mountinfo", devices: str = "/sys/dev/bloc
     A file system on a device mapper or md device is limited there, once, and not below it again.
     Raises ``OSError``.
     """
+    with open(mountinfo, encoding="utf-8", errors="surrogateescape") as file:
+        return _behind(file.read(), devices)
+
+
+@lru_cache(maxsize=1)  # each login asks, and the table seldom changes
+def _behind(table: str, devices: str) -> tuple[str, ...]:
     found: dict[str, None] = {}
-    with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            fields = line.split()
-            # btrfs and others show an anonymous device, and name the real one as their source
-            for device in (fields[2] if len(fields) > 2 else "", _source(fields)):
-                if (disk := _disk_of(device, devices)) is not None:
-                    found[disk] = None
+    for line in table.splitlines():
+        fields = line.split()
+        # btrfs and others show an anonymous device, and name the real one as their source
+        for device in (fields[2] if len(fields) > 2 else "", _source(fields)):
+            if (disk := _disk_of(device, devices)) is not None:
+                found[disk] = None
     return tuple(found)[:_DISKS_MAX]
 
 

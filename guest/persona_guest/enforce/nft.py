@@ -33,10 +33,7 @@ class Bind:
     def describe(self) -> Mapping[str, object]:
         if self.access is None:
             return {"op": "network.unbind", "where": self.where}
-        rules = {
-            chain.name: [ruleset.text(rule) for rule in chain.rules] for chain in (self.access.out, self.access.into)
-        }
-        return {"op": "network.bind", "where": self.where, "rules": rules}
+        return {"op": "network.bind", "where": self.where, "under": self.access.name, "rules": self.access.texts}
 
     def apply(self) -> None:
         bound = Bound(self.keys(), self.access) if self.access is not None else None

@@ -46,13 +46,18 @@ def apply(plan: Plan) -> None:
     if not plan:
         return
     if log.isEnabledFor(logging.INFO):
-        log.info("plan: %s", json.dumps(describe(plan)))
+        log.info("plan: %s", json.dumps([_brief(operation) for operation in plan]))
     for index, operation in enumerate(plan):
         try:
             operation.apply()
         except Exception as error:  # a library's own errors too: what was applied must not stay half done
             failures = [_failure(operation, error), *_undo(reversed(plan[:index]))]
             raise PlanError("; undoing it: ".join(failures)) from error
+
+
+def _brief(operation: Operation) -> dict[str, object]:
+    """For the journal, at each login: what is within goes by its name; ``persona-agent plan`` shows all."""
+    return {key: value for key, value in operation.describe().items() if not isinstance(value, dict)}
 
 
 def undo(plan: Plan) -> None:
