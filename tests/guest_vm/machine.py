@@ -145,6 +145,12 @@ class Machine:
         while process_of(self.pidfile) is not None and time.monotonic() < deadline:
             time.sleep(0.05)
 
+    def forward(self, port: int) -> int:
+        """A port of this host that from now on leads to one of the guest's.  Raises ``RuntimeError``."""
+        ours = free_port()
+        self._tell(f"hostfwd_add net tcp:127.0.0.1:{ours}-:{port}")
+        return ours
+
     def freeze(self) -> None:
         """Keeps the guest's memory and disk of this moment for ``thaw``.  Raises ``RuntimeError``."""
         self._hang_up()
