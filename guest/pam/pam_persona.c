@@ -13,21 +13,14 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <limits.h>
-#include <linux/filter.h>
 #include <linux/seccomp.h>
-#include <poll.h>
 #include <pwd.h>
-#include <stdbool.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <syslog.h>
-#include <time.h>
 #include <unistd.h>
 
 #define PAM_SM_ACCOUNT
@@ -37,21 +30,15 @@
 #include <security/pam_modules.h>
 #include <security/pam_modutil.h>
 
+#include "wire.h"
+
 #ifndef SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 #define SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV (1UL << 5)
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
-#define MAGIC 0x314e5350u /* "PSN1" */
-#define PACKET_MAX 8192
-#define STRING_MAX 255
-#define GROUPS_MAX 128
-#define FILTER_MAX 64
 #define STATE_MAX 512
 #define UID_MIN_DEFAULT 1000
-
-enum op { OP_ACCOUNT = 1, OP_OPEN = 2, OP_LISTENER = 3, OP_PRESENT = 4 };
-enum verdict { VERDICT_PASS = 0, VERDICT_GATE = 1, VERDICT_DENY = 2, VERDICT_DONE = 3 };
 
 struct options {
 	const char *socket;
@@ -73,19 +60,6 @@ struct user {
 	const struct passwd *record;
 	unsigned int group_count;
 	char groups[GROUPS_MAX][STRING_MAX + 1];
-};
-
-struct head {
-	uint32_t magic;
-	uint16_t op;
-	uint16_t count;
-};
-
-struct reply {
-	enum verdict verdict;
-	unsigned short filter_count;
-	struct sock_filter filter[FILTER_MAX];
-	char message[1024];
 };
 
 /* ---- options and state --------------------------------------------------------------------- */
@@ -229,126 +203,6 @@ static bool in_group(const struct user *user, const char *name)
 	return false;
 }
 
-/* ---- talking to the agent ------------------------------------------------------------------ */
-
-static long now_ms(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
-
-static bool wait_for(int fd, short events, long deadline)
-{
-	for (;;) {
-		struct pollfd ready = { fd, events, 0 };
-		long left = deadline - now_ms();
-		int found;
-
-		if (left <= 0) {
-			errno = ETIMEDOUT;
-			return false;
-		}
-		found = poll(&ready, 1, (int)left);
-		if (found > 0)
-			return true;
-		if (found == 0)
-			errno = ETIMEDOUT;
-		if (found < 0 && errno == EINTR)
-			continue;
-		return false;
-	}
-}
-
-/* Only root's agent is believed: whoever could put a socket there could let anybody in. */
-static bool peer_is_trusted(int fd)
-{
-	struct ucred peer;
-	socklen_t size = sizeof(peer);
-
-	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0)
-		return false;
-	/* Not running as root: a test of the stack by an ordinary user, with an agent of his own. */
-	return peer.uid == 0 || (geteuid() != 0 && peer.uid == geteuid());
-}
-
-static int connect_agent(const struct options *options, long deadline)
-{
-	struct sockaddr_un address = { .sun_family = AF_UNIX };
-	int fd;
-
-	if (strlen(options->socket) >= sizeof(address.sun_path)) {
-		errno = ENAMETOOLONG;
-		return -1;
-	}
-	memcpy(address.sun_path, options->socket, strlen(options->socket) + 1);
-	fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (fd < 0)
-		return -1;
-	while (connect(fd, (const struct sockaddr *)&address, sizeof(address)) < 0) {
-		struct timespec pause = { 0, 20 * 1000 * 1000 };
-		if ((errno != EAGAIN && errno != EINTR) || now_ms() >= deadline) {
-			close(fd);
-			return -1;
-		}
-		nanosleep(&pause, NULL); /* EAGAIN: its queue is full right now */
-	}
-	if (!peer_is_trusted(fd)) {
-		close(fd);
-		errno = EPERM;
-		return -1;
-	}
-	return fd;
-}
-
-static bool send_packet(int fd, const void *data, size_t size, int passed, long deadline)
-{
-	union {
-		char space[CMSG_SPACE(sizeof(int))];
-		struct cmsghdr align;
-	} control = { { 0 } };
-	struct iovec part = { (void *)(uintptr_t)data, size };
-	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
-
-	if (passed >= 0) {
-		struct cmsghdr *item;
-		message.msg_control = control.space;
-		message.msg_controllen = sizeof(control.space);
-		item = CMSG_FIRSTHDR(&message);
-		item->cmsg_level = SOL_SOCKET;
-		item->cmsg_type = SCM_RIGHTS;
-		item->cmsg_len = CMSG_LEN(sizeof(int));
-		memcpy(CMSG_DATA(item), &passed, sizeof(int));
-	}
-	for (;;) {
-		if (sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)size)
-			return true;
-		if (errno != EAGAIN && errno != EINTR)
-			return false;
-		if (!wait_for(fd, POLLOUT, deadline))
-			return false;
-	}
-}
-
-static bool send_simple(int fd, enum op op, int passed, long deadline)
-{
-	struct head head = { MAGIC, (uint16_t)op, 0 };
-
-	return send_packet(fd, &head, sizeof(head), passed, deadline);
-}
-
-static bool append(char *packet, size_t *size, const char *string)
-{
-	size_t length = strlen(string) + 1;
-
-	if (length > STRING_MAX + 1 || *size + length > PACKET_MAX)
-		return false;
-	memcpy(packet + *size, string, length);
-	*size += length;
-	return true;
-}
-
 static const char *item_of(pam_handle_t *pamh, int type)
 {
 	const void *item = NULL;
@@ -358,63 +212,17 @@ static const char *item_of(pam_handle_t *pamh, int type)
 
 static bool send_caller(pam_handle_t *pamh, int fd, enum op op, const struct user *user, long deadline)
 {
-	char packet[PACKET_MAX];
-	struct head head = { MAGIC, (uint16_t)op, 0 };
-	uint32_t uid = user->record->pw_uid;
-	size_t size = sizeof(head) + sizeof(uid);
+	const struct caller caller = {
+		.uid = user->record->pw_uid,
+		.service = item_of(pamh, PAM_SERVICE),
+		.user = user->name,
+		.remote = item_of(pamh, PAM_RHOST),
+		.shell = user->record->pw_shell,
+		.group_count = user->group_count,
+		.groups = user->groups,
+	};
 
-	if (!append(packet, &size, item_of(pamh, PAM_SERVICE)) || !append(packet, &size, user->name) ||
-	    !append(packet, &size, item_of(pamh, PAM_RHOST)) || !append(packet, &size, user->record->pw_shell)) {
-		errno = E2BIG;
-		return false;
-	}
-	for (unsigned int i = 0; i < user->group_count; i++) {
-		if (!append(packet, &size, user->groups[i])) {
-			errno = E2BIG;
-			return false;
-		}
-		head.count++;
-	}
-	memcpy(packet, &head, sizeof(head));
-	memcpy(packet + sizeof(head), &uid, sizeof(uid));
-	return send_packet(fd, packet, size, -1, deadline);
-}
-
-static bool receive(int fd, struct reply *reply, long deadline)
-{
-	char packet[PACKET_MAX];
-	struct head head;
-	size_t filter_size, message_size;
-	ssize_t size;
-
-	do {
-		if (!wait_for(fd, POLLIN, deadline))
-			return false;
-		size = recv(fd, packet, sizeof(packet), MSG_DONTWAIT);
-	} while (size < 0 && (errno == EAGAIN || errno == EINTR));
-	if (size < 0)
-		return false;
-	errno = EPROTO;
-	if ((size_t)size < sizeof(head) + 1)
-		return false;
-	memcpy(&head, packet, sizeof(head));
-	filter_size = head.count * sizeof(struct sock_filter);
-	if (head.magic != MAGIC || head.op > VERDICT_DONE || head.count > FILTER_MAX ||
-	    (size_t)size < sizeof(head) + filter_size + 1)
-		return false;
-	message_size = (size_t)size - sizeof(head) - filter_size;
-	if (message_size > sizeof(reply->message) || packet[size - 1] != '\0')
-		return false;
-	reply->verdict = (enum verdict)head.op;
-	reply->filter_count = head.count;
-	memcpy(reply->filter, packet + sizeof(head), filter_size);
-	memcpy(reply->message, packet + sizeof(head) + filter_size, message_size);
-	if (strlen(reply->message) + 1 != message_size)
-		return false;
-	for (char *c = reply->message; *c != '\0'; c++)
-		if ((unsigned char)*c < 0x20 || *c == 0x7f)
-			*c = '?'; /* no message may drive a terminal */
-	return true;
+	return wire_send_caller(fd, op, &caller, deadline);
 }
 
 /* ---- the decision -------------------------------------------------------------------------- */
@@ -477,11 +285,11 @@ static int put_up_gate(pam_handle_t *pamh, const struct options *options, const 
 	if (listener < 0 && errno != EBUSY)
 		return without_agent(pamh, options, user, "seccomp");
 	/* EBUSY: a listener is there already.  Ours (a session inside a session), or somebody else's? */
-	sent = send_simple(fd, listener < 0 ? OP_PRESENT : OP_LISTENER, listener, deadline);
+	sent = wire_send(fd, listener < 0 ? OP_PRESENT : OP_LISTENER, listener, deadline);
 	/* sshd forks without exec: a copy left open would let the session answer itself. */
 	if (listener >= 0)
 		close(listener);
-	if (sent && receive(fd, reply, deadline) && reply->verdict == VERDICT_DONE)
+	if (sent && wire_receive(fd, reply, deadline) && reply->verdict == VERDICT_DONE)
 		return PAM_SUCCESS;
 	pam_syslog(pamh, LOG_ERR, "the gate of %s could not be handed over", user->name);
 	return refuse(pamh, reply->verdict == VERDICT_DENY ? reply->message : "persona: the gate could not be put up",
@@ -499,10 +307,10 @@ static int decide(pam_handle_t *pamh, enum op op, int argc, const char **argv)
 
 	if (result != PAM_SUCCESS)
 		return result;
-	fd = connect_agent(&options, deadline);
+	fd = wire_connect(options.socket, deadline);
 	if (fd < 0)
 		return without_agent(pamh, &options, &user, options.socket);
-	if (!send_caller(pamh, fd, op, &user, deadline) || !receive(fd, &reply, deadline)) {
+	if (!send_caller(pamh, fd, op, &user, deadline) || !wire_receive(fd, &reply, deadline)) {
 		result = without_agent(pamh, &options, &user, options.socket);
 		goto out;
 	}
