@@ -293,14 +293,21 @@ def test_file_capabilities_and_binfmt_misc(guest: Machine) -> None:
         guest.must("echo -1 > /proc/sys/fs/binfmt_misc/persona; rm /usr/local/bin/misc /usr/local/bin/capable")
 
 
+def rootfs(guest: Machine) -> None:
+    """A root of carol's own, where a file of hers has the name of an allowed program."""
+    guest.must(
+        "cd /home/carol; rm -rf rootfs; su carol -c 'mkdir -p rootfs/usr/bin rootfs/tmp; chmod 777 rootfs/tmp;"
+        " cp /bin/busybox rootfs/usr/bin/touch'"
+    )
+
+
 def test_what_a_rootless_container_starts_is_decided_too(guest: Machine) -> None:
     guest.must("cp /usr/bin/touch /usr/local/bin/forbidden; rm -rf /tmp/in-*; sleep 2")
     before = kernel(guest)
     inside = "bwrap --unshare-all --bind / / --dev-bind /dev /dev --proc /proc"
     assert guest.ssh("carol", f"{inside} /usr/bin/touch /tmp/in-allowed && echo ran").out == "ran\n"
     assert guest.ssh("carol", f"{inside} /usr/local/bin/forbidden /tmp/in-forbidden").code != 0
-    # a root of the user's own, whose files are named as allowed ones are
-    guest.must("su carol -c 'mkdir -p ~/rootfs/usr/bin ~/rootfs/tmp; cp /bin/busybox ~/rootfs/usr/bin/touch'")
+    rootfs(guest)
     own = "bwrap --unshare-all --bind /home/carol/rootfs / /usr/bin/touch /tmp/in-own"
     assert guest.ssh("carol", own).code != 0
     guest.must(own)  # root's: the container itself is sound
@@ -321,7 +328,7 @@ json.dump(config, open("config.json", "w"))
 
 
 def test_an_oci_container_s_program_is_nobody_s(guest: Machine) -> None:
-    guest.must("su carol -c 'mkdir -p ~/rootfs/usr/bin ~/rootfs/tmp; cp /bin/busybox ~/rootfs/usr/bin/touch'")
+    rootfs(guest)
     guest.must("rm -rf /home/carol/rootfs/tmp/* /home/carol/bundle")
     prepared = guest.ssh("carol", "mkdir -p bundle && cd bundle && crun spec --rootless && python3 -", stdin=BUNDLE)
     assert prepared.code == 0, prepared.text

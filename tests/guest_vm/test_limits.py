@@ -262,6 +262,19 @@ def test_a_restarted_agent_puts_right_what_it_finds(guest: Machine) -> None:
         assert cgroup(session.ask("cat /proc/self/cgroup")) == here
 
 
+def test_what_sshd_starts_as_root_is_under_no_persona(guest: Machine) -> None:
+    guest.must(
+        "printf '#!/bin/sh\\ncat /proc/self/cgroup > /tmp/where\\n' > /usr/local/bin/where;"
+        " chmod 755 /usr/local/bin/where; sleep 2;"
+        " echo 'session optional pam_exec.so /usr/local/bin/where' >> /etc/pam.d/sshd"
+    )
+    try:
+        assert cgroup(guest.ssh("alice", "cat /proc/self/cgroup").out).endswith(".scope/DataAnalyst")
+        assert cgroup(guest.must("cat /tmp/where")).endswith(".scope")  # though alice may run sh and cat
+    finally:
+        guest.must("sed -i '/pam_exec/d' /etc/pam.d/sshd; rm /usr/local/bin/where")
+
+
 def test_limits_come_back_after_systemd_reloads(guest: Machine, broker: Broker) -> None:
     with bound(broker, {"pids": 60, "cpu": "50%"}), guest.session(USER) as session:
         here = cgroup(session.ask("cat /proc/self/cgroup"))
