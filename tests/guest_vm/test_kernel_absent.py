@@ -60,3 +60,34 @@ def test_who_demands_the_layer_gets_no_session(plain: tuple[Machine, Broker]) ->
         assert machine.ssh("root", "echo in").out == "in\n"
     finally:
         configure(machine, broker)
+
+
+@pytest.fixture
+def no_nftables(plain: tuple[Machine, Broker]) -> Iterator[tuple[Machine, Broker]]:
+    """The same kernel without nf_tables."""
+    machine, broker = plain
+    machine.must(
+        "systemctl stop persona-agent; nft delete table inet persona || true;"
+        "echo 'install nf_tables /bin/false' > /etc/modprobe.d/none.conf;"
+        "for try in 1 2 3 4 5; do for module in $(lsmod | awk '/^nf/ {print $1}'); do rmmod $module 2>/dev/null; done;"
+        " done; ! lsmod | grep '^nf_tables'"
+    )
+    try:
+        yield plain
+    finally:
+        machine.must("rm /etc/modprobe.d/none.conf")
+        configure(machine, broker)
+
+
+def test_without_nftables_complain_mode_stops_nothing_and_enforce_mode_everything(
+    no_nftables: tuple[Machine, Broker],
+) -> None:
+    machine, broker = no_nftables
+    configure(machine, broker, mode="complain")
+    assert "Nmap version" in machine.ssh("alice", "nmap --version").out
+    assert "no nftables" in machine.must("journalctl -u persona-agent --no-pager")
+    machine.root("sed -i s/complain/enforce/ /etc/persona/guest.toml; systemctl restart persona-agent")
+    refused = machine.ssh("alice", "ls -d /etc", timeout=60)
+    assert refused.code != 0
+    assert "/etc\n" not in refused.out
+    assert machine.ssh("root", "echo in").out == "in\n"
