@@ -66,7 +66,9 @@ class Notices:
         logins = [session for session in theirs if session.service != _MANAGER]
         session = logins[0] if len(logins) == 1 else None
         if session is not None and (home := self._enforcer.homes.get(session.id)) is not None:
+            outer = self._guard.enter(session)
             self.tell(home, refusal_line(refusal.persona, refusal.target))
+            self._guard.leave(outer)
         self._record(
             Record(
                 at=time.time(),

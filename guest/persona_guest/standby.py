@@ -237,9 +237,18 @@ class Standby:
         second = int(time.monotonic())
         self._lines = (second, self._lines[1] + 1) if self._lines[0] == second else (second, 1)
         if self._lines[1] <= _LINES_PER_SECOND:
-            with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
-                tell(Task(notification.tid).credentials().tgid, LINE)
+            _tell_aside(notification.tid)
         seccomp.respond_error(listener, notification.id, errno.EACCES)
+
+
+def _tell_aside(tid: int) -> None:
+    """The line, by a process of its own: a standard error on a file system of the user's may never let go of it."""
+    with contextlib.suppress(OSError):  # no process left: then without a line
+        if os.fork() == 0:
+            with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # a copy of a listener would keep its session
+                tell(Task(tid).credentials().tgid, LINE)
+            os._exit(0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     arguments.runtime_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who tells a line
     loop = Loop()
     Standby(loop, arguments.runtime_dir / "standby.sock", arguments.state_dir / "gate.state", systemd.inherited())
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -13,6 +13,7 @@ from persona_guest.core.script import Format
 from persona_guest.gate.attempt import Attempt
 from persona_guest.gate.identity import Identified, Image
 from persona_guest.gate.kernel_layer import KernelLayer, LastWord
+from persona_guest.gate.shares import Shares
 from persona_guest.kernel import bpf, layer_abi
 from persona_guest.kernel.layer_abi import Event
 from persona_guest.loop import Loop
@@ -81,7 +82,7 @@ def pinned(directory: str, name: str) -> bpf.Map:
 
 def test_an_approval_as_the_kernel_finds_it(directory: str) -> None:
     layer, approvals = KernelLayer(directory), pinned(directory, "approvals")
-    layer.approve(42, attempt((b"x",)), arguments=False)
+    layer.approve(42, 1000, attempt((b"x",)), arguments=False)
     value = approvals.lookup(struct.pack("=I", 42))
     assert value is not None
     expires, count, argc, size, _, device, inode = struct.unpack_from("=QIIIIQQ", value)
@@ -95,7 +96,7 @@ def test_an_approval_as_the_kernel_finds_it(directory: str) -> None:
 @pytest.mark.parametrize("argv", [(), (b"x",), (b"x", b"", b"y" * 4092), (b"x", b"y" * 9000), (b"",) * 1024])
 def test_arguments_in_pages(directory: str, argv: tuple[bytes, ...]) -> None:
     layer, arguments = KernelLayer(directory), pinned(directory, "arguments")
-    layer.approve(42, attempt(argv), arguments=True)
+    layer.approve(42, 1000, attempt(argv), arguments=True)
     value = pinned(directory, "approvals").lookup(struct.pack("=I", 42))
     assert value is not None
     argc, size = struct.unpack_from("=II", value, 12)
@@ -108,7 +109,7 @@ def test_arguments_in_pages(directory: str, argv: tuple[bytes, ...]) -> None:
 @pytest.mark.parametrize(("argv", "complete"), [((b"x",), False), ((b"x" * layer_abi.ARGV_MAX,), True)])
 def test_what_cannot_be_compared_is_not_approved(directory: str, argv: tuple[bytes, ...], complete: bool) -> None:
     layer = KernelLayer(directory)
-    layer.approve(42, attempt(argv, complete), arguments=True)
+    layer.approve(42, 1000, attempt(argv, complete), arguments=True)
     assert pinned(directory, "approvals").lookup(struct.pack("=I", 42)) is None
 
 
@@ -116,15 +117,38 @@ def test_a_full_map_is_tidied_and_takes_approvals_again(directory: str) -> None:
     layer, approvals = KernelLayer(directory), pinned(directory, "approvals")
     for tid in range(64):
         approvals.update(struct.pack("=I", 1000 + tid), layer_abi.approval(1, [(1, 2)], 0, 0))  # long expired
-    layer.approve(42, attempt((b"x",)), arguments=False)
-    layer.approve(42, attempt((b"x",)), arguments=False)
+    layer.approve(42, 1000, attempt((b"x",)), arguments=False)
+    layer.approve(42, 1000, attempt((b"x",)), arguments=False)
     assert list(approvals.keys(100)) == [struct.pack("=I", 42)]
+
+
+def test_no_user_fills_the_maps_with_execs_that_fail(directory: str) -> None:
+    layer, arguments = KernelLayer(directory), pinned(directory, "arguments")
+    layer._shares = Shares(layer._is_used, layer._forget, most=16)
+    long = attempt((b"x" * 4 * 4096,))  # five pages
+    for tid in range(20):
+        layer.approve(1000 + tid, 1000, long, arguments=True)
+    assert len(list(arguments.keys(100))) == 15
+    layer.approve(42, 1001, long, arguments=True)
+    assert pinned(directory, "approvals").lookup(struct.pack("=I", 42)) is not None, "another user has his own share"
+    pinned(directory, "approvals").delete(struct.pack("=I", 1000))
+    for number in range(5):  # as the kernel does once they are compared
+        arguments.delete(struct.pack("=II", 1000, number))
+    layer.approve(2000, 1000, long, arguments=True)
+    assert pinned(directory, "approvals").lookup(struct.pack("=I", 2000)) is not None
+
+
+def test_pages_of_an_exec_that_failed_go_with_the_threads_next_one(directory: str) -> None:
+    layer, arguments = KernelLayer(directory), pinned(directory, "arguments")
+    layer.approve(42, 1000, attempt((b"x" * 4 * 4096,)), arguments=True)
+    layer.approve(42, 1000, attempt((b"x",)), arguments=False)
+    assert list(arguments.keys(10)) == []
 
 
 def test_tidying_removes_arguments_of_the_dead_and_no_others(directory: str) -> None:
     layer, arguments = KernelLayer(directory), pinned(directory, "arguments")
-    layer.approve(os.getpid(), attempt((b"x",)), arguments=True)
-    layer.approve(4_194_303, attempt((b"x",)), arguments=True)  # no such process
+    layer.approve(os.getpid(), 1000, attempt((b"x",)), arguments=True)
+    layer.approve(4_194_303, 1000, attempt((b"x",)), arguments=True)  # no such process
     layer.sweep()
     assert list(arguments.keys(10)) == [struct.pack("=II", os.getpid(), 0)]
     assert len(list(pinned(directory, "approvals").keys(10))) == 2  # neither has expired

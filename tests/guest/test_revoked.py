@@ -48,10 +48,12 @@ class Site:
         assert callable(done)
         done(decision)
 
-    def run(self, ident: str, program: str = "/usr/bin/true", *, fresh: bool = False) -> int:
+    def run(
+        self, ident: str, program: str = "/usr/bin/true", *, fresh: bool = False, login_shell: str = "/nonexistent"
+    ) -> int:
         """What an exec in a session that begins now, under an id that may have been there, comes to."""
         pid, listener = gated_child(program)
-        session = Session(ident, Subject("u", (), "vm"), 1234, "t", "", "/nonexistent", 1, None, time.time())
+        session = Session(ident, Subject("u", (), "vm"), 1234, "t", "", login_shell, 1, None, time.time())
         self.supervisor.add(session, listener, fresh=fresh)
         now, known = self.supervisor.sessions[ident], self.known.get(ident)
         if known is not None:
@@ -89,3 +91,16 @@ def test_while_nobody_answers_a_session_goes_on_by_its_leases() -> None:
     assert site.run("s-a") == 0
     site.leases.advance(6)  # the last that was heard: the lease is over
     assert site.run("s-a") == 13
+
+
+def test_a_revoked_session_starts_no_shell_either() -> None:
+    site = Site()
+    assert site.run("s-a", "/usr/bin/dash", fresh=True, login_shell="/usr/bin/dash") == 0
+    assert site.asked == []  # admission is a shell
+    site.revoked.add("s-a")
+    site.leases.advance(1)
+    assert site.run("s-a", "/usr/bin/dash", login_shell="/usr/bin/dash") == 13  # asked, for it may have been revoked
+    assert site.run("s-a", "/usr/bin/dash", login_shell="/usr/bin/dash") == 13
+    site.away = True
+    site.leases.advance(2)
+    assert site.run("s-b", "/usr/bin/dash", login_shell="/usr/bin/dash") == 0  # nobody said that this one was

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -160,3 +161,28 @@ def test_a_user_has_only_so_many_connections(served: Served) -> None:
         held[29].recv(10)
     for connection in held:
         connection.close()
+
+
+def test_a_descriptor_whose_closing_waits_for_its_sender_delays_nobody(served: Served) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, served.connect() as other, served.connect() as mine:
+        full = socket.create_connection(server.getsockname())
+        full.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                full.send(bytes(1 << 20))
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
+        socket.send_fds(mine, [b'{"op": "now"}'], [full.fileno()])
+        os.close(full.detach())  # the copy that was sent is the last
+        began = time.monotonic()
+        assert ask(other, "now") == {"ok": True}
+        assert time.monotonic() - began < 1
+        assert json.loads(mine.recv(1000))["code"] == "bad_request"
+
+
+def test_an_o_path_descriptor_comes_through(served: Served) -> None:
+    with served.connect() as connection:
+        program = os.open("/usr/bin/true", os.O_PATH)
+        socket.send_fds(connection, [b'{"op": "now"}'], [program])
+        os.close(program)
+        assert json.loads(connection.recv(1000)) == {"ok": True}
+        assert len(served.calls[-1].fds) == 1

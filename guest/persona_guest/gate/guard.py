@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from persona_guest.core.messages import printable
 from persona_guest.core.sessions import Session
@@ -25,6 +26,8 @@ log = logging.getLogger("persona.gate")
 LIMIT_S = 1.0  # thousands of times what it takes
 _DOUBT = 5  # times as long, where it could as well be a disk that this machine waits for
 _LOOK_S = 0.25
+_PASSES = 32
+_CGROUPS = Path("/sys/fs/cgroup")
 _FUSE = "request_wait_answer"  # where a task sleeps that asked a FUSE server: nothing of this machine's is there
 
 
@@ -89,14 +92,26 @@ class Guard:
 
 
 def kill_all_of(uid: int) -> None:
-    """SIGKILL for every process that has ``uid`` among its user ids."""
+    """SIGKILL for every process that has ``uid`` among its user ids, and whatever they start meanwhile."""
+    with contextlib.suppress(OSError):  # his logins and his service manager at once, however they fork: Linux 5.14
+        (_CGROUPS / f"user.slice/user-{uid}.slice/cgroup.kill").write_text("1")
+    for _ in range(_PASSES):  # sessions without a slice of his own are found one by one
+        if not _kill_seen(uid):
+            return
+
+
+def _kill_seen(uid: int) -> bool:
+    seen = False
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         with contextlib.suppress(OSError, KeyError):  # gone meanwhile
             pidfd = os.pidfd_open(int(name))
             try:
-                if uid in Task(int(name)).credentials().uids:
+                task = Task(int(name))
+                if uid in task.credentials().uids and not task.is_zombie():
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    seen = True
             finally:
                 os.close(pidfd)
+    return seen

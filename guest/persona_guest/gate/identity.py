@@ -29,6 +29,14 @@ class Image(NamedTuple):
     device: int
     inode: int
 
+    @property
+    def is_unique(self) -> bool:
+        """Whether super block and inode number, which the kernel layer compares, say the same.
+
+        On btrfs they do not: each subvolume, a user's own too, numbers its inodes from the beginning.
+        """
+        return os.major(self.device) != 0
+
 
 @dataclass(frozen=True, slots=True)
 class Identified:

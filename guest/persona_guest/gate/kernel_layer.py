@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from persona_guest.gate.attempt import Attempt
+from persona_guest.gate.shares import Shares
 from persona_guest.kernel import bpf, layer_abi
 from persona_guest.kernel.layer_abi import Event
 from persona_guest.loop import READABLE, Loop
@@ -22,6 +23,8 @@ log = logging.getLogger("persona.kernel")
 
 # From the approval to the exec's last step: a file system that answers slower refuses the exec.
 _VALID_NS = 5_000_000_000
+_PAGES_NS = 20_000_000_000  # and on to the comparison of its arguments
+_COMPLAINT_NS = 1_000_000_000
 _EVENTS_AT_ONCE = 64
 _KEYS_MAX = 65536
 
@@ -34,7 +37,7 @@ class NoKernelLayer:
     def __init__(self, why: str) -> None:
         self.why = why
 
-    def approve(self, tid: int, attempt: Attempt, *, arguments: bool) -> None:
+    def approve(self, tid: int, uid: int, attempt: Attempt, *, arguments: bool) -> None:
         """Nobody asks."""
 
     def withdraw(self, tid: int) -> None:
@@ -61,37 +64,48 @@ class KernelLayer:
         self._counters = bpf.Map(_pinned(directory, "counters"), 4, layer_abi.COUNTER.size)
         self._events = bpf.RingBuffer(_pinned(directory, "events"), layer_abi.EVENTS_BYTES)
         self._made = _made(directory)
+        self._shares = Shares(self._is_used, self._forget)
+        self._complained = -_COMPLAINT_NS
         self.fd = self._events.fd
 
-    def approve(self, tid: int, attempt: Attempt, *, arguments: bool) -> None:
+    def approve(self, tid: int, uid: int, attempt: Attempt, *, arguments: bool) -> None:
         """To be called before the exec of thread ``tid`` is let go on; where it fails the kernel refuses the exec.
 
-        With ``arguments`` the kernel also holds the task to its command line.
+        ``uid`` is the session's, whose share it is.  With ``arguments`` the kernel also holds the task to its
+        command line.
         """
         chain = [stage[0].kernel for stage in attempt.stages]
-        size = argc = 0
+        now = time.monotonic_ns()
+        argc, flat = 0, b""
         try:
             if arguments:
-                if not attempt.complete:
-                    raise ValueError("longer than is read")
-                size, argc = self._put_arguments(tid, attempt.final_argv)
-            value = layer_abi.approval(time.monotonic_ns() + _VALID_NS, chain, argc, size)
+                argc, flat = _flat(attempt)
+            pages = range(0, len(flat), layer_abi.PAGE_BYTES)
+            self._shares.take(uid, tid, len(pages), now + (_PAGES_NS if flat else _VALID_NS), now)
+            for number, at in enumerate(pages):
+                page = flat[at : at + layer_abi.PAGE_BYTES].ljust(layer_abi.PAGE_BYTES, b"\0")
+                self._arguments.update(layer_abi.PAGE_KEY.pack(tid, number), page)
+            value = layer_abi.approval(now + _VALID_NS, chain, argc, len(flat))
             self._approvals.update(layer_abi.TID.pack(tid), value)
         except (OSError, ValueError) as error:
+            self._not_approved(tid, error, now)
+
+    def _not_approved(self, tid: int, error: OSError | ValueError, now: int) -> None:
+        if now - self._complained > _COMPLAINT_NS:
+            self._complained = now
             log.error("no approval for thread %d: %s; the kernel refuses its exec", tid, error)
             if isinstance(error, OSError) and bpf.is_full(error):
                 self.sweep()
 
-    def _put_arguments(self, tid: int, argv: tuple[bytes, ...]) -> tuple[int, int]:
-        """Size in bytes and number of the arguments; an empty argv reaches a program as one empty string."""
-        argv = argv or (b"",)  # Linux 5.18
-        flat = b"".join([argument + b"\0" for argument in argv])
-        if len(flat) > layer_abi.ARGV_MAX:
-            raise ValueError("longer than is compared")
-        for number, at in enumerate(range(0, len(flat), layer_abi.PAGE_BYTES)):
-            page = flat[at : at + layer_abi.PAGE_BYTES].ljust(layer_abi.PAGE_BYTES, b"\0")
-            self._arguments.update(layer_abi.PAGE_KEY.pack(tid, number), page)
-        return len(flat), len(argv)
+    def _is_used(self, tid: int, pages: int) -> bool:
+        if self._approvals.lookup(layer_abi.TID.pack(tid)) is not None:
+            return False
+        return not pages or self._arguments.lookup(layer_abi.PAGE_KEY.pack(tid, 0)) is None
+
+    def _forget(self, tid: int, pages: int) -> None:
+        self._approvals.delete(layer_abi.TID.pack(tid))
+        for number in range(pages):
+            self._arguments.delete(layer_abi.PAGE_KEY.pack(tid, number))
 
     def withdraw(self, tid: int) -> None:
         """The task was gone before it could go on: its number may soon be another's."""
@@ -113,6 +127,7 @@ class KernelLayer:
     def sweep(self) -> None:
         """Removes approvals that nobody used and arguments that nobody compared: of tasks that were killed."""
         now = time.monotonic_ns()
+        self._shares.tidy(now)
         for key in list(self._approvals.keys(_KEYS_MAX)):
             value = self._approvals.lookup(key)
             if value is not None and struct.unpack_from("=Q", value)[0] < now:
@@ -131,6 +146,17 @@ class KernelLayer:
         for table in (self._approvals, self._arguments, self._counters):
             table.close()
         self._events.close()
+
+
+def _flat(attempt: Attempt) -> tuple[int, bytes]:
+    """Number of the arguments, and all of them; an empty argv reaches a program as one empty string (Linux 5.18)."""
+    if not attempt.complete:
+        raise ValueError("longer than is read")
+    argv = attempt.final_argv or (b"",)
+    flat = b"".join([argument + b"\0" for argument in argv])
+    if len(flat) > layer_abi.ARGV_MAX:
+        raise ValueError("longer than is compared")
+    return len(argv), flat
 
 
 class LastWord:

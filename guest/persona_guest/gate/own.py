@@ -13,9 +13,11 @@ from persona_guest.settings import Gate
 _ANCESTORS_MAX = 32
 
 
-def is_own(pending: Pending, gate: Gate) -> bool:
-    """Whether this exec is any of the three."""
-    return is_login_shell(pending) or _is_plumbing(pending, gate.plumbing) or _is_services_own(pending)
+def is_own(pending: Pending, gate: Gate, *, revoked: bool) -> bool:
+    """Whether this exec is any of the three.  In a revoked session only the service still ends its own business."""
+    if not revoked and (is_login_shell(pending) or _is_plumbing(pending, gate.plumbing)):
+        return True
+    return _is_services_own(pending)
 
 
 def is_login_shell(pending: Pending) -> bool:

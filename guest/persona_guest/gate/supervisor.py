@@ -197,7 +197,7 @@ class Supervisor:
                 continue
             decision = self._known(gated, question)
             if decision is None:
-                if own.is_login_shell(pending):
+                if gated.confirmed == self._leases.generation and own.is_login_shell(pending):
                     self._allow(pending, None)
                     return
                 pending.leased = False
@@ -208,7 +208,7 @@ class Supervisor:
                 return
             pending.denials += (decision,)
             pending.stage += 1
-        if own.is_own(pending, self.settings.gate):
+        if own.is_own(pending, self.settings.gate, revoked=gated.revoked is not None):
             self._allow(pending, None)
         else:
             # A user's own script is its interpreter's start: then that is what was refused.
@@ -272,8 +272,10 @@ class Supervisor:
             for pending in waiting if ident == session else ():
                 gated = pending.gated
                 if seccomp.still_valid(gated.listener, pending.ident) and self._may_speak(gated):
+                    outer = self._guard.enter(gated.session)
                     with contextlib.suppress(OSError):  # killed meanwhile
                         tell(pending.task.credentials().tgid, printable(line))
+                    self._guard.leave(outer)
                     return
 
     def _still_waits(self, pending: Pending) -> bool:
@@ -292,7 +294,7 @@ class Supervisor:
         gated = pending.gated
         layer = self._last_word.layer
         # complain mode lets go on what it would deny: a look could not tell that from a race
-        verifying = self.settings.mode is Mode.ENFORCE and not layer.active
+        verifying = self.settings.mode is Mode.ENFORCE and not (layer.active and pending.attempt.final.is_unique)
         try:
             if self.place is not None:
                 self.place(pending, granted)
@@ -305,7 +307,8 @@ class Supervisor:
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
             return
         if layer.active:
-            layer.approve(pending.task.tid, pending.attempt, arguments=pending.hangs_on_arguments(granted))
+            arguments = pending.hangs_on_arguments(granted)
+            layer.approve(pending.task.tid, gated.session.uid, pending.attempt, arguments=arguments)
         if not self._go_on(gated, pending.ident, pending.slot):
             layer.withdraw(pending.task.tid)
             if look is not None:
@@ -334,7 +337,7 @@ class Supervisor:
         complain = self.settings.mode is Mode.COMPLAIN
         self.notes.add(pending, "exec", denied)
         if complain:
-            self._last_word.layer.approve(pending.task.tid, pending.attempt, arguments=False)
+            self._last_word.layer.approve(pending.task.tid, gated.session.uid, pending.attempt, arguments=False)
             self._go_on(gated, pending.ident, pending.slot)
         else:
             if self._may_speak(gated):

@@ -1,9 +1,12 @@
 """The socket of ``persona`` and ``persona-shell``: anyone may connect, known by SO_PEERCRED alone."""
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import socket
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from typing import Any
 
 from persona.problems import Fault, PersonaError
 from persona_guest.ipc.pam_socket import listen, peer_credentials
+from persona_guest.kernel.seccomp import is_listener
 from persona_guest.loop import GONE, READABLE, Loop
 
 log = logging.getLogger("persona.users")
@@ -91,7 +95,12 @@ class UserSocket:
 
 
 class _Connection:
-    """One request at a time: until it is answered no other is read, so that nobody asks faster than that."""
+    """One request at a time: until it is answered no other is read, so that nobody asks faster than that.
+
+    Closing the last copy of a descriptor may wait for whoever sent it: for the peer of a socket of his
+    (SO_LINGER, socket(7)), or for a file system of his own.  So what he sends is received, and what is
+    left of it closed, in a thread; of that the loop gets only what is closed in no time.
+    """
 
     def __init__(
         self,
@@ -106,28 +115,31 @@ class _Connection:
         self._peer = peer
         self._handle = handle
         self._ended = ended
-        self._answered = False
+        self._over = False
         self._reading = True
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _ANSWER_MAX)
         self._deadline = loop.call_later(_DEADLINE_S, self._end)
         loop.watch(connection.fileno(), READABLE, self._ready)
 
     def _end(self) -> None:
-        if self._connection.fileno() >= 0:
+        if not self._over:
+            self._over = True
             self._deadline.cancel()
             self._loop.unwatch(self._connection.fileno())
-            self._connection.close()
-            self._ended()
+            _aside(self._close)  # what he sent and nobody read is closed with it
+
+    def _close(self) -> None:
+        self._connection.close()
+        self._loop.deliver(self._ended)  # until then it counts as one of his
 
     def _read_on(self, reading: bool) -> None:
-        if self._connection.fileno() >= 0 and reading is not self._reading:
+        if not self._over and reading is not self._reading:
             self._reading = reading
             self._loop.unwatch(self._connection.fileno())
             self._loop.watch(self._connection.fileno(), READABLE if reading else 0, self._ready)
 
     def _answer(self, value: dict[str, Any]) -> None:
-        self._answered = True
-        if self._connection.fileno() < 0:
+        if self._over:
             return
         data = json.dumps(value).encode()
         if len(data) > _ANSWER_MAX:
@@ -143,14 +155,29 @@ class _Connection:
             if events & GONE:
                 self._end()
             return
+        self._read_on(False)
+        _aside(self._receive)
+
+    def _receive(self) -> None:
+        data = b""
         fds: list[int] = []
-        self._answered = False
-        try:
+        with contextlib.suppress(OSError):
             data, fds, _, _ = socket.recv_fds(self._connection, _REQUEST_MAX + 1, _FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+        kept = [fd for fd in fds if _closes_at_once(fd)]
+        whole = len(kept) == len(fds)
+        self._loop.deliver(lambda: self._received(data, kept, whole))
+        for fd in fds:
+            if fd not in kept:
+                os.close(fd)
+
+    def _received(self, data: bytes, fds: list[int], whole: bool) -> None:
+        try:
             if not data:
                 self._end()
-                return
-            self._handle(_parse(data, self._peer, tuple(fds)), self._answer)
+            elif not whole:
+                raise PersonaError(Fault.BAD_REQUEST, "descriptors: expected O_PATH ones, or a seccomp listener")
+            elif not self._over:
+                self._handle(_parse(data, self._peer, tuple(fds)), self._answer)
         except PersonaError as error:
             self._answer(_refusal(error.code, error.message))
         except OSError:
@@ -161,7 +188,15 @@ class _Connection:
         finally:
             for fd in fds:
                 os.close(fd)
-        self._read_on(self._answered)
+
+
+def _aside(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="caller", daemon=True).start()
+
+
+def _closes_at_once(fd: int) -> bool:
+    """Nothing is told of it to a peer or a file system: open(2) on O_PATH."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH) or is_listener(fd)
 
 
 def _parse(data: bytes, peer: tuple[int, int, int], fds: tuple[int, ...]) -> Call:

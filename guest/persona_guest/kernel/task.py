@@ -138,6 +138,10 @@ class Task:
         """Whether any seccomp filter is on it.  Raises ``OSError``."""
         return b"\nSeccomp:\t2\n" in self._read("status", 4096)
 
+    def is_zombie(self) -> bool:
+        """Whether it has ended and waits for its parent to notice.  Raises ``OSError``."""
+        return self._read("stat", 4096).rpartition(b")")[2].split()[0] in (b"Z", b"X")
+
     def audit_session(self) -> int | None:
         """The audit session id, unique to a login and inherited; ``None`` where there is none."""
         try:
