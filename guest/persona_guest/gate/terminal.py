@@ -5,6 +5,7 @@ the user himself, must be a terminal or a pipe, and is written through a non-blo
 our own, so that a stopped terminal or a full pipe cannot stop the agent.
 """
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -36,4 +37,5 @@ def tell(pid: int, line: str) -> bool:
     except OSError:
         return False
     finally:
-        os.close(copy)
+        with contextlib.suppress(OSError):  # the user's own file system may say what it likes
+            os.close(copy)

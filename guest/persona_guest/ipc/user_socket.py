@@ -117,6 +117,7 @@ class _Connection:
         self._ended = ended
         self._over = False
         self._reading = True
+        self._receiving = False
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _ANSWER_MAX)
         self._deadline = loop.call_later(_DEADLINE_S, self._end)
         loop.watch(connection.fileno(), READABLE, self._ready)
@@ -126,10 +127,11 @@ class _Connection:
             self._over = True
             self._deadline.cancel()
             self._loop.unwatch(self._connection.fileno())
-            _aside(self._close)  # what he sent and nobody read is closed with it
+            if not self._receiving:  # or its number might become another's in the middle of that
+                _aside(self._close)
 
     def _close(self) -> None:
-        self._connection.close()
+        self._connection.close()  # and with it what he sent and nobody read
         self._loop.deliver(self._ended)  # until then it counts as one of his
 
     def _read_on(self, reading: bool) -> None:
@@ -156,6 +158,7 @@ class _Connection:
                 self._end()
             return
         self._read_on(False)
+        self._receiving = True
         _aside(self._receive)
 
     def _receive(self) -> None:
@@ -166,17 +169,20 @@ class _Connection:
         kept = [fd for fd in fds if _closes_at_once(fd)]
         whole = len(kept) == len(fds)
         self._loop.deliver(lambda: self._received(data, kept, whole))
-        for fd in fds:
-            if fd not in kept:
+        for fd in set(fds) - set(kept):
+            with contextlib.suppress(OSError):  # his file system may say what it likes
                 os.close(fd)
 
     def _received(self, data: bytes, fds: list[int], whole: bool) -> None:
+        self._receiving = False
         try:
-            if not data:
+            if self._over:
+                _aside(self._close)
+            elif not data:
                 self._end()
             elif not whole:
                 raise PersonaError(Fault.BAD_REQUEST, "descriptors: expected O_PATH ones, or a seccomp listener")
-            elif not self._over:
+            else:
                 self._handle(_parse(data, self._peer, tuple(fds)), self._answer)
         except PersonaError as error:
             self._answer(_refusal(error.code, error.message))
