@@ -5,9 +5,9 @@ import time
 from persona_broker.store.sqlite import Store
 
 from tests.bench.row import Row, median, percentile
-from tests.guest_vm.bound import USER, apply, persona, policy
+from tests.guest_vm.bound import CGROUPS, USER, apply, cgroup, persona, policy
 from tests.guest_vm.login import Session
-from tests.guest_vm.machine import Machine
+from tests.guest_vm.machine import HOST_SEEN_FROM_GUEST, Machine
 from tests.guest_vm.site import Broker
 
 CHANGES = 200
@@ -68,26 +68,46 @@ def starts(machine: Machine, broker: Broker) -> Row:
     return Row("exec.other_persona_us", other * 1e6, "us", "its parent's persona", same * 1e6, other / same, "")
 
 
-def follow(machine: Machine, broker: Broker) -> Row:
-    """``follow.p99_s``: from a change of the load in the record to a running shell's new cgroup."""
+def follow(machine: Machine, broker: Broker) -> list[Row]:
+    """``follow.*p99_s``: from a change of the load in the record to what it does to a session that is open.
+
+    A limit: the running shell's new cgroup.  The network: a connection that is refused, or made again.
+    ``on_revoke: freeze``: what runs and may not any more stands still, or goes on.
+    """
     apply(
         broker,
-        persona("Work", {"pids": 77, "memory": "300MiB"}),
-        persona("Rest", {"pids": 33}),
+        persona("Work", {"pids": 77, "memory": "300MiB"}, on_revoke="freeze"),
+        persona("Rest", {"pids": 33}, ["**", "!sleep"], network_access=[]),
         policy("work", "Work", when={"host_load": {"cpu": {"below": 70, "again_below": 60}}}),
         policy("rest", "Rest"),
     )
     store = Store(broker.directory / "broker.db")
-    with machine.session(USER) as session:
-        session.ask("exec 9<> <(:); ls /")  # 9: a pipe to wait at, which takes no CPU
-        pairs = [("Rest", 82.0), ("Work", 30.0)] * (CHANGES // 2)
-        seconds = [_change(session, store, name, load) for name, load in pairs]
-    p99 = percentile(seconds, 99)
-    return Row("follow.p99_s", p99, "s", "median", median(seconds), p99 / median(seconds), "< 1.0")
+    reach = f"(exec 3<>/dev/tcp/{HOST_SEEN_FROM_GUEST}/{broker.port}) 2>/dev/null"
+    found = []
+    with machine.session(USER) as session, machine.session("root") as root:
+        session.ask("exec 9<> <(:); ls /; sleep 10000 &")  # 9: a pipe to wait at, which takes no CPU
+        root.ask("exec 9<> <(:)")
+        scope = cgroup(session.ask("cat /proc/self/cgroup")).rpartition("/")[0]
+        frozen = f"[[ $(cat {CGROUPS}{scope}/*/cgroup.events) == *'frozen 1'* ]]"
+        for name, who, rest, work in (
+            ("follow.p99_s", session, _lives_in("Rest"), _lives_in("Work")),
+            ("follow.network_p99_s", session, f"! {reach}", reach),
+            ("follow.freeze_p99_s", root, frozen, f"! {frozen}"),
+        ):
+            seconds = [
+                _change(who, store, until, load) for until, load in [(rest, 82.0), (work, 30.0)] * (CHANGES // 2)
+            ]
+            p99, half = percentile(seconds, 99), median(seconds)
+            found.append(Row(name, p99, "s", "median", half, p99 / half, "< 1.0"))
+    return found
 
 
-def _change(session: Session, store: Store, name: str, load: float) -> float:
-    session.write(f"until read -r at < /proc/$$/cgroup; [[ $at == */{name} ]]; do read -rt 0.01 -u 9; done")
+def _lives_in(name: str) -> str:
+    return f"{{ read -r at < /proc/$$/cgroup; [[ $at == */{name} ]]; }}"
+
+
+def _change(session: Session, store: Store, until: str, load: float) -> float:
+    session.write(f"until {until}; do read -rt 0.01 -u 9; done")
     time.sleep(0.2)
     began = time.perf_counter()
     store.put_set_load({"cpu": load})
@@ -97,4 +117,4 @@ def _change(session: Session, store: Store, name: str, load: float) -> float:
 
 def rows(machine: Machine, broker: Broker) -> list[Row]:
     """cgroup.*, exec.*, follow.*"""
-    return [moves(machine), starts(machine, broker), follow(machine, broker)]
+    return [moves(machine), starts(machine, broker), *follow(machine, broker)]
