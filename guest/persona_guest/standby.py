@@ -35,6 +35,8 @@ _INFLIGHT = "inflight"
 COMPLAIN_S = 1.0  # complain mode stops nothing, and keeps nobody waiting either
 ENFORCE_S = 15.0  # longer than a restart of the agent on a loaded machine: that refuses nothing
 _LINES_PER_SECOND = 20
+_TOLD_S = 0.5  # a line takes some milliseconds; its user sees it before the error
+_QUIET_S = 10.0  # no lines after one that took longer
 LINE = (
     "persona: not started, agent_stopping: the agent of this machine is not running; its operator must "
     "start persona-agent"
@@ -69,6 +71,7 @@ class Standby:
         self._listeners = kept
         self._agent: socket.socket | None = None
         self._had_agent = False
+        self._quiet_until = 0.0
         self._answering: InFlight | None = None  # there is no agent: the notifications that are ours now
         self._timer: Timer | None = None
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
@@ -234,21 +237,39 @@ class Standby:
         if not enforcing(self._state):
             seccomp.respond_continue(listener, notification.id)
             return
-        second = int(time.monotonic())
+        now = time.monotonic()
+        second = int(now)
         self._lines = (second, self._lines[1] + 1) if self._lines[0] == second else (second, 1)
-        if self._lines[1] <= _LINES_PER_SECOND:
-            _tell_aside(notification.tid)
+        may_speak = self._lines[1] <= _LINES_PER_SECOND and now >= self._quiet_until
+        if may_speak and not _tell_aside(notification.tid):
+            self._quiet_until = now + _QUIET_S
         seccomp.respond_error(listener, notification.id, errno.EACCES)
 
 
-def _tell_aside(tid: int) -> None:
-    """The line, by a process of its own: a standard error on a file system of the user's may never let go of it."""
-    with contextlib.suppress(OSError):  # no process left: then without a line
-        if os.fork() == 0:
-            with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
-                os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # a copy of a listener would keep its session
-                tell(Task(tid).credentials().tgid, LINE)
-            os._exit(0)
+def _tell_aside(tid: int) -> bool:
+    """The line, by a process of its own: a standard error on a file system of the user's may never let go of it.
+
+    False where that process is not done in time: whoever brought that about may do it again.
+    """
+    try:
+        pid = os.fork()
+    except OSError:  # then without a line
+        return False
+    if pid == 0:
+        with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # a copy of a listener would keep its session
+            tell(Task(tid).credentials().tgid, LINE)
+        os._exit(0)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:  # done and gone: SIGCHLD is ignored
+        return True
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(_TOLD_S * 1000))
+    finally:
+        os.close(pidfd)
 
 
 def main(argv: list[str] | None = None) -> int:
