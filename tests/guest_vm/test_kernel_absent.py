@@ -68,9 +68,9 @@ def no_nftables(plain: tuple[Machine, Broker]) -> Iterator[tuple[Machine, Broker
     machine, broker = plain
     machine.must(
         "systemctl stop persona-agent; nft delete table inet persona || true;"
-        "echo 'install nf_tables /bin/false' > /etc/modprobe.d/none.conf;"
+        "printf 'install nf_tables /bin/false\\ninstall nfnetlink /bin/false\\n' > /etc/modprobe.d/none.conf;"
         "for try in 1 2 3 4 5; do for module in $(lsmod | awk '/^nf/ {print $1}'); do rmmod $module 2>/dev/null; done;"
-        " done; ! lsmod | grep '^nf_tables'"
+        " done; ! lsmod | grep -E '^(nf_tables|nfnetlink) '"
     )
     try:
         yield plain
