@@ -101,6 +101,7 @@ def run(settings: Settings) -> int:
     threading.excepthook = _die
     runtime = Path(settings.paths.runtime_dir)
     runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+    gate_state.write(settings)  # first: should this agent not come up, logins meet the mode that was asked for
     loop = Loop()
     keeping = Keeping(loop, str(runtime / "standby.sock"), lambda: [(_INFLIGHT, inflight.fd), *agent.listeners()])
     kept = _take_kept(keeping)
@@ -179,7 +180,6 @@ def run(settings: Settings) -> int:
         loop.call_every(1.0, lambda: None if supervisor.sessions else loop.stop())
 
     users = Users(agent, identifier, guard, release, Bounds(loop, enforcer), backed)
-    gate_state.write(settings)
     pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
     socket = UserSocket(loop, runtime / "agent.sock", users.handle)
     agent.restore(kept)
