@@ -181,7 +181,7 @@ def tunnel(guest: Machine, *options: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.terminate()
+        process.kill()  # a SIGTERM just before its poll(2) would wait there with it
         process.communicate(timeout=20)
 
 
