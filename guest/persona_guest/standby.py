@@ -9,7 +9,6 @@ Exit codes: 0 ended as asked, or the gate was released and its last session is o
 """
 
 import argparse
-import contextlib
 import errno
 import logging
 import os
@@ -256,14 +255,17 @@ def _tell_aside(tid: int) -> bool:
     except OSError:  # then without a line
         return False
     if pid == 0:
-        with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
+        try:
             os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # a copy of a listener would keep its session
             tell(Task(tid).credentials().tgid, LINE)
-        os._exit(0)
+        finally:
+            os._exit(0)  # whatever happened (killed meanwhile: nobody is there to be told): there is one standby
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:  # done and gone: SIGCHLD is ignored
         return True
+    except OSError:  # no descriptor left: the exec is answered all the same
+        return False
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
