@@ -55,9 +55,8 @@ class Notices:
             persona = self._enforcer.document(place.persona)
         except PersonaError:  # it is kept while it is used; without it there is nothing to say
             return
-        outer = self._guard.enter(gated.session)
-        self.tell(home, limit_line(persona, reason))
-        self._guard.leave(outer)
+        with self._guard.watching(gated.session):
+            self.tell(home, limit_line(persona, reason))
         self._record(_record(gated.session, place, "limit", reason, "", ()))
 
     def refused(self, refusal: Refusal) -> None:
@@ -66,9 +65,8 @@ class Notices:
         logins = [session for session in theirs if session.service != _MANAGER]
         session = logins[0] if len(logins) == 1 else None
         if session is not None and (home := self._enforcer.homes.get(session.id)) is not None:
-            outer = self._guard.enter(session)
-            self.tell(home, refusal_line(refusal.persona, refusal.target))
-            self._guard.leave(outer)
+            with self._guard.watching(session):
+                self.tell(home, refusal_line(refusal.persona, refusal.target))
         self._record(
             Record(
                 at=time.time(),

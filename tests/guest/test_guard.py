@@ -142,3 +142,12 @@ def test_a_look_within_another_leaves_the_outer_one_watched() -> None:
     time.sleep(1.5)
     guard.leave(outer)
     assert gave_up
+
+
+def test_an_error_within_a_look_ends_the_watch() -> None:
+    gave_up: list[float] = []
+    guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.1)
+    with pytest.raises(KeyError), guard.watching(session(UID)):
+        raise KeyError("gone in the middle of it")
+    time.sleep(1.5)
+    assert not gave_up

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from persona_guest.core.messages import printable
@@ -58,6 +58,15 @@ class Guard:
     def leave(self, outer: Entered | None) -> None:
         """It did not."""
         self._entered = outer
+
+    @contextlib.contextmanager
+    def watching(self, session: Session) -> Iterator[None]:
+        """``enter`` and ``leave`` around a block, whatever it comes to; for all but the path of every exec."""
+        outer = self.enter(session)
+        try:
+            yield
+        finally:
+            self.leave(outer)
 
     def _watch(self) -> None:
         answered: Entered | None = None

@@ -272,10 +272,8 @@ class Supervisor:
             for pending in waiting if ident == session else ():
                 gated = pending.gated
                 if seccomp.still_valid(gated.listener, pending.ident) and self._may_speak(gated):
-                    outer = self._guard.enter(gated.session)
-                    with contextlib.suppress(OSError):  # killed meanwhile
+                    with self._guard.watching(gated.session), contextlib.suppress(OSError):  # killed meanwhile
                         tell(pending.task.credentials().tgid, printable(line))
-                    self._guard.leave(outer)
                     return
 
     def _still_waits(self, pending: Pending) -> bool:
