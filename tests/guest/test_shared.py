@@ -186,3 +186,18 @@ def test_an_o_path_descriptor_comes_through(served: Served) -> None:
         os.close(program)
         assert json.loads(connection.recv(1000)) == {"ok": True}
         assert len(served.calls[-1].fds) == 1
+
+
+def test_without_a_thread_to_be_had_a_request_waits_for_one(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refused = threading.Thread.start, []
+
+    def scarce(thread: threading.Thread) -> None:
+        if thread.name == "caller" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with served.connect() as connection:
+        monkeypatch.setattr(threading.Thread, "start", scarce)
+        assert ask(connection, "now") == {"ok": True}
+    assert refused

@@ -25,6 +25,7 @@ _ANSWER_MAX = 192 * 1024
 _DEADLINE_S = 8.0
 _PER_USER = 16  # connections of one uid: a user can fill his own share only
 _FDS_MAX = 2
+_AGAIN_S = 1.0
 
 Answer = Callable[[dict[str, Any]], None]
 
@@ -128,7 +129,13 @@ class _Connection:
             self._deadline.cancel()
             self._loop.unwatch(self._connection.fileno())
             if not self._receiving:  # or its number might become another's in the middle of that
-                _aside(self._close)
+                self._aside(self._close)
+
+    def _aside(self, work: Callable[[], None]) -> None:
+        try:
+            threading.Thread(target=work, name="caller", daemon=True).start()
+        except RuntimeError:  # no thread to be had now: nothing of this is worth the agent
+            self._loop.call_later(_AGAIN_S, lambda: self._aside(work))
 
     def _close(self) -> None:
         self._connection.close()  # and with it what he sent and nobody read
@@ -159,7 +166,7 @@ class _Connection:
             return
         self._read_on(False)
         self._receiving = True
-        _aside(self._receive)
+        self._aside(self._receive)
 
     def _receive(self) -> None:
         data = b""
@@ -177,7 +184,7 @@ class _Connection:
         self._receiving = False
         try:
             if self._over:
-                _aside(self._close)
+                self._aside(self._close)
             elif not data:
                 self._end()
             elif not whole:
@@ -194,10 +201,6 @@ class _Connection:
         finally:
             for fd in fds:
                 os.close(fd)
-
-
-def _aside(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, name="caller", daemon=True).start()
 
 
 def _closes_at_once(fd: int) -> bool:
