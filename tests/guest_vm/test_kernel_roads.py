@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest_vm.conftest import Compiler
+from tests.guest_vm.login import Session
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT, Broker, await_connected, configure
 from tests.guest_vm.test_kernel import WAYS, kernel, put, sidedoor
@@ -135,20 +136,23 @@ def test_the_agent_is_killed_in_the_middle_of_a_thousand_execs(guest: Machine) -
     assert guest.root("test -e /tmp/unapproved").code == 1
 
 
+def keep_trying(probe: Session, session: Session) -> None:
+    """Until there is /tmp/enough: every side door by a subshell with carol's login uid and no gate, and true by her."""
+    probe.write(
+        "(echo 1002 > /proc/self/loginuid; exec bash -c 'while test ! -e /tmp/enough; do sidedoor 1002 /tmp/probe;"
+        " done') | sort | uniq -c"
+    )
+    session.write(
+        "while test ! -e /tmp/enough; do /usr/bin/true && echo ok || echo refused; done 2>/dev/null | sort | uniq -c"
+    )
+
+
 def test_no_gap_while_the_layer_is_replaced_and_the_agent_restarts(guest: Machine, static_c: Compiler) -> None:
     put(guest, static_c, "sidedoor")
     guest.must("rm -f /tmp/enough; mkdir -p -m 777 /tmp/probe")
     with guest.session("root") as probe, guest.session("carol") as session:
         assert session.ask("/usr/bin/true && echo ready") == "ready\n"
-        # a subshell with carol's login uid, and no gate, that tries every side door again and again
-        probe.write(
-            "(echo 1002 > /proc/self/loginuid; exec bash -c 'while test ! -e /tmp/enough; do sidedoor 1002 /tmp/probe;"
-            " done') | sort | uniq -c"
-        )
-        session.write(
-            "while test ! -e /tmp/enough; do /usr/bin/true && echo ok || echo refused; done 2>/dev/null"
-            " | sort | uniq -c"
-        )
+        keep_trying(probe, session)
         for _ in range(5):
             guest.must("systemctl reload persona-kernel")
         guest.must("systemctl restart persona-kernel persona-agent")
@@ -177,14 +181,7 @@ def test_no_gap_while_a_version_with_other_maps_comes_and_goes(guest: Machine, s
     guest.must("rm -f /tmp/enough; mkdir -p -m 777 /tmp/probe")
     with guest.session("root") as probe, guest.session("carol") as session:
         assert session.ask("/usr/bin/true && echo ready") == "ready\n"
-        probe.write(
-            "(echo 1002 > /proc/self/loginuid; exec bash -c 'while test ! -e /tmp/enough; do sidedoor 1002 /tmp/probe;"
-            " done') | sort | uniq -c"
-        )
-        session.write(
-            "while test ! -e /tmp/enough; do /usr/bin/true && echo ok || echo refused; done 2>/dev/null"
-            " | sort | uniq -c"
-        )
+        keep_trying(probe, session)
         guest.must("dpkg -i /root/old/common.deb /root/old/guest.deb", timeout=300)  # a downgrade
         assert guest.must("ls /sys/fs/bpf/persona") == "0\n"
         assert guest.ssh("alice", "ls -d /etc").out == "/etc\n"

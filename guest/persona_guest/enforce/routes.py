@@ -144,9 +144,9 @@ class Routing:
         return int(found[0])
 
     def _call(self, name: str, *words: str, **fields: Any) -> Any:
-        # not before the first way: it costs 26 MB; it has no types, and a build machine may not have it
-        from pyroute2 import IPRoute  # type: ignore[import-untyped,import-not-found,unused-ignore]  # see above
-        from pyroute2.netlink import exceptions  # type: ignore[import-untyped,import-not-found,unused-ignore]  # see above
+        # not before the first way: it costs 26 MB; and a build machine may not have it
+        from pyroute2 import IPRoute  # type: ignore[import-untyped,import-not-found,unused-ignore]  # no types
+        from pyroute2.netlink import exceptions  # type: ignore[import-untyped,import-not-found,unused-ignore]  # no types
 
         if self._route is None:
             self._route = IPRoute()
