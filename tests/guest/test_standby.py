@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from persona_guest import standby
 from persona_guest.gate.inflight import InFlight
 from persona_guest.ipc.standby_socket import FDS_MAX, Keeping, PacketError, batches, decode, encode
 from persona_guest.kernel import seccomp
@@ -189,3 +190,14 @@ def test_which_mode_it_is(tmp_path: Path, text: str | None, closed: bool) -> Non
     if text is not None:
         state.write_text(text)
     assert enforcing(state) is closed
+
+
+def test_a_line_that_cannot_be_told_is_the_end_of_its_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_pid: int, _line: str) -> bool:
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(standby, "tell", broken)
+    before = os.getpid()
+    assert standby._tell_aside(before)
+    assert os.getpid() == before
+    assert os.waitpid(-1, 0)[1] == 0
