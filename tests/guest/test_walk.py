@@ -37,7 +37,7 @@ def look(start: Path, root: Path, path: str) -> tuple[int, int]:
         after = len(os.listdir("/proc/self/fd"))
         os.close(first)
         os.close(top)
-        assert after == before, "a descriptor was left open"
+        assert after <= before, "a descriptor was left open"  # fewer: what an earlier test left was collected now
 
 
 PATHS = ["x", "./x", "b/x", "../x", "b/../x", "b/../../x", "up", "dir/x", "dir/../x", "dir/back", "b/back", "chain39",
