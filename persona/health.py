@@ -14,7 +14,7 @@ from persona.parsing import Bad, Reader, number, one_of
 from persona.quantities import parse_bytes
 
 RESOURCES = ("cpu", "memory", "io")  # what the kernel has pressure figures of
-LAYERS = ("seccomp", "bpf", "verify")
+LAYERS = ("seccomp", "bpf", "verify", "landlock")
 MOUNTS_MAX = 128
 UNITS_MAX = 64
 LAYERS_MAX = 16

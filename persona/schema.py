@@ -36,7 +36,7 @@ _VM_HEALTH = {
         "failed_units_below": {"type": "number", "minimum": 1, "maximum": 1000},
         "errors_below": {"type": "number", "minimum": 1, "maximum": 1000000},
         "clock_skew_below": {"type": ["string", "number"]},
-        "layers": {"type": "array", "items": {"enum": ["seccomp", "bpf", "verify"]}, "maxItems": 16},
+        "layers": {"type": "array", "items": {"enum": ["seccomp", "bpf", "verify", "landlock"]}, "maxItems": 16},
     },
 }
 

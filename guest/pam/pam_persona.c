@@ -275,6 +275,15 @@ static int install_filter(const struct reply *reply)
 			    SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, &program);
 }
 
+/* Landlock's rules where the kernel layer is missing; the kernel keeps a copy of them. */
+static bool bind_to(struct reply *reply)
+{
+	bool bound = reply->ruleset < 0 || syscall(SYS_landlock_restrict_self, reply->ruleset, 0) == 0;
+
+	wire_discard(reply);
+	return bound;
+}
+
 /* From here on a failure leaves a filter without a listener, or none at all: refuse, never go on. */
 static int put_up_gate(pam_handle_t *pamh, const struct options *options, const struct user *user, int fd,
 		       struct reply *reply, long deadline)
@@ -284,7 +293,13 @@ static int put_up_gate(pam_handle_t *pamh, const struct options *options, const 
 
 	if (listener < 0 && errno != EBUSY)
 		return without_agent(pamh, options, user, "seccomp");
+	if (listener >= 0 && !bind_to(reply)) {
+		pam_syslog(pamh, LOG_ERR, "landlock: %m; %s is refused", user->name);
+		close(listener);
+		return refuse(pamh, "persona: the gate could not be put up: landlock", PAM_SESSION_ERR);
+	}
 	/* EBUSY: a listener is there already.  Ours (a session inside a session), or somebody else's? */
+	wire_discard(reply);
 	sent = wire_send(fd, listener < 0 ? OP_PRESENT : OP_LISTENER, listener, deadline);
 	/* sshd forks without exec: a copy left open would let the session answer itself. */
 	if (listener >= 0)
@@ -301,7 +316,7 @@ static int decide(pam_handle_t *pamh, enum op op, int argc, const char **argv)
 	struct options options = parse_options(pamh, argc, argv);
 	long deadline = now_ms() + options.timeout_ms;
 	struct user user;
-	struct reply reply;
+	struct reply reply = { .ruleset = -1 };
 	int result = load_user(pamh, &user);
 	int fd;
 
@@ -334,6 +349,7 @@ static int decide(pam_handle_t *pamh, enum op op, int argc, const char **argv)
 		break;
 	}
 out:
+	wire_discard(&reply);
 	close(fd);
 	return result;
 }

@@ -160,29 +160,48 @@ bool wire_send_caller(int fd, enum op op, const struct caller *caller, long dead
 	return send_packet(fd, packet, size, -1, deadline);
 }
 
-bool wire_receive(int fd, struct reply *reply, long deadline)
+/* One packet; *passed is the descriptor that came with it, or -1. */
+static ssize_t receive_packet(int fd, char *packet, int *passed, long deadline)
 {
-	char packet[PACKET_MAX];
-	struct head head;
-	size_t filter_size, message_size;
+	union {
+		char space[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	struct iovec part = { packet, PACKET_MAX };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = control.space };
+	struct cmsghdr *item;
 	ssize_t size;
 
+	*passed = -1;
 	do {
 		if (!wait_for(fd, POLLIN, deadline))
-			return false;
-		size = recv(fd, packet, sizeof(packet), MSG_DONTWAIT);
+			return -1;
+		message.msg_controllen = sizeof(control.space);
+		size = recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	} while (size < 0 && (errno == EAGAIN || errno == EINTR));
 	if (size < 0)
-		return false;
+		return -1;
+	item = CMSG_FIRSTHDR(&message);
+	if (item != NULL && item->cmsg_level == SOL_SOCKET && item->cmsg_type == SCM_RIGHTS &&
+	    item->cmsg_len == CMSG_LEN(sizeof(int)))
+		memcpy(passed, CMSG_DATA(item), sizeof(int));
+	return size;
+}
+
+static bool parse(const char *packet, size_t size, struct reply *reply)
+{
+	struct head head;
+	size_t filter_size, message_size;
+
 	errno = EPROTO;
-	if ((size_t)size < sizeof(head) + 1)
+	if (size < sizeof(head) + 1)
 		return false;
 	memcpy(&head, packet, sizeof(head));
 	filter_size = head.count * sizeof(struct sock_filter);
 	if (head.magic != MAGIC || head.op > VERDICT_DONE || head.count > FILTER_MAX ||
-	    (size_t)size < sizeof(head) + filter_size + 1)
+	    size < sizeof(head) + filter_size + 1)
 		return false;
-	message_size = (size_t)size - sizeof(head) - filter_size;
+	message_size = size - sizeof(head) - filter_size;
 	if (message_size > sizeof(reply->message) || packet[size - 1] != '\0')
 		return false;
 	reply->verdict = (enum verdict)head.op;
@@ -195,4 +214,25 @@ bool wire_receive(int fd, struct reply *reply, long deadline)
 		if ((unsigned char)*c < 0x20 || *c == 0x7f)
 			*c = '?'; /* no message may drive a terminal */
 	return true;
+}
+
+bool wire_receive(int fd, struct reply *reply, long deadline)
+{
+	char packet[PACKET_MAX];
+	ssize_t size = receive_packet(fd, packet, &reply->ruleset, deadline);
+
+	if (size >= 0 && parse(packet, (size_t)size, reply))
+		return true;
+	wire_discard(reply);
+	return false;
+}
+
+void wire_discard(struct reply *reply)
+{
+	int error = errno;
+
+	if (reply->ruleset >= 0)
+		close(reply->ruleset);
+	reply->ruleset = -1;
+	errno = error;
 }

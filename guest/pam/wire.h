@@ -30,6 +30,7 @@ struct reply {
 	unsigned short filter_count;
 	struct sock_filter filter[FILTER_MAX];
 	char message[1024];
+	int ruleset; /* of Landlock, for the session; the receiver's to close; -1 where none came */
 };
 
 long now_ms(void);
@@ -43,5 +44,8 @@ bool wire_send_caller(int fd, enum op op, const struct caller *caller, long dead
 bool wire_send(int fd, enum op op, int passed, long deadline);
 
 bool wire_receive(int fd, struct reply *reply, long deadline);
+
+/* Closes the descriptor of a reply, if it has one. */
+void wire_discard(struct reply *reply);
 
 #endif

@@ -110,7 +110,7 @@ def run(settings: Settings) -> int:
     identifier = Identifier(settings.gate)
     link = Link(settings.broker, loop.deliver)
     questions = Questions(link, leases)
-    guard = Guard(_hung)
+    guard = Guard(_hung, cgroups=lambda uid: enforcer.cgroups_of(uid))
     journal = Journal(systemd.journal)
     recorder = Recorder(settings.broker, journal.add)
     personas = Personas(Path(settings.paths.state_dir) / "personas", questions.persona)

@@ -24,6 +24,7 @@ from persona_guest.core.leases import LeaseBook
 from persona_guest.core.messages import admission_line, printable
 from persona_guest.core.pam_wire import Caller, Verdict, reply
 from persona_guest.core.sessions import Session, from_json, to_json
+from persona_guest.gate.fallback import Fallback
 from persona_guest.gate.kernel_layer import LastWord
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.pam_socket import Reply
@@ -57,6 +58,7 @@ class Agent:
         self.settings = settings
         self.supervisor = supervisor
         self.last_word = last_word
+        self._fallback = Fallback(settings, last_word)
         self.leases = leases
         self.questions = questions
         self.connection = "connecting"
@@ -126,8 +128,23 @@ class Agent:
             else:
                 refuse(Denied(Reason.AGENT_OVERLOADED, help="too many sessions of this user are open"))
             return None
-        self._open(session, refuse, lambda: reply_to(reply(Verdict.GATE, instructions=self._filter)))
+        self._open(session, refuse, lambda: self._gate(session, refuse, reply_to))
         return session.id
+
+    def _gate(self, session: Session, refuse: Callable[[Denied], None], reply_to: Reply) -> None:
+        """What the module puts on the session: the filter, and Landlock's rules in the fallback."""
+        try:
+            ruleset = self._fallback.ruleset()
+        except OSError as error:
+            log.error("session %s: it cannot be bound: %s", session.id, error)
+            self.abandoned(session.id)
+            refuse(Denied(Reason.ENFORCEMENT_FAILED, help=f"guest.toml, gate.landlock_execute: {error.strerror}"))
+            return
+        try:
+            reply_to(reply(Verdict.GATE, instructions=self._filter), ruleset)
+        finally:
+            if ruleset is not None:
+                os.close(ruleset)
 
     def _open(self, session: Session, refuse: Callable[[Denied], None], gate: Callable[[], None]) -> None:
         """Calls one of the two, at once if the broker has just admitted this user to this process.
@@ -379,7 +396,8 @@ class Agent:
         """The parts of the gate by name, and whether each is active.  Safe to call from any thread."""
         active = self.last_word.layer.active
         limits, network = self.supervisor.place is not None, self.bases is not None
-        return {"seccomp": True, "bpf": active, "verify": not active, "limits": limits, "network": network}
+        found = {"seccomp": True, "bpf": active, "verify": not active, "limits": limits, "network": network}
+        return found | self._fallback.layers()
 
     def open_from_shell(self, pid: int, uid: int, shell: str, reply_to: Callable[[dict[str, Any]], None]) -> str:
         """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
@@ -392,8 +410,9 @@ class Agent:
 
         def gate() -> None:
             instructions = base64.b64encode(self._filter).decode()
-            greeting = self.greeting(session)
-            reply_to({"ok": True, "verdict": "install", "filter": instructions, "greeting": greeting})
+            greeting, below = self.greeting(session), self._fallback.directories
+            answer = {"ok": True, "verdict": "install", "filter": instructions, "greeting": greeting}
+            reply_to(answer | ({"landlock": list(below)} if below else {}))
 
         self._open(session, refuse, gate)
         return session.id

@@ -80,6 +80,12 @@ class Enforcer:
         except OSError as error:
             raise PersonaError(Reason.ENFORCEMENT_FAILED, f"its cgroup: {error}") from error
 
+    def cgroups_of(self, uid: int) -> list[str]:
+        """The directories of his places, but for what is his service manager's.  Safe to call from any thread."""
+        homes = [home for home in list(self.homes.values()) if home.uid == uid]
+        places = [place for home in homes for place in list(home.places.values())]
+        return [self.tree.path(place.cgroup) for place in places if not place.managed]
+
     def _settle(self, session: Session, task: Task, before: Image) -> Home:
         home = self.homes.get(session.id)
         if home is None:

@@ -81,6 +81,9 @@ class Gate:
         "/usr/bin/systemd-tmpfiles",
     )
     greeting: bool = True  # one line at an interactive login that names the persona
+    # Without the kernel layer, whatever is raced, programs start below these only: no mount(2), no container, and
+    # nothing of a user's own, hence not the default.
+    landlock_execute: tuple[str, ...] = ()
     require_kernel_layer: bool = False  # refuse sessions without it; not every kernel has it, hence not the default
 
 
@@ -148,6 +151,7 @@ def parse(document: dict[str, Any], source: str) -> Settings:
         ("dependencies.deadline_s", 1 <= settings.dependencies.deadline_s <= 3600, "1 to 3600 seconds"),
         ("gate.uid_min", 0 <= settings.gate.uid_min <= 0x7FFFFFFF, "0 or more"),
         ("gate.secure_path", all(map(os.path.isabs, settings.gate.secure_path)), "absolute directories"),
+        ("gate.landlock_execute", _are_directories(settings.gate.landlock_execute), "at most 64 absolute directories"),
         ("paths.cgroup_root", settings.paths.cgroup_root[:1] in ("", "/"), "an absolute directory, or none"),
         ("paths.bpf_dir", _is_below_bpffs(settings.paths.bpf_dir), "a directory below /sys/fs/bpf, or nothing"),
         ("gate.break_glass_group", bool(_NAME.fullmatch(settings.gate.break_glass_group)), "a group name"),
@@ -159,6 +163,10 @@ def parse(document: dict[str, Any], source: str) -> Settings:
 
 def _is_below_bpffs(directory: str) -> bool:
     return not directory or (os.path.normpath(directory) == directory and directory.startswith("/sys/fs/bpf/"))
+
+
+def _are_directories(names: tuple[str, ...]) -> bool:
+    return len(names) <= 64 and all(os.path.isabs(name) and "\0" not in name for name in names)
 
 
 def _is_url(url: str) -> bool:

@@ -1,10 +1,13 @@
 """A user who makes the agent wait in his memory: he is ended, and the agent goes on."""
 
+import contextlib
 import ctypes
 import mmap
 import os
 import signal
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from persona_guest.core.sessions import Session
-from persona_guest.gate.guard import Guard
+from persona_guest.gate.guard import Guard, kill_all_of
 from persona_guest.gate.inflight import InFlight
 from persona_guest.kernel import memory
 
@@ -110,6 +113,44 @@ def test_who_makes_the_agent_wait_is_killed_and_the_agent_goes_on(hostage: tuple
     assert os.read(asked, 1) == b"x", "the page was really asked for"
     assert 0.5 <= time.monotonic() - began < 6
     assert not gave_up
+
+
+CHAIN = """
+import os
+os.setresuid({uid}, {uid}, {uid})
+while True:
+    if os.fork():
+        os._exit(0)
+"""
+
+
+@pytest.fixture
+def cgroup() -> Iterator[str]:
+    """One of our own, in the hierarchy of this machine."""
+    roots = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2] == "cgroup2"]
+    directory = f"{roots[0]}/persona-test-{os.getpid()}"
+    os.mkdir(directory)
+    yield directory
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        Path(directory, "cgroup.kill").write_text("1")
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+            return
+        time.sleep(0.05)
+
+
+def test_a_chain_of_forks_does_not_outrun_the_end_of_its_cgroup(cgroup: str) -> None:
+    code = f"import os\nopen('{cgroup}/cgroup.procs', 'w').write('0')" + CHAIN.format(uid=UID)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+    def lives() -> bool:
+        return "populated 1" in Path(cgroup, "cgroup.events").read_text()
+
+    assert lives()
+    kill_all_of(UID, [cgroup])
+    time.sleep(0.1)
+    assert not lives()
 
 
 def test_where_killing_does_not_help_the_agent_gives_up() -> None:

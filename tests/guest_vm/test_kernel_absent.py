@@ -3,12 +3,15 @@
 import http.client
 import json
 import ssl
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import Broker, configure, site
+from tests.guest_vm.site import Broker, await_connected, configure, site
 
 OPTIONS = "lsm=landlock,lockdown,yama,apparmor"
 
@@ -58,6 +61,49 @@ def test_who_demands_the_layer_gets_no_session(plain: tuple[Machine, Broker]) ->
         assert refused.code == 255
         assert "kernel_layer_missing" in refused.err
         assert machine.ssh("root", "echo in").out == "in\n"
+    finally:
+        configure(machine, broker)
+
+
+LANDLOCK = """[gate]
+landlock_execute = ["/usr/bin", "/usr/sbin", "/usr/lib", "/bin", "/sbin", "/lib", "/lib64", "/usr/local/bin/race"]
+"""
+
+
+def wrong_starts(machine: Machine) -> int:
+    """How many races for a program that nobody allows were won meanwhile, and killed."""
+    machine.must("systemctl restart persona-agent")
+    await_connected(machine)
+    machine.must("rm -rf /tmp/race; mkdir -m 777 /tmp/race")
+    done = machine.ssh("carol", "race shared path 20000 15 /tmp/race 2>/dev/null", timeout=75)
+    assert done.code == 0, done.text
+    assert int(done.out) > 50
+    time.sleep(3)
+    return int(json.loads(machine.must("persona status --json"))["verified"]["wrong"])
+
+
+def test_landlock_bounds_what_can_be_raced_for(plain: tuple[Machine, Broker], static_c: Compiler) -> None:
+    machine, broker = plain
+    source = (Path(__file__).parent / "programs" / "race.c").read_text()
+    machine.put(static_c.compile("race", source), to="/usr/local/bin/race")
+    machine.must("chmod 755 /usr/local/bin/race; sleep 2")
+    own = "cp /usr/bin/true mine && ./mine && echo ran"
+    assert machine.ssh("carol", own).out == "ran\n"
+    assert wrong_starts(machine) > 0, "or it would say nothing that none is won below"
+    configure(machine, broker, extra=LANDLOCK)
+    try:
+        assert wrong_starts(machine) == 0
+        assert machine.must("ls /tmp/race") == ""
+        refused = machine.ssh("carol", own)
+        assert "Permission denied" in refused.err
+        assert "ran" not in refused.out
+        assert machine.ssh("carol", "mkdir -p one two; touch one/f && mv one/f two/ && ls two").out == "f\n"
+        assert "layers:    seccomp, verify, limits, network, landlock" in machine.ssh("alice", "persona status").out
+        assert 'persona_broker_vm_layer_active{vm="analytics-1",layer="landlock"} 1\n' in metrics(broker)
+        assert "ran" not in machine.must(f"su - carol -c '{own}' 2>&1 || true")
+        assert "ran" in machine.must(f"sh -c '{own}'")  # root's own login is nobody's to bound
+        configure(machine, broker, mode="complain", extra=LANDLOCK)
+        assert machine.ssh("carol", own).out == "ran\n"
     finally:
         configure(machine, broker)
 

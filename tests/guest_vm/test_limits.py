@@ -94,6 +94,13 @@ def test_sessions_without_a_scope_have_a_house(guest: Machine) -> None:
     wait = "for i in 1 2 3 4 5 6 7 8; do sleep 1; test -s at.out && break; done; cat at.out"
     at = guest.ssh("alice", f"rm -f at.out; echo 'cat /proc/self/cgroup > at.out 2>&1' | at now; {wait}").out
     assert re.fullmatch(r"user\.slice/persona-sessions\.service/s-\w+/DataAnalyst", cgroup(at))
+    guest.must("echo '@reboot cat /proc/self/cgroup > /tmp/cron.out' | crontab -u alice -; rm -f /run/crond.reboot")
+    try:
+        guest.must("rm -f /tmp/cron.out; systemctl restart cron")
+        cron = guest.must(wait.replace("at.out", "/tmp/cron.out"))
+    finally:
+        guest.must("crontab -u alice -r")
+    assert re.fullmatch(r"user\.slice/persona-sessions\.service/s-\w+/DataAnalyst", cgroup(cron))
     time.sleep(2)
     assert guest.root("ls -d /sys/fs/cgroup/user.slice/persona-sessions.service/s-*").code != 0
 

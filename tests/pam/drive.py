@@ -1,15 +1,19 @@
 """Drives a PAM stack as a program would, through pam_start_confdir(3); prints what came of it as JSON.
 
-Arguments: confdir, service, user, then of ``account``, ``session``, ``exec``, ``fds``, ``again``.  A
-process of its own for each run: a seccomp filter cannot be taken off again.
+Arguments: confdir, service, user, then of ``account``, ``session``, ``exec``, ``copy`` (an exec outside of the
+system's directories), ``fds``, ``again``.  A process of its own for each run: a seccomp filter
+cannot be taken off again.
 """
 
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 from typing import Any
+
+KINDS = ("seccomp", "landlock", "socket")
 
 pam = ctypes.CDLL("libpam.so.0")
 libc = ctypes.CDLL(None)
@@ -57,11 +61,17 @@ def main(confdir: str, service: str, user: str, *steps: str) -> None:
         elif step == "exec":
             done = subprocess.run(["/bin/echo", "ran"], capture_output=True, text=True, check=False)
             results[step] = done.stdout.strip()
+        elif step == "copy":
+            try:
+                subprocess.run([shutil.copy("/bin/true", confdir)], check=False)
+                results[step] = "ran"
+            except OSError as error:
+                results[step] = error.strerror
         elif step == "fds":
             found = [
                 os.readlink(f"/proc/self/fd/{fd}") for fd in range(3, 64) if os.path.lexists(f"/proc/self/fd/{fd}")
             ]
-            results[step] = [link for link in found if "seccomp" in link or "socket" in link]
+            results[step] = [link for link in found if any(kind in link for kind in KINDS)]
     results["messages"] = said
     print(json.dumps(results))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from persona_guest.core.pam_wire import Caller, Op, Verdict, parse, reply
-from persona_guest.kernel import seccomp
+from persona_guest.kernel import landlock, seccomp
 
 ROOT = Path(__file__).parents[2]
 MODULE = ROOT / "guest" / "pam" / "pam_persona.so"
@@ -179,6 +179,58 @@ def test_gate_is_put_up_and_no_copy_of_the_listener_stays(stack: Stack) -> None:
     assert found["exec"] == "ran"
     assert agent.notified >= 1
     assert [op for op, _ in agent.calls] == [Op.OPEN, Op.LISTENER]
+
+
+def bound(below: str) -> Script:
+    """As ``gate``, with Landlock's rules."""
+
+    def script(agent: FakeAgent, connection: socket.socket) -> None:
+        ruleset = landlock.starting_below(["/usr", below])
+        agent.take(connection)
+        socket.send_fds(connection, [reply(Verdict.GATE, instructions=seccomp.gate_filter())], [ruleset])
+        os.close(ruleset)
+        fds = agent.take(connection)
+        if fds:
+            agent.serve_execs(fds[0])
+        connection.send(reply(Verdict.DONE))
+
+    return script
+
+
+def test_landlock_s_rules_bind_the_session(stack: Stack) -> None:
+    stack.serve(bound("/nowhere"))
+    found = stack.run("session", "exec", "copy", "again", "copy", "fds")
+    assert (found["session"], found["again"], found["exec"]) == (SUCCESS, SUCCESS, "ran")
+    assert found["copy"] == "Permission denied"
+    assert found["fds"] == []
+
+
+def test_what_landlock_s_rules_name_runs(stack: Stack) -> None:
+    stack.serve(bound(str(stack.directory)))
+    assert stack.run("session", "copy")["copy"] == "ran"
+
+
+def test_what_came_instead_of_landlock_s_rules_refuses(stack: Stack) -> None:
+    def script(agent: FakeAgent, connection: socket.socket) -> None:
+        agent.take(connection)
+        socket.send_fds(connection, [reply(Verdict.GATE, instructions=seccomp.gate_filter())], [0])
+
+    stack.serve(script)
+    found = stack.run("session", "fds")
+    assert found["session"] == SESSION_ERR
+    assert found["fds"] == []
+    assert found["messages"] == ["persona: the gate could not be put up: landlock"]
+
+
+def test_a_descriptor_that_nobody_expects_is_closed(stack: Stack) -> None:
+    def script(agent: FakeAgent, connection: socket.socket) -> None:
+        agent.take(connection)
+        ruleset = landlock.starting_below(["/usr"])
+        socket.send_fds(connection, [reply(Verdict.PASS)], [ruleset])
+        os.close(ruleset)
+
+    stack.serve(script)
+    assert stack.run("account", "session", "fds")["fds"] == []
 
 
 def test_a_session_inside_a_session_asks_whether_the_gate_is_ours(stack: Stack) -> None:

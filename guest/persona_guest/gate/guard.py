@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from persona_guest.core.messages import printable
@@ -27,7 +27,7 @@ LIMIT_S = 1.0  # thousands of times what it takes
 _DOUBT = 5  # times as long, where it could as well be a disk that this machine waits for
 _LOOK_S = 0.25
 _PASSES = 32
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS = "/sys/fs/cgroup"
 _FUSE = "request_wait_answer"  # where a task sleeps that asked a FUSE server: nothing of this machine's is there
 
 
@@ -42,8 +42,15 @@ class Guard:
     denies what this one hangs in without reading it.
     """
 
-    def __init__(self, give_up: Callable[[], None], limit_s: float = LIMIT_S) -> None:
+    def __init__(
+        self,
+        give_up: Callable[[], None],
+        limit_s: float = LIMIT_S,
+        cgroups: Callable[[int], list[str]] = lambda uid: [],
+    ) -> None:
+        """``cgroups`` tells the directories of a user's own, beside his slice; another thread asks it."""
         self._give_up = give_up
+        self._cgroups = cgroups
         self._limit_s = limit_s
         self._thread = threading.get_native_id()
         self._entered: Entered | None = None
@@ -84,7 +91,7 @@ class Guard:
                     log.critical(
                         "%s makes the gate wait: all his processes are killed", printable(session.subject.user)
                     )
-                    kill_all_of(session.uid)
+                    kill_all_of(session.uid, self._cgroups(session.uid))
                 answered, until = entered, now + self._limit_s
             elif now > until:
                 log.critical("the gate hangs in an exec of %s", printable(session.subject.user))
@@ -100,11 +107,12 @@ class Guard:
             return False
 
 
-def kill_all_of(uid: int) -> None:
-    """SIGKILL for every process that has ``uid`` among its user ids, and whatever they start meanwhile."""
-    with contextlib.suppress(OSError):  # his logins and his service manager at once, however they fork: Linux 5.14
-        (_CGROUPS / f"user.slice/user-{uid}.slice/cgroup.kill").write_text("1")
-    for _ in range(_PASSES):  # sessions without a slice of his own are found one by one
+def kill_all_of(uid: int, cgroups: Iterable[str] = ()) -> None:
+    """SIGKILL for what lives in these cgroups and for all with ``uid`` among their user ids, until nobody is left."""
+    for directory in (f"{_CGROUPS}/user.slice/user-{uid}.slice", *cgroups):
+        with contextlib.suppress(OSError):  # all at once, however they fork: Linux 5.14
+            Path(directory, "cgroup.kill").write_text("1")
+    for _ in range(_PASSES):  # who has not been placed yet is found one by one
         if not _kill_seen(uid):
             return
 

@@ -1,5 +1,6 @@
 """The socket of pam_persona.so: root peers only, one short conversation a connection, never a wait."""
 
+import array
 import os
 import socket
 import struct
@@ -14,7 +15,12 @@ _CONNECTIONS_MAX = 256
 _DEADLINE_S = 10.0  # longer than the module's own
 _UCRED = struct.Struct("=iII")
 
-Reply = Callable[[bytes], None]
+
+class Reply(Protocol):
+    """Sends a packet, and a descriptor with it, which stays the caller's to close."""
+
+    def __call__(self, packet: bytes, fd: int | None = None) -> None:
+        """Once a question."""
 
 
 class Peer(Protocol):
@@ -115,11 +121,12 @@ class _Conversation:
             self._session = None
         self._ended(self)
 
-    def _reply(self, packet: bytes) -> None:
+    def _reply(self, packet: bytes, fd: int | None = None) -> None:
         if self._connection.fileno() < 0:
             return
         try:
-            self._connection.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            self._connection.sendmsg([packet], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError:
             self.end()
 

@@ -83,6 +83,8 @@ def _status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     layers = [layer for layer, active in status["layers"].items() if active]
     # the look after the start is what there is where the kernel has no last word: it is not missed there
     missing = [] if status["layers"]["bpf"] else [f"bpf, {status['kernel']['why_not']}"]
+    if missing and status["layers"].get("landlock") is False:
+        missing.append("landlock, not in this kernel")
     lease = f"{status['lease_s']:.0f} s" if status["lease_s"] else "none"
     lines = [
         ("persona", name),

@@ -4,7 +4,7 @@ import base64
 import os
 from typing import NamedTuple
 
-from persona_guest.kernel import seccomp
+from persona_guest.kernel import landlock, seccomp
 from persona_guest.shell.client import AgentError, Client
 
 
@@ -28,6 +28,7 @@ def install(path: str, shell: str) -> Gated:
             return Gated(text, installed=False)
         try:
             seccomp.set_no_new_privs()
+            _bind(answer.get("landlock"))
             listener = seccomp.install_listener(base64.b64decode(str(answer["filter"]), validate=True))
         except (OSError, ValueError) as error:
             raise AgentError("gate_failed", f"the gate cannot be put up: {error}") from None
@@ -36,3 +37,16 @@ def install(path: str, shell: str) -> Gated:
         finally:
             os.close(listener)  # a copy left here would let the session answer itself
         return Gated(text, installed=True)
+
+
+def _bind(directories: object) -> None:
+    """To programs below these.  Raises ``OSError`` or ``ValueError``."""
+    if directories is None:
+        return
+    if not isinstance(directories, list):
+        raise ValueError("landlock: expected a list of directories")
+    ruleset = landlock.starting_below(map(str, directories))
+    try:
+        landlock.restrict_self(ruleset)
+    finally:
+        os.close(ruleset)
