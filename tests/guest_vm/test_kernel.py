@@ -260,6 +260,18 @@ def test_programs_of_overlay_and_tmpfs_are_known_to_the_kernel_by_the_same_numbe
     assert kernel(odd_places) == before
 
 
+def test_where_inode_numbers_may_repeat_programs_are_looked_at_after_their_start_too(odd_places: Machine) -> None:
+    def looks() -> int:
+        time.sleep(2)
+        return sum(json.loads(odd_places.must("persona status --json"))["verified"].values())
+
+    before = looks()
+    assert odd_places.ssh("carol", "/usr/bin/true && /usr/bin/true && echo all").out == "all\n"
+    assert looks() == before
+    assert odd_places.ssh("carol", "/mnt/overlay/true && /mnt/tmpfs/copied && echo all").out == "all\n"
+    assert looks() == before + 2
+
+
 def test_a_user_s_own_mounts_lead_to_nothing(guest: Machine) -> None:
     guest.must("cp /usr/bin/touch /usr/local/bin/forbidden")
     # in namespaces of her own carol mounts the forbidden program over an allowed one, and an overlay over /usr/bin
