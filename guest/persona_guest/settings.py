@@ -81,8 +81,8 @@ class Gate:
         "/usr/bin/systemd-tmpfiles",
     )
     greeting: bool = True  # one line at an interactive login that names the persona
-    # Without the kernel layer, whatever is raced, programs start below these only: no mount(2), no container, and
-    # nothing of a user's own, hence not the default.
+    # Without the kernel layer, whatever is raced, programs start below these only; it takes mount(2) away, and with it
+    # every container and sandbox, hence not the default.
     landlock_execute: tuple[str, ...] = ()
     require_kernel_layer: bool = False  # refuse sessions without it; not every kernel has it, hence not the default
 

@@ -50,7 +50,7 @@ def test_commands_are_gated_all_the_same(plain: tuple[Machine, Broker]) -> None:
     assert machine.ssh("alice", "ls -d /etc").out == "/etc\n"
     assert machine.ssh("alice", "nmap --version").code == 126
     own = "import ctypes; l = ctypes.CDLL(None, use_errno=True); print(l.syscall(317, 1, 8, 0), ctypes.get_errno())"
-    assert machine.ssh("alice", f"python3 -c '{own}'").out == "-1 16\n"  # no listener of one's own: EBUSY
+    assert machine.ssh("alice", f"python3 -c '{elsewhere}'").out == "-1 16\n"  # no listener of one's own: EBUSY
 
 
 def test_who_demands_the_layer_gets_no_session(plain: tuple[Machine, Broker]) -> None:
@@ -86,24 +86,24 @@ def test_landlock_bounds_what_can_be_raced_for(plain: tuple[Machine, Broker], st
     machine, broker = plain
     source = (Path(__file__).parent / "programs" / "race.c").read_text()
     machine.put(static_c.compile("race", source), to="/usr/local/bin/race")
-    machine.must("chmod 755 /usr/local/bin/race; sleep 2")
-    own = "cp /usr/bin/true mine && ./mine && echo ran"
-    assert machine.ssh("carol", own).out == "ran\n"
+    machine.must("chmod 755 /usr/local/bin/race; cp /usr/bin/true /usr/local/bin/elsewhere; sleep 2")
+    elsewhere = "elsewhere && echo ran"
+    assert machine.ssh("carol", elsewhere).out == "ran\n"
     assert wrong_starts(machine) > 0, "or it would say nothing that none is won below"
     configure(machine, broker, extra=LANDLOCK)
     try:
         assert wrong_starts(machine) == 0
         assert machine.must("ls /tmp/race") == ""
-        refused = machine.ssh("carol", own)
+        refused = machine.ssh("carol", elsewhere)
         assert "Permission denied" in refused.err
         assert "ran" not in refused.out
         assert machine.ssh("carol", "mkdir -p one two; touch one/f && mv one/f two/ && ls two").out == "f\n"
         assert "layers:    seccomp, verify, limits, network, landlock" in machine.ssh("alice", "persona status").out
         assert 'persona_broker_vm_layer_active{vm="analytics-1",layer="landlock"} 1\n' in metrics(broker)
-        assert "ran" not in machine.must(f"su - carol -c '{own}' 2>&1 || true")
-        assert "ran" in machine.must(f"sh -c '{own}'")  # root's own login is nobody's to bound
+        assert "ran" not in machine.must(f"su - carol -c '{elsewhere}' 2>&1 || true")
+        assert "ran" in machine.must(f"sh -c '{elsewhere}'")  # root's own login is nobody's to bound
         configure(machine, broker, mode="complain", extra=LANDLOCK)
-        assert machine.ssh("carol", own).out == "ran\n"
+        assert machine.ssh("carol", elsewhere).out == "ran\n"
     finally:
         configure(machine, broker)
 
