@@ -50,7 +50,7 @@ def test_commands_are_gated_all_the_same(plain: tuple[Machine, Broker]) -> None:
     assert machine.ssh("alice", "ls -d /etc").out == "/etc\n"
     assert machine.ssh("alice", "nmap --version").code == 126
     own = "import ctypes; l = ctypes.CDLL(None, use_errno=True); print(l.syscall(317, 1, 8, 0), ctypes.get_errno())"
-    assert machine.ssh("alice", f"python3 -c '{elsewhere}'").out == "-1 16\n"  # no listener of one's own: EBUSY
+    assert machine.ssh("alice", f"python3 -c '{own}'").out == "-1 16\n"  # no listener of one's own: EBUSY
 
 
 def test_who_demands_the_layer_gets_no_session(plain: tuple[Machine, Broker]) -> None:
