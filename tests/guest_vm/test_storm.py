@@ -4,6 +4,8 @@ import json
 import os
 import time
 
+import pytest
+
 from tests.guest_vm.bound import CGROUPS
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT, Broker, await_connected
@@ -12,6 +14,7 @@ from tests.guest_vm.site import ROOT, Broker, await_connected
 ROUNDS, SESSIONS = 20, int(os.environ.get("PERSONA_STORM_SESSIONS", "10"))
 
 
+@pytest.mark.timeout(900 + ROUNDS * SESSIONS * 2)
 def test_twenty_rounds_leave_nothing_and_let_nothing_through(guest: Machine, broker: Broker) -> None:
     reach = f"(exec 3<>/dev/tcp/10.0.2.2/{broker.port}) && echo reached"
     assert guest.must(f"bash -c '{reach}'") == "reached\n", "or the sessions' tries would say nothing"
