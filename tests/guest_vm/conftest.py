@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest_vm.bound import DOCUMENTS
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT, Broker, await_connected, configure, site
 
@@ -20,7 +21,6 @@ ARTIFACTS = ROOT / "build" / "artifacts"
 # These hold the guest to times and rates, which another guest beside it would spoil.
 TIMED = {"test_limits.py", "test_following.py", "test_network.py", "test_failures.py"}
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # of several, each has a guest of its own
-DOCUMENTS = [ROOT / "examples", Path(__file__).parent / "documents"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

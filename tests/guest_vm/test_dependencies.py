@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.debs import build_deb
-from tests.guest_vm.conftest import DOCUMENTS
+from tests.guest_vm.bound import DOCUMENTS
 from tests.guest_vm.login import Terminal
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, configure

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest_vm.conftest import DOCUMENTS
+from tests.guest_vm.bound import DOCUMENTS
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import VM, Broker, await_connected
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest_vm.bound import DOCUMENTS
 from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, await_connected, configure, site
@@ -21,8 +22,10 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Broker]]:
     """A guest of its own, booted so."""
-    with site(tmp_path_factory.mktemp("absent"), OPTIONS) as found:
-        yield found
+    with site(tmp_path_factory.mktemp("absent"), OPTIONS) as (machine, broker):
+        broker.run("apply", *map(str, DOCUMENTS))
+        machine.must("cp /usr/bin/touch /usr/local/bin/forbidden")
+        yield machine, broker
 
 
 def metrics(broker: Broker) -> str:

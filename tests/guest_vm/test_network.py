@@ -29,6 +29,7 @@ from tests.guest_vm.machine import Machine, free_port
 from tests.guest_vm.site import Broker, await_connected, configure, install
 
 REFUSED, CUT, REFUSED_ICMP6, PROHIBITED, PROHIBITED6 = "ECONNREFUSED", "EPERM", "EACCES", "EHOSTUNREACH", "EACCES"
+HELPERS = Path(__file__).parent / "helpers"
 NEIGHBOURS = Path(__file__).parents[1] / "guest" / "neighbours.nft"
 
 
@@ -347,6 +348,35 @@ def test_firewalls_and_container_engines_beside_us_are_left_alone(guest: Machine
         assert guest.must(listing) == before
     finally:
         guest.must("; ".join(f"nft delete table {name}" for name in names))
+
+
+@pytest.fixture
+def ufw(guest: Machine) -> Iterator[str]:
+    """ufw, switched on, and Docker's rules; a command that lists what both of them loaded."""
+    guest.must("DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends ufw", timeout=600)
+    guest.must(f"ufw allow 22/tcp && ufw reject out proto tcp to {FAR4} port 5432 && ufw --force enable")
+    guest.must("iptables-restore --noflush", stdin=(HELPERS / "docker.rules").read_text())
+    try:
+        yield "; ".join(f"nft -s list table {name}" for name in ("ip filter", "ip6 filter", "ip nat"))
+    finally:
+        guest.must("ufw --force disable; for f in 'ip filter' 'ip6 filter' 'ip nat'; do nft delete table $f; done")
+
+
+def test_ufw_and_docker_s_rules_go_on_beside_us(guest: Machine, broker: Broker, ufw: str) -> None:
+    before = guest.must(ufw)
+    assert "ufw-user-output" in before
+    assert "DOCKER-USER" in before
+    tried = [("tcp", FAR4, 443), ("tcp", FAR4, 5432), ("tcp", OTHER4, 5432), ("tcp", FAR4, 22), ("tcp", FAR6, 443)]
+    expected = ["ok", REFUSED, "ok", REFUSED, "ok"]  # the second is ufw's
+    with bound(broker, {}, network_access=["any:tcp/443,5432"]):
+        assert attempt(guest, USER, tried) == expected
+        guest.must("ufw reload")
+        assert attempt(guest, USER, tried) == expected
+        guest.must("systemctl restart persona-agent")
+        await_connected(guest)
+        assert attempt(guest, USER, tried) == expected
+    assert sorted(guest.must(ufw).splitlines()) == sorted(before.splitlines())  # a reload puts its chains last
+    assert "Status: active" in guest.must("ufw status")
 
 
 def test_a_flushed_ruleset_is_back_at_once(guest: Machine, broker: Broker) -> None:
