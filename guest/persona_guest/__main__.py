@@ -17,6 +17,7 @@ from persona.decisions import Decision, Request
 from persona.problems import PersonaError
 from persona_guest import commands, gate_state
 from persona_guest import settings as configuration
+from persona_guest.accounts import caller_of
 from persona_guest.agent import Agent
 from persona_guest.bounds import Bounds
 from persona_guest.broker_client.events import Connected, Event, Stream
@@ -181,7 +182,7 @@ def run(settings: Settings) -> int:
 
     users = Users(agent, identifier, guard, release, Bounds(loop, enforcer), backed)
     pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
-    socket = UserSocket(loop, runtime / "agent.sock", users.handle)
+    socket = UserSocket(loop, runtime / "agent.sock", users.handle, caller_of)
     agent.restore(kept)
     if enforcing and net is not None:
         net.resolvers.refresh()

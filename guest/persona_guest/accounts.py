@@ -5,21 +5,20 @@ import grp
 import os
 import pwd
 
-from persona.problems import Fault, PersonaError
 from persona_guest.core.pam_wire import Caller
 
 
-def caller_of(uid: int, shell: str = "") -> Caller:
-    """The user database's word on a uid.  Raises ``PersonaError`` for one that it does not know."""
+def caller_of(uid: int) -> Caller | None:
+    """The user database's word on a uid; none where it knows nobody of that number."""
+    groups = []
     try:
         entry = pwd.getpwuid(uid)
-    except KeyError:
-        raise PersonaError(Fault.NOT_FOUND, f"uid {uid} is in no user database") from None
-    groups = []
-    for gid in os.getgrouplist(entry.pw_name, entry.pw_gid):
-        with contextlib.suppress(KeyError):
-            groups.append(grp.getgrgid(gid).gr_name)
-    return Caller(uid, "persona-shell", entry.pw_name, "", shell or entry.pw_shell, tuple(groups))
+        for gid in os.getgrouplist(entry.pw_name, entry.pw_gid):
+            with contextlib.suppress(KeyError):
+                groups.append(grp.getgrgid(gid).gr_name)
+    except (KeyError, OSError):
+        return None
+    return Caller(uid, "persona-shell", entry.pw_name, "", entry.pw_shell, tuple(groups))
 
 
 def user_name(uid: int) -> str:

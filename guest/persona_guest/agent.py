@@ -16,7 +16,7 @@ from typing import Any
 from persona.codec import Record
 from persona.decisions import Denied, PersonaRef, Subject
 from persona.problems import Fault, PersonaError, Reason
-from persona_guest.accounts import caller_of, user_name
+from persona_guest.accounts import user_name
 from persona_guest.bases import Bases
 from persona_guest.broker_client.events import Changed, Connected, Event, Lost
 from persona_guest.core.admission import Exemption, Recent, exemption
@@ -399,9 +399,8 @@ class Agent:
         found = {"seccomp": True, "bpf": active, "verify": not active, "limits": limits, "network": network}
         return found | self._fallback.layers()
 
-    def open_from_shell(self, pid: int, uid: int, shell: str, reply_to: Callable[[dict[str, Any]], None]) -> str:
+    def open_from_shell(self, caller: Caller, pid: int, reply_to: Callable[[dict[str, Any]], None]) -> str:
         """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
-        caller = caller_of(uid, shell)
         session = self._session(caller, pid)
 
         def refuse(denied: Denied) -> None:

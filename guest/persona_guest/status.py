@@ -6,13 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from persona.decisions import PersonaRef
-from persona_guest.accounts import user_name
 from persona_guest.agent import Agent
 from persona_guest.gate.pending import Gated
 
 
-def status(agent: Agent, gated: Gated | None, uid: int) -> dict[str, Any]:
-    """As docs/protocol.md has it; ``gated`` is the session that ``uid`` asks from, if it is one."""
+def status(agent: Agent, gated: Gated | None, user: str) -> dict[str, Any]:
+    """As docs/protocol.md has it; ``gated`` is the session that ``user`` asks from, if it is one."""
     session = gated.session if gated else None
     persona, policy = _current(agent, gated)
     layer, leases = agent.last_word.layer, agent.leases
@@ -21,7 +20,7 @@ def status(agent: Agent, gated: Gated | None, uid: int) -> dict[str, Any]:
         "gated": gated is not None,
         "mode": str(agent.settings.mode),
         "session": session.id if session else None,
-        "user": session.subject.user if session else user_name(uid),
+        "user": session.subject.user if session else user,
         "vm": agent.settings.vm.name,
         "persona": {"name": persona.name, "version": persona.version} if persona else None,
         "policy": policy,

@@ -7,7 +7,6 @@ from typing import Any
 from persona.codec import encode_decision, encode_program
 from persona.decisions import Decision, Denied, Request
 from persona.problems import Fault, PersonaError, Reason
-from persona_guest.accounts import caller_of
 from persona_guest.agent import Agent
 from persona_guest.bounds import Bounds
 from persona_guest.core.admission import exemption
@@ -81,7 +80,7 @@ class Users:
     def _status(self, call: Call, answer: Answer) -> None:
         call.only()
         gated = self._own(call)
-        status = status_of(self._agent, gated, call.uid)
+        status = status_of(self._agent, gated, call.caller.user if call.caller else str(call.uid))
         if gated is None or status["persona"] is None:
             answer(status)
             return
@@ -174,13 +173,15 @@ class Users:
             greeting = self._agent.greeting(gated.session)
             answer({"ok": True, "verdict": "present", "greeting": greeting})
             return
-        caller = caller_of(call.uid)
+        caller = call.caller
+        if caller is None:
+            raise PersonaError(Fault.NOT_FOUND, f"uid {call.uid} is in no user database")
         if exemption(caller.uid, caller.groups, self._agent.settings.gate):
             answer({"ok": True, "verdict": "pass", "greeting": None})
             return
         self._make_room(call)
         shell = _shell_of(caller, call.text("shell"))
-        self._opening[call.pid] = call.uid, self._agent.open_from_shell(call.pid, call.uid, shell, answer)
+        self._opening[call.pid] = call.uid, self._agent.open_from_shell(caller._replace(shell=shell), call.pid, answer)
 
     def _listener(self, call: Call, answer: Answer) -> None:
         call.only()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_guest.accounts import caller_of
 from persona_guest.broker_client.fair import FairQueue
-from persona_guest.ipc.user_socket import Answer, Call, UserSocket
+from persona_guest.ipc.user_socket import Answer, Call, UserSocket, Whois
 from persona_guest.journal import PER_SECOND, Journal
 from persona_guest.loop import Loop
 from persona_guest.questions import _bounded
@@ -79,7 +80,8 @@ class Served:
         self.calls: list[Call] = []
         self.held: list[Answer] = []
         self.loop = Loop()
-        self.socket = UserSocket(self.loop, path, self._handle)
+        self.whois: Whois = caller_of
+        self.socket = UserSocket(self.loop, path, self._handle, lambda uid: self.whois(uid))
         self._thread = threading.Thread(target=self.loop.run)
         self._thread.start()
 
@@ -179,6 +181,25 @@ def test_a_descriptor_whose_closing_waits_for_its_sender_delays_nobody(served: S
             assert ask(other, "now") == {"ok": True}
             assert time.monotonic() - began < 4  # and not 30
             assert json.loads(mine.recv(1000))["code"] == "bad_request"
+
+
+def test_a_user_database_that_takes_its_time_delays_only_who_asks(served: Served) -> None:
+    asked, knows = threading.Event(), threading.Event()
+
+    def slow(_uid: int) -> None:
+        asked.set()
+        knows.wait(20)
+
+    served.whois = slow
+    with served.connect() as mine, served.connect() as other:
+        mine.send(b'{"op": "now"}')
+        assert asked.wait(5)
+        served.whois = caller_of
+        assert ask(other, "now") == {"ok": True}
+        assert [call.caller.user for call in served.calls if call.caller] == ["root"]
+        knows.set()
+        assert json.loads(mine.recv(1000)) == {"ok": True}
+        assert served.calls[-1].caller is None
 
 
 def test_an_o_path_descriptor_comes_through(served: Served) -> None:

@@ -9,11 +9,12 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from persona.problems import Fault, PersonaError
+from persona_guest.core.pam_wire import Caller
 from persona_guest.ipc.pam_socket import listen, peer_credentials
 from persona_guest.kernel.seccomp import is_listener
 from persona_guest.loop import GONE, READABLE, Loop
@@ -43,6 +44,7 @@ class Call:
     op: str
     fields: dict[str, Any]
     fds: tuple[int, ...]
+    caller: Caller | None = None  # what the user database says of uid; none where it knows nobody of that number
 
     def text(self, name: str, default: str | None = None, limit: int = 4096) -> str:
         """A string field.  Raises ``PersonaError`` naming it."""
@@ -59,14 +61,19 @@ class Call:
 
 
 Handler = Callable[[Call, Answer], None]
+Whois = Callable[[int], Caller | None]
 
 
 class UserSocket:
-    """Serves JSON requests; ``handle`` answers now or later, once a request, or raises ``PersonaError``."""
+    """Serves JSON requests; ``handle`` answers now or later, once a request, or raises ``PersonaError``.
 
-    def __init__(self, loop: Loop, path: Path, handle: Handler) -> None:
+    ``whois`` is asked in a thread: the user database may have to ask the network (NSS).
+    """
+
+    def __init__(self, loop: Loop, path: Path, handle: Handler, whois: Whois) -> None:
         self._loop = loop
         self._handle = handle
+        self._whois = whois
         self._count: Counter[int] = Counter()
         self._server = listen(path, 0o666)
         loop.watch(self._server.fileno(), READABLE, self._accept)
@@ -87,7 +94,7 @@ class UserSocket:
             connection.close()
             return
         self._count[uid] += 1
-        _Connection(self._loop, connection, (pid, uid, gid), self._handle, lambda: self._ended(uid))
+        _Connection(self._loop, connection, (pid, uid, gid), self._handle, self._whois, lambda: self._ended(uid))
 
     def _ended(self, uid: int) -> None:
         self._count[uid] -= 1
@@ -109,12 +116,14 @@ class _Connection:
         connection: socket.socket,
         peer: tuple[int, int, int],
         handle: Handler,
+        whois: Whois,
         ended: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._connection = connection
         self._peer = peer
         self._handle = handle
+        self._whois = whois
         self._ended = ended
         self._over = False
         self._reading = True
@@ -175,12 +184,13 @@ class _Connection:
             data, fds, _, _ = socket.recv_fds(self._connection, _REQUEST_MAX + 1, _FDS_MAX, socket.MSG_CMSG_CLOEXEC)
         kept = [fd for fd in fds if _closes_at_once(fd)]
         whole = len(kept) == len(fds)
-        self._loop.deliver(lambda: self._received(data, kept, whole))
+        caller = self._whois(self._peer[1]) if data else None
+        self._loop.deliver(lambda: self._received(data, kept, whole, caller))
         for fd in set(fds) - set(kept):
             with contextlib.suppress(OSError):  # his file system may say what it likes
                 os.close(fd)
 
-    def _received(self, data: bytes, fds: list[int], whole: bool) -> None:
+    def _received(self, data: bytes, fds: list[int], whole: bool, caller: Caller | None) -> None:
         self._receiving = False
         try:
             if self._over:
@@ -190,7 +200,7 @@ class _Connection:
             elif not whole:
                 raise PersonaError(Fault.BAD_REQUEST, "descriptors: expected O_PATH ones, or a seccomp listener")
             else:
-                self._handle(_parse(data, self._peer, tuple(fds)), self._answer)
+                self._handle(replace(_parse(data, self._peer, tuple(fds)), caller=caller), self._answer)
         except PersonaError as error:
             self._answer(_refusal(error.code, error.message))
         except OSError:
