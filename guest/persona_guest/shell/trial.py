@@ -152,7 +152,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(6)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # its workers, too
         process.wait()
     if process.stderr:
         process.stderr.close()
