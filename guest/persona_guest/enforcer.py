@@ -235,6 +235,8 @@ class Enforcer:
                 plans.apply(facility.reconcile(wanted))
             except (PersonaError, OSError) as error:
                 log.error("%s: cannot be made so: %s", facility.name, error)
+            except Exception:  # whatever a user leaves to be found: the agent answers the others
+                log.exception("%s: cannot be made so", facility.name)
 
     def release(self) -> None:
         """Nothing of ours stays; the sessions go on without limits."""

@@ -14,7 +14,7 @@ from persona.decisions import PersonaRef
 from persona.documents import Persona
 from persona.problems import PersonaError
 from persona_guest.core.following import NOBODY, Held, choose
-from persona_guest.core.places import MANAGED, manager_of
+from persona_guest.core.places import MANAGED, Place, manager_of
 from persona_guest.enforce.home import Home
 from persona_guest.enforcer import Enforcer
 from persona_guest.gate.guard import Guard
@@ -90,32 +90,33 @@ class Sorter:
         done: dict[int, Running] = {}  # by pid: what needs no further look
         withdrawn: dict[int, Running] = {}
         stays = returns = whole = False
-        for _ in range(_PASSES):
-            found = list(self._look(pid for pid in self._enforcer.tree.processes(place.cgroup) if pid not in done))
-            if not found:
-                whole = True
-                break
-            for pid, running in found:
-                ref = self._target(running, home, old, pairs, shells)
-                if ref is None:
-                    target = self._enforcer.enter(home, place.persona, withdrawn=True)
-                    if not place.withdrawn:
+        try:
+            for _ in range(_PASSES):
+                found = list(self._look(pid for pid in self._enforcer.tree.processes(place.cgroup) if pid not in done))
+                if not found:
+                    whole = True
+                    break
+                for pid, running in found:
+                    ref = self._target(running, home, old, pairs, shells)
+                    if ref is None:
+                        target = self._enforcer.enter(home, place.persona, withdrawn=True)
                         withdrawn[pid] = running
-                else:
-                    target = self._enforcer.enter(home, ref)
-                if target.cgroup == place.cgroup:
-                    done[pid] = running
-                    stays = True
-                else:
-                    with contextlib.suppress(ProcessLookupError):
-                        self._enforcer.tree.move(target.cgroup, pid)
-                    returns |= place.withdrawn
+                    else:
+                        target = self._enforcer.enter(home, ref)
+                    if target.cgroup == place.cgroup:
+                        done[pid] = running
+                        stays = True
+                    else:
+                        with contextlib.suppress(ProcessLookupError):
+                            self._enforcer.tree.move(target.cgroup, pid)
+                        returns |= place.withdrawn
+        finally:  # the next try finds what was moved where it is withdrawn already
+            if withdrawn:
+                self._withdraw(home, place, old, withdrawn)
         if not stays and not self._enforcer.tree.populated(place.cgroup):
             self._enforcer.leave(home, key)
         if returns and old.on_revoke == "freeze":
             self._tell(home, f"persona: {old.name} applies again; what was frozen goes on")
-        if withdrawn:
-            self._withdraw(home, place.persona, old, withdrawn)
         return whole
 
     @staticmethod
@@ -125,11 +126,15 @@ class Sorter:
             return home.base  # the login shell is admission's, until the session itself is revoked
         return ref
 
-    def _withdraw(self, home: Home, ref: PersonaRef, old: Persona, rest: dict[int, Running]) -> None:
-        cgroup = self._enforcer.enter(home, ref, withdrawn=True).cgroup
+    def _withdraw(self, home: Home, place: Place, old: Persona, rest: dict[int, Running]) -> None:
+        """``place`` is where it was: perhaps withdrawn already, by an agent that ended before it ended this."""
+        cgroup = self._enforcer.enter(home, place.persona, withdrawn=True).cgroup
         if old.on_revoke == "kill":
-            self._end(home, old, cgroup, rest)
+            if not place.withdrawn or cgroup not in self._ending:
+                self._end(home, old, cgroup, rest)
         elif old.on_revoke == "freeze":
+            if place.withdrawn and "1" in self._enforcer.tree.read(cgroup, "cgroup.freeze"):
+                return
             self._enforcer.tree.write(cgroup, "cgroup.freeze", "1")
             self._tell(home, f"persona: {old.name} no longer applies: {_names(rest)} frozen until it does again")
             for running in list(rest.values())[:_NAMED_MAX]:

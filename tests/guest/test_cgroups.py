@@ -1,8 +1,10 @@
 """Limits as plans over a fake hierarchy; what the kernel makes of them is tests/guest_vm/test_limits.py's."""
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from persona_guest.core.limits import Setting, settings_of, weight_of
@@ -217,3 +219,32 @@ def test_disks_are_whole_and_each_once(tmp_path: Path, cgroups: Cgroups) -> None
     assert disks(str(tmp_path / "mountinfo"), str(tmp_path / "dev")) == ("254:0",)
     with pytest.raises(OSError, match="No such file"):
         disks(str(tmp_path / "missing"), str(tmp_path / "dev"))
+
+
+def test_a_user_s_own_word_on_his_own_cgroup_is_no_error(tmp_path: Path) -> None:
+    # what systemd hands to a user's service manager is a directory of his
+    tree = Hierarchy(str(tmp_path))
+    os.mkdir(tree.path("his"))
+    os.setxattr(tree.path("his"), "user.persona", b"\xff\0")
+    assert tree.noted("his")
+    tree.note("his", "")
+    assert tree.noted("his") == ""
+
+
+def test_a_source_that_a_user_may_have_named_is_not_looked_at(
+    tmp_path: Path, cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mountinfo").write_text(
+        "1 1 0:46 / /home/m/a rw - fuse.x /dev/zero rw\n2 1 0:47 / /home/m/b rw - fuse /dev/../home/m/mnt rw\n"
+        "3 1 0:48 / /c rw - btrfs /dev/../dev/zero rw\n4 1 0:49 / /d rw - btrfs /dev/full rw\n"
+    )
+    looked: list[str] = []
+    stat = os.stat
+
+    def noting(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        looked.append(str(path))
+        return stat(path, *args, **more)
+
+    monkeypatch.setattr(os, "stat", noting)
+    disks(str(tmp_path / "mountinfo"), str(tmp_path / "dev"))
+    assert [path for path in looked if path.startswith("/dev/")] == ["/dev/full"]

@@ -20,6 +20,7 @@ from persona_guest.gate.inflight import InFlight
 from persona_guest.kernel import memory
 
 from persona.decisions import Subject
+from tests.guest.headless import headless
 
 pytestmark = pytest.mark.root
 
@@ -113,6 +114,12 @@ def test_who_makes_the_agent_wait_is_killed_and_the_agent_goes_on(hostage: tuple
     assert os.read(asked, 1) == b"x", "the page was really asked for"
     assert 0.5 <= time.monotonic() - began < 6
     assert not gave_up
+
+
+def test_a_process_without_its_leader_is_found_too() -> None:
+    with headless(UID) as process:
+        kill_all_of(UID)
+        assert process.wait(5) == -9
 
 
 CHAIN = """

@@ -14,6 +14,7 @@ from persona_guest.kernel.task import Process, Task
 from persona_guest.loop import Loop
 
 from persona.decisions import Subject
+from tests.guest.headless import headless
 
 
 def image(path: str) -> Image:
@@ -84,6 +85,17 @@ def test_a_next_program_that_begins_from_a_wrong_one_is_killed(sleeper: subproce
     _, found = watch(sleeper.pid, first, second)
     assert "another program" in found[0]
     assert sleeper.wait(5) == -9
+
+
+def test_a_leader_that_ends_at_once_hides_nothing() -> None:
+    with headless() as process:
+        verifier, found = watch(process.pid, Expectation(SLEEP, TRUE, None, None))
+        assert verifier.counts.wrong == 1
+        assert "another program" in found[0]
+        assert process.wait(5) == -9
+    with headless() as process:
+        verifier, found = watch(process.pid, Expectation(SLEEP, PYTHON, b"other\0", None))
+        assert (verifier.counts.wrong, found) == (1, ["other arguments"])
 
 
 def test_gone() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from persona_guest.core.messages import printable
 from persona_guest.core.sessions import Session
-from persona_guest.kernel.task import Task
+from persona_guest.kernel.task import Task, living
 
 log = logging.getLogger("persona.gate")
 
@@ -125,8 +125,8 @@ def _kill_seen(uid: int) -> bool:
         with contextlib.suppress(OSError, KeyError):  # gone meanwhile
             pidfd = os.pidfd_open(int(name))
             try:
-                task = Task(int(name))
-                if uid in task.credentials().uids and not task.is_zombie():
+                if uid in Task(int(name)).credentials().uids:
+                    living(int(name))
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                     seen = True
             finally:

@@ -8,7 +8,7 @@ from persona_guest.core.following import Stage
 from persona_guest.core.messages import printable
 from persona_guest.core.script import Shebang
 from persona_guest.gate.identity import Identified, Identifier, Image
-from persona_guest.kernel.task import Task
+from persona_guest.kernel.task import Task, living
 from persona_guest.settings import Settings
 
 _ARGV_MAX = 65536
@@ -16,19 +16,22 @@ _ARGV_MAX = 65536
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """``stages``: the script that an interpreter was started for, if any, then what really runs."""
+    """``stages``: the script that an interpreter was started for, if any, then what really runs.
+
+    None, where that cannot be told: no whitelist can vouch for it.
+    """
 
     stages: tuple[tuple[Identified, tuple[str, ...]], ...]
 
     @property
     def image(self) -> Image:
         """The file that it runs."""
-        return self.stages[-1][0].image
+        return self.stages[-1][0].image if self.stages else Image(0, 0)
 
     @property
     def name(self) -> str:
         """What people call it."""
-        return printable(os.path.basename(self.stages[0][0].program.path))
+        return printable(os.path.basename(self.stages[0][0].program.path)) if self.stages else "a program"
 
     @property
     def trusted(self) -> tuple[Stage, ...]:
@@ -41,13 +44,22 @@ class Running:
 
     def plumbing(self, settings: Settings) -> bool:
         """Whether it is the session's own machinery."""
+        if not self.stages:
+            return False
         found = self.stages[-1][0]
         return found.trusted and any(fnmatchcase(found.program.path, one) for one in settings.gate.plumbing)
 
 
 def look(pid: int, identifier: Identifier) -> Running:
-    """Raises ``OSError`` where it is gone."""
-    task = Task(pid)
+    """Raises ``ProcessLookupError`` where it is gone."""
+    try:
+        return _look(living(pid), identifier)
+    except OSError:
+        living(pid)
+        return Running(())
+
+
+def _look(task: Task, identifier: Identifier) -> Running:
     program = _identify(task, b"/proc/self/exe", identifier)
     words = task.command_line(_ARGV_MAX).split(b"\0")[:-1]
     argv = tuple(map(os.fsdecode, words))

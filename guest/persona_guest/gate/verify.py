@@ -14,7 +14,7 @@ from typing import NamedTuple
 from persona_guest.core.sessions import Session
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Image
-from persona_guest.kernel.task import Process
+from persona_guest.kernel.task import Process, living
 from persona_guest.loop import Loop
 
 _FIRST_LOOK_S = 0.003
@@ -142,12 +142,12 @@ def _superseded(look: _Look, running: Image) -> str:
 def _compare(process: Process, expected: Expectation) -> str | None:
     """_RIGHT, _GONE, ``None`` = the exec has not happened (yet), else what is wrong."""
     try:
-        running = Image(*process.task.running())
+        running = Image(*_running(process))
         if running != expected.after:
             process.signal(0)  # still there: so it was this process that was looked at
             return None if running == expected.before else _another(running)
         if expected.argv is not None:
-            seen = process.task.command_line(len(expected.argv) + 1)
+            seen = living(process.task.tid).command_line(len(expected.argv) + 1)
             if seen == expected.argv_before:
                 return None
             if seen and seen != expected.argv:
@@ -156,6 +156,14 @@ def _compare(process: Process, expected: Expectation) -> str | None:
     except OSError:
         return _GONE
     return _RIGHT
+
+
+def _running(process: Process) -> tuple[int, int]:
+    """By its leader, and where that has ended by a thread that goes on."""
+    try:
+        return process.task.running()
+    except OSError:
+        return living(process.task.tid).running()
 
 
 def _another(running: Image) -> str:

@@ -88,9 +88,9 @@ class Hierarchy:
                 os.removexattr(self.path(cgroup), _NOTE)
 
     def noted(self, cgroup: str) -> str:
-        """What ``note`` kept; empty where there is nothing."""
+        """What ``note`` kept; empty where there is nothing.  On a cgroup of a user's own it may be his word."""
         try:
-            return os.getxattr(self.path(cgroup), _NOTE).decode()
+            return os.getxattr(self.path(cgroup), _NOTE).decode("utf-8", "replace")
         except OSError:
             return ""
 

@@ -4,6 +4,7 @@ A thread id may be reused once its thread is gone.  While the task waits for the
 (the caller asks the listener afterwards whether it still waited); later ``Process`` holds on to it.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -163,6 +164,25 @@ class Task:
             return os.read(fd, limit)
         finally:
             os.close(fd)
+
+
+def living(pid: int) -> Task:
+    """A thread of the process that still runs: its leader, or any other where that ended before them.
+
+    /proc shows nothing of a leader that has ended.  Raises ``ProcessLookupError`` where all have.
+    """
+    leader = Task(pid)
+    try:
+        if not leader.is_zombie():
+            return leader
+        for name in os.listdir(f"/proc/{pid}/task"):
+            thread = Task(int(name))
+            with contextlib.suppress(OSError):  # one that ends meanwhile
+                if not thread.is_zombie():
+                    return thread
+    except OSError:
+        pass
+    raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
 
 def _own_link(path: bytes) -> str | None:

@@ -1,0 +1,179 @@
+"""Running processes of a session whose persona changed: each is moved, or withdrawn, however it hides."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+from persona_guest import sorter as sorters
+from persona_guest.core.following import Held
+from persona_guest.core.sessions import Session
+from persona_guest.enforce.cgroups import Cgroups
+from persona_guest.enforce.home import Home
+from persona_guest.enforcer import Enforcer
+from persona_guest.gate.guard import Guard
+from persona_guest.gate.identity import Identifier, Image
+from persona_guest.gate.pending import Gated
+from persona_guest.gate.running import look
+from persona_guest.kernel.task import living
+from persona_guest.loop import Loop
+from persona_guest.personas import Personas
+from persona_guest.settings import Gate, Settings
+from persona_guest.sorter import Sorter
+
+from persona.decisions import PersonaRef, Subject
+from persona.documents import Persona, parse_document
+from persona.patterns import Whitelist, parse_pattern
+from tests.guest.fake_cgroups import FakeHierarchy
+from tests.guest.headless import headless
+
+OLD, NEW = PersonaRef("Old", 1), PersonaRef("New", 1)
+SCOPE = "user.slice/user-1000.slice/session-1.scope"
+SESSION = Session("s-1", Subject("alice", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0.0)
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def document(name: str, whitelist: list[str], on_revoke: str) -> Persona:
+    found = parse_document({"kind": "Persona", "name": name, "command_whitelist": whitelist, "on_revoke": on_revoke})
+    assert isinstance(found, Persona)
+    return found
+
+
+class Documents:
+    """A fake store of personas."""
+
+    def __init__(self, on_revoke: str) -> None:
+        self.known = {"Old": document("Old", ["**"], on_revoke), "New": document("New", ["/usr/bin/true"], on_revoke)}
+
+    def get(self, ref: PersonaRef) -> Persona:
+        return self.known[ref.name]
+
+
+class Site:
+    """A sorter over a fake hierarchy, and a session under Old in it."""
+
+    def __init__(self, directory: Path, on_revoke: str) -> None:
+        self.loop = Loop()
+        self.tree = FakeHierarchy(directory / "tree")
+        self.tree.grow(SCOPE)
+        self.told: list[str] = []
+        enforcer = Enforcer(
+            self.loop, self.tree, [Cgroups(self.tree, "/dev/null")], cast(Personas, Documents(on_revoke)),
+            directory / "places", lambda _session: OLD, lambda _place: None,
+        )  # fmt: skip
+        self.enforcer = enforcer
+        self.home = Home("s-1", 1000, SCOPE, Image(0, 0), OLD)
+        self.gated = Gated(SESSION, -1, 0, (), b"s-1")
+        self.sorter = Sorter(
+            Settings(), self.loop, enforcer, Identifier(Gate()), Guard(lambda: None),
+            lambda _home, line: self.told.append(line), lambda *_: None,
+        )  # fmt: skip
+
+    def put(self, pid: int, *, withdrawn: bool = False) -> str:
+        """The cgroup of Old, with a process in it."""
+        place = self.enforcer.enter(self.home, OLD, withdrawn=withdrawn)
+        Path(self.tree.path(place.cgroup, "cgroup.kill")).write_text("0")
+        self.tree.move(place.cgroup, pid)
+        return place.cgroup
+
+    def follow(self) -> bool:
+        """New applies now, which allows nothing that these tests run."""
+        holding = (Held(NEW, "p", Whitelist((parse_pattern("/usr/bin/true"),))),)
+        return self.sorter.follow(self.home, self.gated, holding, revoked=True)
+
+    def run(self, seconds: float) -> None:
+        self.loop.call_later(seconds, self.loop.stop)
+        self.loop.run()
+
+
+@pytest.fixture
+def stubborn() -> Iterator[subprocess.Popen[str]]:
+    """Ends by SIGKILL only."""
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_process_whose_leader_has_ended_is_known_by_its_threads() -> None:
+    with headless() as process:
+        assert not os.path.exists(f"/proc/{process.pid}/exe")
+        assert look(process.pid, Identifier(Gate())).image.inode == os.stat(sys.executable).st_ino
+        process.kill()
+        process.wait()
+        with pytest.raises(ProcessLookupError):
+            living(process.pid)
+
+
+def test_it_follows_as_any_other(tmp_path: Path) -> None:
+    site = Site(tmp_path, "kill")
+    with headless() as process:
+        site.put(process.pid)
+        assert site.follow()
+        assert site.tree.processes(f"{SCOPE}/-Old") == [process.pid]
+        assert process.wait(5) == -signal.SIGTERM
+
+
+def test_what_cannot_be_told_is_allowed_by_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path, "freeze")
+    monkeypatch.setattr("persona_guest.kernel.task.Task.command_line", lambda *_: (_ for _ in ()).throw(OSError(5, "")))
+    with subprocess.Popen(["/usr/bin/sleep", "60"]) as process:
+        site.put(process.pid)
+        assert site.follow()
+        assert site.tree.processes(f"{SCOPE}/-Old") == [process.pid]
+        assert site.tree.read(f"{SCOPE}/-Old", "cgroup.freeze") == "1\n"
+        process.kill()
+
+
+def test_an_agent_ends_what_the_one_before_it_had_withdrawn(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorters, "GRACE_S", 0.3)
+    site = Site(tmp_path, "kill")
+    cgroup = site.put(stubborn.pid, withdrawn=True)
+    assert site.follow()
+    assert len(site.told) == 1
+    assert site.follow()
+    assert len(site.told) == 1, "it is under way"
+    time.sleep(0.1)
+    assert stubborn.poll() is None
+    site.run(0.5)
+    assert site.tree.read(cgroup, "cgroup.kill") == "1\n"
+
+
+def test_what_is_withdrawn_and_runs_is_frozen(tmp_path: Path, stubborn: subprocess.Popen[str]) -> None:
+    site = Site(tmp_path, "freeze")
+    cgroup = site.put(stubborn.pid, withdrawn=True)
+    assert site.follow()
+    assert site.follow()
+    assert site.tree.read(cgroup, "cgroup.freeze") == "1\n"
+    assert len(site.told) == 1
+
+
+def test_what_was_moved_before_an_error_is_frozen_all_the_same(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, "freeze")
+    site.put(stubborn.pid)
+    move = site.tree.move
+
+    def moves_once(cgroup: str, pid: int) -> None:
+        move(cgroup, pid)
+        raise OSError(28, "no space left")
+
+    monkeypatch.setattr(site.tree, "move", moves_once)
+    assert not site.follow()
+    assert site.tree.read(f"{SCOPE}/-Old", "cgroup.freeze") == "1\n"
