@@ -106,7 +106,7 @@ class Watch:
 
     def _failed_units(self) -> tuple[str, ...] | None:
         try:
-            return self._units.failed()[:UNITS_MAX]
+            return tuple(unit for unit in self._units.failed() if not health.is_users(unit))[:UNITS_MAX]
         except UnitsError as error:
             log.debug("failed units cannot be told: %s", error)
             return None

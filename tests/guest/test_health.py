@@ -51,6 +51,9 @@ def test_figures_of_proc() -> None:
     assert health.load_average("3.00 0.10 0.05 1/99 1234\n", 2) == 1.5
 
 
+SSHD = {"_UID": 0, "SYSLOG_IDENTIFIER": "sshd"}
+
+
 @pytest.mark.parametrize(
     ("entry", "counted"),
     [
@@ -62,9 +65,26 @@ def test_figures_of_proc() -> None:
         ({"_UID": 0, "_AUDIT_LOGINUID": 1000}, False),  # sudo of a login user
         ({"_UID": 0, "_AUDIT_LOGINUID": 0}, True),
         ({"_UID": "nonsense"}, True),
+        ({"_UID": 0, "COREDUMP_UID": 1000}, False),  # systemd-coredump tells of a user's crash
+        ({"_UID": 0, "COREDUMP_UID": 0}, True),
+        ({"_UID": 0, "UNIT": "user@1000.service"}, False),  # PID 1: Failed to start User Manager for UID 1000.
+        ({"_UID": 0, "UNIT": "nginx.service"}, True),
+        ({"_TRANSPORT": "kernel", "MESSAGE": "Memory cgroup out of memory: Killed process 7 (x)"}, False),
+        ({"_TRANSPORT": "kernel", "MESSAGE": b"Memory cgroup out of memory: Killed process 7 (\xff)"}, False),
+        ({"_TRANSPORT": "kernel", "MESSAGE": "Out of memory: Killed process 7 (x)"}, True),
+        ({"_TRANSPORT": "kernel", "MESSAGE": "I/O error, dev vda, sector 1"}, True),
+        ({"_UID": 0, "MESSAGE": "Memory cgroup out of memory: it says"}, True),
+        (SSHD | {"MESSAGE": "error: kex_exchange_identification: Connection closed by remote host"}, False),
+        (SSHD | {"MESSAGE": "error: Protocol major versions differ: 2 vs. 1"}, False),
+        (SSHD | {"MESSAGE": "error: kex_protocol_error: type 90 seq 3 [preauth]"}, False),
+        (SSHD | {"MESSAGE": "fatal: Timeout before authentication for 127.0.0.1 port 5"}, False),
+        (SSHD | {"MESSAGE": "error: beginning MaxStartups throttling"}, False),
+        (SSHD | {"SYSLOG_IDENTIFIER": "sshd-session", "MESSAGE": "fatal: userauth_pubkey: x [preauth]"}, False),
+        (SSHD | {"MESSAGE": "error: Could not load host key: /etc/ssh/ssh_host_rsa_key"}, True),
+        ({"_UID": 0, "MESSAGE": "error: kex_exchange_identification: another's"}, True),
     ],
 )
-def test_errors_of_login_users_do_not_count(entry: Mapping[str, object], counted: bool) -> None:
+def test_errors_that_login_users_or_strangers_cause_do_not_count(entry: Mapping[str, object], counted: bool) -> None:
     assert health.counts(entry, 1000) is counted
 
 
@@ -149,6 +169,16 @@ def test_without_a_bus_failed_units_are_not_known(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UnitsError):
         Units().failed()
     assert Watch(1000, dict).look(None).failed_units is None
+
+
+def test_what_users_can_make_fail_is_no_failed_unit_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    users = (
+        *("session-5.scope", "session-c1.scope", "user-1000.slice", "user-1000-x.slice"),
+        *("run-user-1000.mount", "run-user-1000-doc.mount", "user-runtime-dir@1000.service", "user@1000.service"),
+    )
+    machines = ("nginx.service", "run-lock.mount", "run-r5.scope", "user.slice", "users@1.service")
+    monkeypatch.setattr(Units, "failed", lambda _self: (*users * 10, *machines))
+    assert Watch(1000, dict).look(None).failed_units == machines  # and users' crowd out none
 
 
 @pytest.mark.skipif(shutil.which("dbus-daemon") is None, reason="needs dbus-daemon")

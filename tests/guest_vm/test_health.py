@@ -104,6 +104,20 @@ def test_a_unit_that_failed_denies(guest: Machine) -> None:
 
 
 @pytest.mark.usefixtures("asking")
+def test_a_user_who_kills_his_service_manager_makes_nothing_unhealthy(guest: Machine) -> None:
+    with guest.session("alice") as session:
+        unit = f"user@{session.ask('echo $UID').strip()}.service"
+        processes = f"/sys/fs/cgroup/user.slice/user-$UID.slice/{unit}/init.scope/cgroup.procs"
+        session.ask(f"for pid in $(<{processes}); do kill -9 $pid; done")  # nothing but bash itself
+        try:
+            until(lambda: guest.root(f"systemctl is-failed {unit}").out == "failed\n", 30)
+            time.sleep(12)  # two looks
+            assert session.ask("ls -d /etc") == "/etc\n"
+        finally:
+            guest.root(f"systemctl reset-failed {unit}")
+
+
+@pytest.mark.usefixtures("asking")
 def test_a_wrong_clock_denies(guest: Machine) -> None:
     guest.must("date -u -s @$(($(date +%s) + 40)) >/dev/null")
     try:

@@ -1,4 +1,4 @@
-"""What the files of /proc say of a machine's health, which log entries count, and when a report is news.
+"""What the files of /proc say of a machine's health, which log entries and units count, and when a report is news.
 
 proc(5): mountinfo, meminfo, loadavg, pressure; systemd.journal-fields(7).
 """
@@ -13,6 +13,18 @@ _NO_LOGIN = 0xFFFFFFFF  # audit login uid of what no login started
 _UID_MAX = 60000  # login.defs on Debian; above are system users that systemd makes up
 # File systems on disks whose device number is not the disk's.
 _ANONYMOUS = ("btrfs", "zfs", "bcachefs")
+# Units of the system's manager that logind starts for a user, and what he mounts in his /run/user.
+_USERS_UNIT = re.compile(
+    r"user(-runtime-dir)?@.+\.service|session-.+\.scope|user-.+\.slice|run-user-\d+(-.+)?\.mount", re.DOTALL
+)
+# Of an OOM kill the kernel logs this line alone as an error.  When it is the machine that is full, it begins otherwise.
+_LIMIT_REACHED = "Memory cgroup out of memory: "
+# What sshd says of whoever talks to it and is nobody yet; "[preauth]" is its mark on most of that.
+_STRANGER = re.compile(
+    r"error: (kex_exchange_identification|kex_protocol_error|Protocol major versions differ|beginning MaxStartups)"
+    r"|(error|fatal): Timeout before authentication|.* \[preauth\]$",
+    re.DOTALL,
+)
 WINDOW_S = 60.0
 COUNTED_MAX = 10_000  # errors in a window; more is no more of a reason
 
@@ -85,12 +97,28 @@ class Errors:
 
 
 def counts(entry: Mapping[str, object], uid_min: int) -> bool:
-    """Whether an error is the machine's own: what a login user says must not take others' personas away."""
+    """Whether an error is the machine's own: what a login user does must not take others' personas away."""
     login = _number(entry.get("_AUDIT_LOGINUID"))
     if login is not None and uid_min <= login != _NO_LOGIN:
         return False
-    uid = _number(entry.get("_UID"))
-    return uid is None or not uid_min <= uid <= _UID_MAX
+    # systemd-coredump is root and says whose program crashed
+    uid = _number(entry.get("COREDUMP_UID", entry.get("_UID")))
+    if uid is not None and uid_min <= uid <= _UID_MAX:
+        return False
+    message = entry.get("MESSAGE", "")
+    # bytes where it is not UTF-8, which a user's process can call itself
+    text = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
+    if entry.get("_TRANSPORT") == "kernel":
+        return not text.startswith(_LIMIT_REACHED)
+    # not _COMM: journald does not get to read that of a process that says one line and ends
+    if str(entry.get("SYSLOG_IDENTIFIER")).startswith("sshd"):  # or sshd-session
+        return _STRANGER.match(text) is None
+    return not is_users(str(entry.get("UNIT", "")))
+
+
+def is_users(unit: str) -> bool:
+    """Whether a unit of the system's manager is a user's own, which he can make fail as he likes."""
+    return _USERS_UNIT.fullmatch(unit) is not None
 
 
 def _number(value: object) -> int | None:

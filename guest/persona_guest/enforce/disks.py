@@ -50,8 +50,10 @@ def _disk_of(device: str, devices: str) -> str | None:
 
 def _source(fields: list[str]) -> str:
     try:
-        source = fields[fields.index("-") + 2]
-        status = os.stat(source) if source.startswith("/dev/") else None
-    except (ValueError, IndexError, OSError):
+        kind, source = fields[fields.index("-") + 1 :][:2]
+        # whoever mounts FUSE names its source; and a way out of /dev may lead into a file system that he serves
+        ours = not kind.startswith("fuse") and source.startswith("/dev/") and os.path.normpath(source) == source
+        status = os.stat(source) if ours else None
+    except (ValueError, OSError):
         return ""
     return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}" if status is not None else ""
