@@ -57,6 +57,7 @@ def test_the_layer_is_loaded_before_logins_and_shown(guest: Machine) -> None:
 
 @pytest.mark.parametrize("what", ["path", "argv"])
 @pytest.mark.parametrize("who", ["shared", "thread", "writev", "fault"])
+@pytest.mark.timeout(900 + SECONDS)
 def test_no_race_is_won(guest: Machine, broker: Broker, static_c: Compiler, who: str, what: str) -> None:
     put(guest, static_c, "race")
     guest.must("rm -rf /tmp/race; mkdir -m 777 /tmp/race; sysctl -q vm.unprivileged_userfaultfd=1")

@@ -16,15 +16,18 @@ import time
 
 FOUND = "/tmp/storm"
 dice = random.Random()  # noqa: S311 - nothing secret
+TOGETHER = 16
 HANGS_S = 120  # for a session of some seconds, on a machine with hundreds of them
 
 TRIES = """
+exec 9<> <(:)
 : > {found}/opened-$$
 end=$((SECONDS + {seconds}))
 while :; do
     /usr/local/bin/forbidden {found}/ran-$$
     (exec 3<>/dev/tcp/10.0.2.2/{port}) && : > {found}/reached-$$
     [ $SECONDS -ge $end ] && break
+    read -rt 0.3 -u 9  # a builtin: nothing is started, and the others have the machine
 done 2>/dev/null
 : > {found}/ended-$$
 """
@@ -49,7 +52,7 @@ def storm(sessions: int, port: int, users: list[str]) -> int:
     running = []
     for _ in range(sessions):
         running.append(session(dice.choice(users), port))
-        while sum(one.poll() is None for one in running) > 40:
+        while sum(one.poll() is None for one in running) >= TOGETHER:
             time.sleep(0.05)
         time.sleep(dice.uniform(0, 0.2))
     hung = 0
