@@ -59,6 +59,10 @@ class Bases:
         if (known := self._forget(session)) is not None:
             self._try(known[0])
 
+    def alive(self, session: str) -> bool:
+        """Whether it has not ended."""
+        return session in self._sessions
+
     def restore(self, alive: Mapping[str, int]) -> None:
         """Takes up what the agent before this one kept of sessions that are still there; binds nothing yet.
 

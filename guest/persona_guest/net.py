@@ -11,7 +11,7 @@ from persona_guest.bases import Bases
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.interface import Facility
 from persona_guest.enforce.meddling import Meddling
-from persona_guest.enforce.nft import Network
+from persona_guest.enforce.nft import Network, Outside
 from persona_guest.enforce.plan import Plan
 from persona_guest.enforce.refusals import Refusals, Tell
 from persona_guest.enforce.resolvers import Resolvers
@@ -32,7 +32,8 @@ class Net:
         self.table = Table(ways.number)
         self.bases = Bases(runtime / "bases.json", document, self._bind)
         self._routes = Routes(ways, Routing(), self.table, self.bases.current)
-        self._network = Network(self.table, ways.number, cgroups, self.bases.current)
+        outside = Outside(runtime / "outside.json", self.bases.alive)
+        self._network = Network(self.table, ways.number, cgroups, self.bases.current, outside)
         self.facilities: tuple[Facility, ...] = (self._routes, self._network)
         self.resolvers = Resolvers(self.table)
 

@@ -2,7 +2,8 @@
 
 ``netprobe.py serve PORT... ADDRESS...`` greets on TCP and echoes on UDP at these ports, at all addresses
 where none is given, and prints ``ready``.  ``netprobe.py try`` reads a JSON list of [kind, host, port] and
-prints a list of outcomes: ``ok``, an errno's name, or ``silence``.  Standard library only.
+prints a list of outcomes: ``ok``, an errno's name, or ``silence``.  ``netprobe.py hold HOST PORT`` opens a flow of
+TCP and one of UDP, prints ``open``, and for each line that it reads how both fare.  Standard library only.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import time
 
 TIMEOUT = 3.0
 GREETING = b"hello\n"
+UDPLITE = 136
 EVERYWHERE = ["0.0.0.0", "::"]  # noqa: S104 - that is what is tested
 
 
@@ -27,8 +29,13 @@ def serve(ports: list[int], addresses: list[str]) -> None:
     for port in ports:
         for address in addresses or EVERYWHERE:
             family = family_of(address)
-            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-                sock = socket.socket(family, kind)
+            for kind, protocol in ((socket.SOCK_STREAM, 0), (socket.SOCK_DGRAM, 0), (socket.SOCK_DGRAM, UDPLITE)):
+                try:
+                    sock = socket.socket(family, kind, protocol)
+                except OSError:
+                    if protocol == UDPLITE:  # newer kernels have none
+                        continue
+                    raise
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if family == socket.AF_INET6:
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -88,6 +95,15 @@ def tcp_mapped(host: str, port: int) -> str:
 def udp(host: str, port: int) -> str:
     """Sends a datagram and hears its echo."""
     with socket.socket(family_of(host), socket.SOCK_DGRAM) as sock:
+        sock.settimeout(TIMEOUT)
+        sock.connect((host, port))
+        sock.send(b"x")
+        return "ok" if sock.recv(16) == b"x" else "no echo"
+
+
+def udplite(host: str, port: int) -> str:
+    """The same by UDP-Lite."""
+    with socket.socket(family_of(host), socket.SOCK_DGRAM, UDPLITE) as sock:
         sock.settimeout(TIMEOUT)
         sock.connect((host, port))
         sock.send(b"x")
@@ -162,7 +178,7 @@ def packet(_host: str, _port: int) -> str:
 
 KINDS = {
     "tcp": tcp, "tcp_mapped": tcp_mapped, "udp": udp, "udp_unconnected": udp_unconnected, "udp_mapped": udp_mapped,
-    "dns": dns, "ping": ping, "raw_ping": raw_ping, "raw_tcp": raw_tcp, "packet": packet,
+    "udplite": udplite, "dns": dns, "ping": ping, "raw_ping": raw_ping, "raw_tcp": raw_tcp, "packet": packet,
 }  # fmt: skip
 
 
@@ -182,6 +198,33 @@ def stream(host: str, port: int) -> None:
             print(time.time(), errno.errorcode.get(error.errno or 0, str(error)), flush=True)
 
 
+def hold(host: str, port: int) -> None:
+    """Until its input ends."""
+    with (
+        socket.socket(family_of(host), socket.SOCK_STREAM) as flow,
+        socket.socket(family_of(host), socket.SOCK_DGRAM) as datagrams,
+    ):
+        for sock in (flow, datagrams):
+            sock.settimeout(TIMEOUT)
+            sock.connect((host, port))
+        flow.recv(16)
+        print("open", flush=True)
+        for _ in sys.stdin:
+            print(json.dumps([fares(flow), fares(datagrams)]), flush=True)
+
+
+def fares(sock: socket.socket) -> str:
+    """Whether it still gets an echo."""
+    sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # what came of the last time
+    try:
+        sock.send(b"x")
+        return "ok" if sock.recv(16) == b"x" else "no echo"
+    except TimeoutError:
+        return "silence"
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+
+
 def main() -> None:
     """See the module."""
     if sys.argv[1] == "serve":
@@ -189,6 +232,8 @@ def main() -> None:
         serve([int(word) for word in words if word.isdigit()], [word for word in words if not word.isdigit()])
     elif sys.argv[1] == "stream":
         stream(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1] == "hold":
+        hold(sys.argv[2], int(sys.argv[3]))
     else:
         print(json.dumps([attempt(*item) for item in json.load(sys.stdin)]))
 

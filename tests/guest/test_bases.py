@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from persona_guest.bases import Bases
 from persona_guest.core.following import NOBODYS
+from persona_guest.core.places import Place
 from persona_guest.core.sessions import Session
+from persona_guest.enforce.nft import Outside
 from persona_guest.enforce.plan import Plan
 
 from persona.decisions import PersonaRef, Subject
@@ -113,3 +115,57 @@ def test_released_is_for_good(bound: Bound, tmp_path: Path) -> None:
 def test_the_file_says_who_is_under_what(bound: Bound, tmp_path: Path) -> None:
     bound.bases.opened(session("a"), TWO)
     assert json.loads((tmp_path / "bases.json").read_text()) == {"a": [1000, "Two", 7]}
+
+
+# --- cgroups that are not below a user's slice ----------------------------------------------------------
+
+
+def housed(session: str, persona: str = "One", uid: int = 1000) -> Place:
+    return Place(session, PersonaRef(persona, 1), f"user.slice/persona-sessions.service/{session}/{persona}", uid)
+
+
+def test_what_is_outside_of_its_users_slice() -> None:
+    assert housed("a").outside
+    assert Place("a", ONE, "user.slice/persona-sessions.service/shared-One/a", 1000).outside
+    assert Place("a", ONE, "user.slice/user-1001.slice/session-3.scope/One", 1000).outside
+    assert not Place("a", ONE, "user.slice/user-1000.slice/session-3.scope/One", 1000).outside
+    assert not Place("a", ONE, "user.slice/user-1000.slice/user@1000.service", 1000).outside
+
+
+def test_cgroups_of_live_sessions_are_all_known_and_those_of_ended_ones_not_for_ever(
+    bound: Bound, tmp_path: Path
+) -> None:
+    outside = Outside(tmp_path / "outside.json", bound.bases.alive)
+    bound.bases.opened(session("long"), ONE)
+    for number in range(300):
+        outside.add(housed("long", f"P{number}"), number)
+    for number in range(300):
+        bound.bases.opened(session(f"job{number}"), ONE)
+        outside.add(housed(f"job{number}"), 1000 + number)
+        bound.bases.ended(f"job{number}")
+    outside.add(housed("other", uid=1001), 5000)
+    again = Outside(tmp_path / "outside.json", bound.bases.alive)
+    for known in (outside, again):
+        numbers = [number for number, _ in known.of(1000)]
+        assert numbers == [*range(300), *range(1045, 1300)]
+        assert known.of(1001) == [(5000, housed("other").cgroup)]
+    again.forget(1000)
+    assert Outside(tmp_path / "outside.json").of(1000) == []
+    assert len(Outside(tmp_path / "outside.json").of(1001)) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"1": 1}', '{"a": [1, "s", "c"]}'])
+def test_a_file_of_cgroups_that_cannot_be_read_is_said(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "outside.json").write_text(text)
+    assert Outside(tmp_path / "outside.json").of(1000) == []
+    assert "not known any more" in caplog.text
+
+
+def test_a_cgroup_that_cannot_be_kept_is_not_known(tmp_path: Path) -> None:
+    outside = Outside(tmp_path / "gone" / "outside.json")
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            outside.add(housed("a"), 1)
+    assert outside.of(1000) == []

@@ -7,11 +7,12 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from persona_guest.core.places import Place
 from persona_guest.enforce import plan as plans
-from persona_guest.enforce.nft import Network
+from persona_guest.enforce.nft import Network, Outside
 from persona_guest.enforce.plan import PlanError
 from persona_guest.enforce.table import Table
 
@@ -112,6 +113,8 @@ MATRIX = [
     ("udp_unconnected", FAR4, 5433, CUT),
     ("udp_mapped", FAR4, 443, "ok"),
     ("udp_mapped", FAR4, 5433, CUT),
+    ("udplite", FAR4, 443, CUT),
+    ("udplite", FAR6, 443, CUT),
     ("dns", FAR4, 0, "ok"),
     ("dns", FAR6, 0, "ok"),
     ("dns", OTHER4, 0, CUT),
@@ -130,7 +133,8 @@ def test_what_is_listed_is_reached_and_nothing_else(world: World, network: Netwo
     cgroup = enter(network, world, *RULES)
     found = world.attempt([row[:3] for row in MATRIX], cgroup=cgroup)
     assert list(zip(MATRIX, found, strict=True)) == [(row, row[3]) for row in MATRIX]
-    assert set(world.attempt([row[:3] for row in MATRIX if row[0] != "raw_tcp"])) == {"ok"}  # beside it: all open
+    open_ = [row[:3] for row in MATRIX if row[0] not in ("raw_tcp", "udplite")]
+    assert set(world.attempt(open_)) == {"ok"}  # beside it
 
 
 def test_nothing_listed_is_nothing_but_loopback(world: World, network: Network) -> None:
@@ -168,7 +172,9 @@ def test_listening_sockets_hear_only_whom_they_may(world: World, network: Networ
     ]  # fmt: skip
     found = world.attempt([row[:3] for row in tries], where="far")
     assert list(zip(tries, found, strict=True)) == [(row, row[3]) for row in tries]
-    assert world.attempt([("tcp", "127.0.0.1", 8082)]) == ["ok"]
+    assert world.attempt([("tcp", "127.0.0.1", 8082), ("udplite", "127.0.0.1", 8082)]) == ["ok", "ok"]
+    # the kernel does not tell whose socket of UDP-Lite it is
+    assert world.attempt([("udplite", NEAR4, 8080), ("udplite", NEAR6, 8080)], where="far") == [PROHIBITED, "EACCES"]
     # to be let in is not to be let out
     assert world.attempt([("tcp", FAR4, 443), ("udp", FAR4, 443)], cgroup=cgroup) == [REFUSED, CUT]
     server.kill()
@@ -300,6 +306,91 @@ def test_a_cgroup_that_is_gone_is_left_and_made_anew(world: World, network: Netw
     plans.apply(network.leave(where))
     assert not table.bound
     assert not [item for item in listed(world) if "element" in item or ("chain" in item and "Gone" in str(item))]
+
+
+class Holder:
+    """A program of root's in a session outside of its user's slice (sudo in a su), with flows of TCP and UDP."""
+
+    def __init__(self, world: World, cgroup: str) -> None:
+        self._root = world.root
+        self._process = world.start("hold", FAR4, "443", cgroup=cgroup)
+
+    def moved(self, cgroup: str) -> None:
+        """It lives there from now on; its sockets stay where they were made."""
+        (self._root / cgroup / "cgroup.procs").write_text(str(self._process.pid))
+
+    def fares(self) -> list[str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return list(json.loads(self._process.stdout.readline()))
+
+
+def moved_on(world: World, network: Network) -> Holder:
+    """Begun under Left, which is left and gone; it is under Other by now."""
+    holder = Holder(world, enter(network, world, "any:tcp/443", "any:udp/443", name="Left"))
+    assert holder.fares() == ["ok", "ok"]
+    holder.moved(enter(network, world, "any:tcp/443", "any:udp/443", name="Other"))
+    plans.apply(network.leave(place(world, "Left")))
+    (world.root / place(world, "Left").cgroup).rmdir()
+    return holder
+
+
+def test_sockets_of_a_place_that_was_left_count_as_the_users(
+    world: World, network: Network, bases: dict[int, Persona]
+) -> None:
+    """Those of another owner too, where no cgroup above tells whose they are."""
+    under(network, bases, UID, "any:tcp/443", "any:udp/443")
+    holder = moved_on(world, network)
+    assert holder.fares() == ["ok", "ok"]
+    under(network, bases, UID, "any:tcp/443")
+    assert holder.fares() == ["ok", CUT]
+    under(network, bases, UID)
+    assert holder.fares() == ["ECONNRESET", CUT]
+    del bases[UID]  # with his last session
+    plans.apply(network.base(UID))
+    assert holder.fares()[1] == "ok"
+
+
+def test_sockets_of_a_place_that_was_made_anew_count_as_the_users(
+    world: World, network: Network, bases: dict[int, Persona]
+) -> None:
+    under(network, bases, UID)
+    holder = Holder(world, enter(network, world, "any:tcp/443", "any:udp/443", name="Left"))
+    holder.moved(enter(network, world, "any", name="Other"))
+    (world.root / place(world, "Left").cgroup).rmdir()
+    again = enter(network, world, "any:tcp/443", name="Left")  # without that it was left
+    assert holder.fares() == ["ECONNRESET", CUT]
+    assert world.attempt([("tcp", FAR4, 443)], cgroup=again) == ["ok"]
+    plan = network.leave(place(world, "Left"))
+    plans.apply(plan)
+    assert world.attempt([("tcp", FAR4, 443)], cgroup=again) == [REFUSED]
+    plans.undo(plan)
+    assert world.attempt([("tcp", FAR4, 443)], cgroup=again) == ["ok"]
+    assert holder.fares()[1] == CUT
+
+
+def test_what_places_left_behind_is_taken_up_by_the_next_agent(world: World, table: Table, tmp_path: Path) -> None:
+    bases = {UID: persona("any:tcp/443", name="Base")}
+    first = Network(table, number, str(world.root), bases, Outside(tmp_path / "outside.json"))
+    plans.apply(first.base(UID))
+    holder = moved_on(world, first)
+    assert holder.fares() == ["ok", CUT]
+    wanted = {place(world, "Other"): persona("any", name="Other")}
+    successor = world.in_near(lambda: Table(number))
+    second = Network(successor, number, str(world.root), bases, Outside(tmp_path / "outside.json"))
+    plans.apply(second.reconcile(wanted))
+    assert second.reconcile(wanted) == ()
+    assert holder.fares() == ["ok", CUT]
+    bases[UID] = persona(name="Base")
+    plans.apply(second.base(UID))
+    assert second.reconcile(wanted) == ()
+    assert holder.fares() == ["ECONNRESET", CUT]
+    bases.clear()
+    plans.apply(second.reconcile({}))
+    assert json.loads((tmp_path / "outside.json").read_text()) == {}
+    successor.close()
 
 
 def test_unused_chains_go_with_the_last_that_used_them(world: World, network: Network, table: Table) -> None:

@@ -315,6 +315,50 @@ def test_what_is_open_is_cut_within_a_second(guest: Machine, broker: Broker, how
         assert float(cut) - changed < took + 1
 
 
+@pytest.fixture
+def held(guest: Machine) -> Iterator[None]:
+    """bob may sudo; what ``hold`` left running ends."""
+    guest.must(f"echo '{USER} ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/{USER}; chmod 440 /etc/sudoers.d/{USER}")
+    yield
+    guest.must(f"rm -f /etc/sudoers.d/{USER}; pkill -f '[n]etprobe.py hold'; true")
+
+
+def fares(guest: Machine) -> list[str]:
+    """How the two flows of ``hold`` fare now."""
+    answered = "for i in $(seq 100); do [ $(wc -l <held) -gt $n ] && break; sleep 0.1; done; tail -n 1 held"
+    found: list[str] = json.loads(guest.must(f"cd ~{USER}; n=$(wc -l <held); echo >ask; {answered}"))
+    return found
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("per", ["session", "persona"])
+def test_sockets_of_sudo_in_a_session_without_a_scope_follow(guest: Machine, broker: Broker, per: str) -> None:
+    """Its places lie outside of its user's slice, and these sockets are not its user's."""
+    rules = ["any:tcp/443", "any:udp/443"]
+    with bound(broker, {"per": per}, network_access=rules):
+        hold = f"sudo -n python3 -Iu {PROGRAM} hold {FAR4} 443 0<>ask >held 2>&1 &"
+        wait = "for i in $(seq 100); do grep -q open held && break; sleep 0.1; done"
+        guest.must(f"su - {USER} -c 'rm -f ask held; mkfifo ask; {hold} {wait}'")
+        where = "cat /proc/$(pgrep -f '^python3 .*[n]etprobe.py hold')/cgroup"
+        assert "persona-sessions.service" in guest.must(where)
+        assert fares(guest) == ["ok", "ok"]
+        apply(broker, persona("Next", {"per": per}, network_access=rules), policy("bound", "Next"))
+        deadline = time.monotonic() + 20
+        while "Next" not in guest.must(where) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert "Next" in guest.must(where)
+        assert fares(guest) == ["ok", "ok"]  # made under Bound, they count as the user's now
+        guest.must("systemctl restart persona-agent")
+        await_connected(guest)
+        assert fares(guest) == ["ok", "ok"]
+        apply(broker, persona("Next", {"per": per}), policy("bound", "Next", users=("nobody",)))
+        deadline = time.monotonic() + 20
+        while (found := fares(guest)) == ["ok", "ok"] and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert found[1] in (CUT, "EHOSTUNREACH")
+        assert fares(guest)[0] in ("ECONNRESET", "EPIPE")
+
+
 def test_a_forward_of_a_login_without_a_program_follows_too(guest: Machine, broker: Broker) -> None:
     port = free_port()
     with bound(broker, {}, network_access=["any:tcp/443"]), tunnel(guest, "-L", f"{port}:{FAR4}:443"):

@@ -64,6 +64,11 @@ class Place:
         return self.parent.startswith(f"{HOUSE}/{_SHARED}")
 
     @property
+    def outside(self) -> bool:
+        """Whether it lies outside of its user's slice: once it is gone, nothing above tells whose its sockets are."""
+        return not self.cgroup.startswith(f"user.slice/user-{self.uid}.slice/")
+
+    @property
     def managed(self) -> bool:
         """Whether systemd owns the cgroup (a user's service manager): nothing is made or moved there."""
         return manager_of(self.cgroup, self.uid) == self.cgroup

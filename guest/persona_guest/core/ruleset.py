@@ -22,8 +22,8 @@ LOG_RATE, LOG_BURST, LOG_BYTES = 20, 100, 64  # a second, at once, of each packe
 MARK_SHIFT = 24
 MARK_MASK = 0xFF << MARK_SHIFT  # the low bits of a mark are other programs'
 MARKS_MAX = 255
-ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
-_NAMES = {ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMPV6: "ipv6-icmp"}
+ICMP, TCP, UDP, ICMPV6, UDPLITE = 1, 6, 17, 58, 136
+_NAMES = {ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMPV6: "ipv6-icmp", UDPLITE: "udplite"}
 _DNS = 53
 # Where a local stub may listen: systemd-resolved(8); resolv.conf names the others.
 STUBS = ("127.0.0.53", "127.0.0.54")
@@ -333,10 +333,13 @@ def base_chains() -> tuple[Chain, ...]:
     listen: list[Rule] = [(ByCgroup(level, f"in{level}"),) for level in LEVELS]
     local: list[Rule] = [(Not(Port("dport", _DNS, _DNS)), ACCEPT), (*other, ACCEPT)]
     output: list[Rule] = [(Loopback("oif"), Verdict("jump local")), *judge, (ByOwner("owner"),)]
-    # of an ICMP error the kernel would look up the socket that it is about
-    into: list[Rule] = [(Protocol(TCP), NotOpening(), ACCEPT), (Loopback("iif"), ACCEPT), (*other, ACCEPT), *listen]
+    # of an ICMP error the kernel would look up the socket that it is about; of protocols but these it finds none, and
+    # a socket of UDP-Lite is anybody's to make, without a module
+    strange: Rule = (*other, Verdict("jump strange"))
+    into: list[Rule] = [(Protocol(TCP), NotOpening(), ACCEPT), (Loopback("iif"), ACCEPT), strange, *listen]
     return (
         Chain("local", tuple(local)),
+        Chain("strange", ((Protocol(UDPLITE), Verdict("refuse")), (ACCEPT,))),
         # of type route, so that a mark given here is routed by; before the translation of addresses
         Chain("output", tuple(output), Hook("route", "output", -150)),
         Chain("input", tuple(into), Hook("filter", "input", 0)),

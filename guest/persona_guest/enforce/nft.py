@@ -5,9 +5,12 @@ table in one step, so that no packet meets a state in between.
 """
 
 import contextlib
+import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from persona.documents import Persona
 from persona_guest.core import ruleset
@@ -17,18 +20,68 @@ from persona_guest.enforce.interface import Wanted
 from persona_guest.enforce.plan import Plan
 from persona_guest.enforce.table import Bound, Key, Number, Table
 
+log = logging.getLogger("persona.enforce")
+
 _KNOWN_MAX = 2048  # what was worked out once, for when everything is looked at again
+_ENDED_MAX = 256  # cgroups of ended sessions, from which a socket may have been handed on
+
+
+class Outside:
+    """The cgroups of places outside of their user's slice, by number, past their end and that of an agent.
+
+    A socket is known by the cgroup that it was made in as long as it lives, and the kernel gives no number twice.
+    Kept are all of sessions that are ``alive``, and the newest others, until the user has no session.
+    """
+
+    def __init__(self, path: Path | None = None, alive: Callable[[str], bool] = lambda _session: True) -> None:
+        self._path = path
+        self._alive = alive
+        self._known: dict[int, tuple[int, str, str]] = {}
+        try:
+            kept = json.loads(path.read_text()) if path is not None else {}
+            self._known = {int(n): (int(uid), str(session), str(cgroup)) for n, (uid, session, cgroup) in kept.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            log.error("%s: %s; sockets of others' that users' programs left open are not known any more", path, error)
+
+    def of(self, uid: int) -> list[tuple[int, str]]:
+        """Number and path of each that is a user's."""
+        return [(number, cgroup) for number, (owner, _, cgroup) in self._known.items() if owner == uid]
+
+    def add(self, place: Place, number: int) -> None:
+        """A place is about to be bound.  Raises ``OSError`` where that cannot be kept."""
+        if number in self._known:
+            return
+        known = {**self._known, number: (place.uid, place.session, place.cgroup)}
+        ended = [n for n, (_, session, _) in known.items() if not self._alive(session)]
+        for old in ended[:-_ENDED_MAX]:
+            del known[old]
+        self._keep(known)
+
+    def forget(self, uid: int | None = None) -> None:
+        """None is needed any more, of one user or of all.  Raises ``OSError``."""
+        known = {number: item for number, item in self._known.items() if uid is not None and item[0] != uid}
+        if known != self._known:
+            self._keep(known)
+
+    def _keep(self, known: dict[int, tuple[int, str, str]]) -> None:
+        if self._path is not None:
+            new = self._path.with_suffix(".new")
+            new.write_text(json.dumps(known))
+            new.replace(self._path)
+        self._known = known
 
 
 @dataclass(frozen=True, slots=True)
 class Bind:
-    """Brings one cgroup, or one owner with his slice, under an access in one transaction."""
+    """Brings one cgroup, or one owner with what else is his, under an access in one transaction."""
 
     where: str
     access: Access | None
-    before: Bound | None
+    before: Mapping[str, Bound | None]
     table: Table = field(repr=False, compare=False)
-    keys: Callable[[], tuple[Key, ...]] = field(repr=False, compare=False)
+    changes: Callable[[], Mapping[str, Bound | None]] = field(repr=False, compare=False)
 
     def describe(self) -> Mapping[str, object]:
         if self.access is None:
@@ -36,11 +89,10 @@ class Bind:
         return {"op": "network.bind", "where": self.where, "under": self.access.name, "rules": self.access.texts}
 
     def apply(self) -> None:
-        bound = Bound(self.keys(), self.access) if self.access is not None else None
-        self.table.bind(self.where, bound)
+        self.table.bind(self.changes())
 
     def undo(self) -> None:
-        self.table.bind(self.where, self.before)
+        self.table.bind(self.before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +101,7 @@ class Rebuild:
 
     bound: Mapping[str, Bound]
     table: Table = field(repr=False, compare=False)
+    outside: Outside = field(repr=False, compare=False)
 
     def describe(self) -> Mapping[str, object]:
         under = {where: item.access.name for where, item in self.bound.items()}
@@ -56,6 +109,8 @@ class Rebuild:
 
     def apply(self) -> None:
         self.table.rebuild(self.bound)
+        if not self.bound:
+            self.outside.forget()
 
     def undo(self) -> None:
         """Nothing."""
@@ -66,7 +121,15 @@ class Network:
 
     name = "network"
 
-    def __init__(self, table: Table, number: Number, cgroups: str, bases: Mapping[int, Persona]) -> None:
+    def __init__(
+        self,
+        table: Table,
+        number: Number,
+        cgroups: str,
+        bases: Mapping[int, Persona],
+        outside: Outside | None = None,
+    ) -> None:
+        self._outside = outside or Outside()
         self._table = table
         self._number = number
         self._cgroups = cgroups
@@ -74,32 +137,37 @@ class Network:
         self._known: dict[object, Access] = {}
 
     def enter(self, place: Place, persona: Persona) -> Plan:
-        return self._bind(place.cgroup, persona, lambda: (self._cgroup(place.cgroup),))
+        access = self._access(persona)
+        names = (place.cgroup, _owner(place.uid))
+        return self._bind(names, access, lambda: self._with_owner(place, Bound((self._place(place),), access)))
 
     def leave(self, place: Place) -> Plan:
-        return self._unbind(place.cgroup)
+        if place.cgroup not in self._table.bound:
+            return ()
+        return self._bind((place.cgroup, _owner(place.uid)), None, lambda: self._with_owner(place, None))
 
     def base(self, uid: int) -> Plan:
         """Binds, or lets go, a user's slice of cgroups and whatever else is his, as ``bases`` has it.
 
         To be asked again at each login: the slice may be another by then.
         """
-        persona = self._bases.get(uid)
+        where, persona = _owner(uid), self._bases.get(uid)
         if persona is None:
-            return self._unbind(_owner(uid))
-        return self._bind(_owner(uid), persona, lambda: self._owner_keys(uid))
+            return self._bind((where,), None, lambda: self._without_owner(uid)) if where in self._table.bound else ()
+        access = self._access(persona)
+        return self._bind((where,), access, lambda: {where: Bound(self._owner_keys(uid, self._table.bound), access)})
 
     def reconcile(self, wanted: Wanted) -> Plan:
-        bound = {}
+        bound: dict[str, Bound] = {}
         for place, persona in wanted.items():
             with contextlib.suppress(FileNotFoundError):  # nobody is there any more
-                bound[place.cgroup] = Bound((self._cgroup(place.cgroup),), self._access(persona))
+                bound[place.cgroup] = Bound((self._place(place),), self._access(persona))
         for uid, base in self._bases.items():
-            bound[_owner(uid)] = Bound(self._owner_keys(uid), self._access(base))
+            bound[_owner(uid)] = Bound(self._owner_keys(uid, bound), self._access(base))
         there = self._table.exists()
         if there == bool(bound) and bound == self._table.bound and not self._table.disturbed:
             return ()
-        return (Rebuild(bound, self._table),)
+        return (Rebuild(bound, self._table, self._outside),)
 
     def _access(self, persona: Persona) -> Access:
         marks = {rule.via: self._number(rule.via) for rule in persona.network_access if rule.via is not None}
@@ -111,27 +179,56 @@ class Network:
             found = self._known[key] = ruleset.access(persona, marks)
         return found
 
-    def _bind(self, where: str, persona: Persona, keys: Callable[[], tuple[Key, ...]]) -> Plan:
-        access = self._access(persona)
-        before = self._table.bound.get(where)
-        if before is not None and before.access == access:
+    def _bind(
+        self, names: tuple[str, ...], access: Access | None, changes: Callable[[], Mapping[str, Bound | None]]
+    ) -> Plan:
+        """``names`` are all that ``changes`` is about, the first of them what comes under ``access``."""
+        before = {where: self._table.bound.get(where) for where in names}
+        first = before[names[0]]
+        if first is not None and first.access == access:
             with contextlib.suppress(FileNotFoundError):  # made anew by the facility before this one
-                if before.keys == keys():
+                if all(self._table.bound.get(where) == bound for where, bound in changes().items()):
                     return ()
-        return (Bind(where, access, before, self._table, keys),)
+        return (Bind(names[0], access, before, self._table, changes),)
 
-    def _unbind(self, where: str) -> Plan:
-        before = self._table.bound.get(where)
-        return () if before is None else (Bind(where, None, before, self._table, tuple),)
+    def _place(self, place: Place) -> Key:
+        key = self._cgroup(place.cgroup)
+        if place.outside:
+            self._outside.add(place, key.number)
+        return key
 
     def _cgroup(self, cgroup: str) -> Key:
-        return Key(cgroup.count("/") + 1, os.stat(f"{self._cgroups}/{cgroup}").st_ino)
+        return Key(_level(cgroup), os.stat(f"{self._cgroups}/{cgroup}").st_ino)
 
-    def _owner_keys(self, uid: int) -> tuple[Key, ...]:
-        try:
-            return (Key(0, uid), self._cgroup(f"user.slice/user-{uid}.slice"))
-        except FileNotFoundError:
-            return (Key(0, uid),)
+    def _with_owner(self, place: Place, bound: Bound | None) -> Mapping[str, Bound | None]:
+        """A place, and what that changes of its user's: what no place outside of his slice has any more is his."""
+        changes: dict[str, Bound | None] = {place.cgroup: bound}
+        owner = self._table.bound.get(_owner(place.uid))
+        if place.outside and owner is not None:
+            own = (key for key in owner.keys if key.level < place.level)
+            strays = self._strays(place.uid, {**self._table.bound, **changes})
+            changes[_owner(place.uid)] = Bound((*own, *strays), owner.access)
+        return changes
+
+    def _without_owner(self, uid: int) -> Mapping[str, Bound | None]:
+        self._outside.forget(uid)
+        return {_owner(uid): None}
+
+    def _owner_keys(self, uid: int, bound: Mapping[str, Bound]) -> tuple[Key, ...]:
+        keys = [Key(0, uid)]
+        with contextlib.suppress(FileNotFoundError):
+            keys.append(self._cgroup(f"user.slice/user-{uid}.slice"))
+        return (*keys, *self._strays(uid, bound))
+
+    def _strays(self, uid: int, bound: Mapping[str, Bound | None]) -> Iterator[Key]:
+        for number, cgroup in self._outside.of(uid):
+            key, there = Key(_level(cgroup), number), bound.get(cgroup)
+            if there is None or key not in there.keys:
+                yield key
+
+
+def _level(cgroup: str) -> int:
+    return cgroup.count("/") + 1
 
 
 def _owner(uid: int) -> str:

@@ -6,7 +6,7 @@ Needs CAP_NET_ADMIN.
 
 import errno
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from persona.network import Via
@@ -67,29 +67,31 @@ class Table:
         """Leaves the table as it is."""
         self._netlink.close()
 
-    def bind(self, where: str, bound: Bound | None) -> None:
-        """Brings one name under its access, or under none.  Raises ``OSError``; then nothing has changed."""
-        before = self.bound.get(where)
+    def bind(self, changes: Mapping[str, Bound | None]) -> None:
+        """Brings names under their access, or under none, at once.  Raises ``OSError``; then nothing has changed."""
+        new = [bound for bound in changes.values() if bound is not None]
+        old = [self.bound[where] for where in changes if where in self.bound]
         messages: list[Message] = [] if self._there else self._skeleton()
         used = self._used.copy()
-        if bound is not None:
+        for bound in new:
             used[bound.access.name] += 1
             if used[bound.access.name] == 1:
                 messages += _add_access(bound.access)
-        if before is not None:
-            used[before.access.name] -= 1
-        ways = self._ways_with(where, before, bound)
+        used.subtract(bound.access.name for bound in old)
+        ways = self._ways_with(changes, old, new)
         messages += self._lead_ways(self.ways, ways)
-        messages += _elements(before, bound)
-        if before is not None and not used[before.access.name]:
-            del used[before.access.name]
-            messages += _delete_access(before.access.name)
+        messages += _elements(old, new)
+        for name in {bound.access.name for bound in old}:
+            if not used[name]:
+                del used[name]
+                messages += _delete_access(name)
         self._netlink.batch(nftables.SUBSYSTEM, messages)
         self._there, self._used, self.ways = True, used, ways
-        if bound is None:
-            self.bound.pop(where, None)
-        else:
-            self.bound[where] = bound
+        for where, after in changes.items():
+            if after is None:
+                self.bound.pop(where, None)
+            else:
+                self.bound[where] = after
 
     def rebuild(self, bound: Mapping[str, Bound]) -> None:
         """Replaces whatever table of ours there is; nothing bound, no table.  Raises ``OSError``."""
@@ -100,8 +102,7 @@ class Table:
             for access in {item.access.name: item.access for item in bound.values()}.values():
                 messages += _add_access(access)
             messages += self._lead_ways(frozenset(), ways)
-            for item in bound.values():
-                messages += _elements(None, item)
+            messages += _elements((), bound.values())
         self._netlink.batch(nftables.SUBSYSTEM, messages)
         self.bound, self.ways = dict(bound), ways
         self._used = Counter(item.access.name for item in bound.values())
@@ -136,11 +137,10 @@ class Table:
             raise
         return True
 
-    def _ways_with(self, where: str, before: Bound | None, after: Bound | None) -> frozenset[Via]:
-        if not any(item is not None and item.access.ways for item in (before, after)):
+    def _ways_with(self, names: Container[str], old: list[Bound], new: list[Bound]) -> frozenset[Via]:
+        if not _ways([*old, *new]):
             return self.ways
-        others = (item for name, item in self.bound.items() if name != where)
-        return _ways([*others, after] if after is not None else others)
+        return _ways([*(item for name, item in self.bound.items() if name not in names), *new])
 
     def _skeleton(self) -> list[Message]:
         messages = [nftables.add_table()]
@@ -182,14 +182,19 @@ def _delete_access(name: str) -> list[Message]:
     return [nftables.delete_chain(f"{name}/out"), nftables.delete_chain(f"{name}/in"), nftables.delete_counter(name)]
 
 
-def _elements(old: Bound | None, new: Bound | None) -> list[Message]:
+def _elements(old: Iterable[Bound], new: Iterable[Bound]) -> list[Message]:
+    gone, come = _places(old), _places(new)
+    stay = gone.keys() & come.keys()
     return [
-        *(nftables.delete_element(name, key.packed()) for key, name, _ in _places(old)),
-        *(nftables.add_element(name, key.packed(), chain) for key, name, chain in _places(new)),
+        *(nftables.delete_element(name, key.packed()) for key, name, chain in gone if (key, name, chain) not in stay),
+        *(
+            nftables.add_element(name, key.packed(), chain)
+            for key, name, chain in come
+            if (key, name, chain) not in stay
+        ),
     ]
 
 
-def _places(bound: Bound | None) -> list[tuple[Key, str, str]]:
-    if bound is None:
-        return []
-    return [(key, name, chain) for key in bound.keys for name, chain in key.maps(bound.access)]
+def _places(items: Iterable[Bound]) -> dict[tuple[Key, str, str], None]:
+    """(key, map, chain) of each element, in order."""
+    return {(key, *leads): None for item in items for key in item.keys for leads in key.maps(item.access)}
