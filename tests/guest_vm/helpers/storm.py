@@ -36,18 +36,19 @@ done 2>/dev/null
 def session(user: str, port: int) -> "subprocess.Popen[bytes]":
     script = TRIES.format(found=FOUND, seconds=dice.randrange(4), port=port)
     null = subprocess.DEVNULL
-    return subprocess.Popen(["su", "-s", "/bin/bash", "-", user, "-c", script], stdin=null, stdout=null, stderr=null)
+    # not a login shell: whose start-up files would take most of the machine
+    return subprocess.Popen(["su", "-s", "/bin/bash", user, "-c", script], stdin=null, stdout=null, stderr=null)
 
 
-def kill_now_and_then(enough: threading.Event) -> None:
-    while not enough.wait(dice.uniform(1, 8)):
+def kill_now_and_then(sessions: int, enough: threading.Event) -> None:
+    while not enough.wait(dice.uniform(1, max(8, sessions / 5))):  # the next one takes seconds to start here
         subprocess.run(["systemctl", "kill", "-s", "KILL", "persona-agent"], check=False)
 
 
 def storm(sessions: int, port: int, users: list[str]) -> int:
     """One round; how many sessions hung."""
     enough = threading.Event()
-    killer = threading.Thread(target=kill_now_and_then, args=(enough,))
+    killer = threading.Thread(target=kill_now_and_then, args=(sessions, enough))
     killer.start()
     running = []
     for _ in range(sessions):
