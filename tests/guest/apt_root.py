@@ -51,9 +51,15 @@ class AptRoot:
             f"--log={self.path}/log",
         ]
 
-    def package(self, name: str, version: str = "1", **fields: Any) -> None:
-        """A tiny package, published; ``fields`` as of ``build_deb``."""
+    def package(self, name: str, version: str = "1", *, conffile: bool = False, **fields: Any) -> None:
+        """A tiny package, published; ``fields`` as of ``build_deb``.  Its one file may be a conffile."""
         deb = build_deb(self.path / "tmp", name, version, **fields)
+        if conffile:
+            tree = self.path / "tmp" / f"tree-{name}-{version}"
+            (tree / "DEBIAN" / "conffiles").write_text(f"/opt/{name}\n")
+            subprocess.run(
+                ["dpkg-deb", "--root-owner-group", "-b", str(tree), str(deb)], check=True, capture_output=True
+            )
         deb.rename(self.source / deb.name)
         self.publish()
 
@@ -68,6 +74,11 @@ class AptRoot:
         (self.source / "Packages").write_text("\n".join(stanzas))
         with gzip.open(self.source / "Packages.gz", "wt") as file:
             file.write("\n".join(stanzas))
+
+    def operator(self, *words: str) -> None:
+        """Somebody else's dpkg; a word with a version is a package of the source."""
+        debs = [str(self.source / f"{word}_all.deb") if "_" in word else word for word in words]
+        subprocess.run([*self.dpkg, *debs], check=True, capture_output=True)
 
     def audit(self) -> str:
         """What dpkg finds wrong."""

@@ -1,5 +1,6 @@
 """Installations for real, below a directory: apt-get and dpkg with a root of their own and tiny packages."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -64,8 +65,7 @@ def test_a_package_and_what_it_needs_with_progress(root: AptRoot) -> None:
     assert installed(root) == {"hello", "helper"}
     assert any("%" in line for line in said)
     assert root.audit() == ""
-    assert not (root.path / "home" / "archives").exists()
-    assert not (root.path / "home" / "installing.json").exists()
+    assert list((root.path / "home").iterdir()) == []
     look = Dpkg(root.status)
     assert look.lacking(wish("hello", "hello (= 2:2.0)", "helper (<< 2)")) == []
 
@@ -153,25 +153,122 @@ def test_a_full_disk_leaves_dpkg_consistent(small: AptRoot) -> None:
     apt(small).install(wish("hello"))
 
 
-def test_a_run_that_was_cut_off_is_put_back_by_the_next(root: AptRoot, tmp_path: Path) -> None:
-    root.package("slow", depends="helper", postinst=f"touch {tmp_path}/begun; sleep 60")
-    code = (
-        "import sys; from pathlib import Path; from tests.guest.test_installer import *;"
-        "root = AptRoot.__new__(AptRoot); root.path = Path(sys.argv[1]); apt(root).install(wish('slow'))"
-    )
-    argv = [sys.executable, "-c", code, str(root.path)]
-    with subprocess.Popen(
-        argv, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, start_new_session=True
-    ) as run:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+CUT = """
+import sys; from pathlib import Path; from tests.guest.test_installer import *
+root = AptRoot.__new__(AptRoot); root.path = Path(sys.argv[1])
+apt(root, **dict(word.split("=", 1) for word in sys.argv[2:])).install(wish("slow", "hello"))
+"""
+
+
+def cut_off(root: AptRoot, *options: str) -> None:
+    """Kills a run, and all that it started, once there is ``begun``."""
+    argv = [sys.executable, "-c", CUT, str(root.path), *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(argv, env=environment, start_new_session=True) as run:
+        until((root.path / "begun").exists, 30)
         os.killpg(run.pid, signal.SIGKILL)
-    assert "slow" in Dpkg(root.status).installed().unfinished or root.audit() != ""
-    apt(root).recover()
+    for name in ("lock-frontend", "lock"):  # until apt-get and dpkg are really gone
+        with open(root.path / "var/lib/dpkg" / name, "w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+
+
+@pytest.fixture
+def slow(root: AptRoot) -> AptRoot:
+    root.package("slow", depends="helper", postinst=f"touch {root.path}/begun; sleep 60")
+    root.package("theirs", conffile=True)
+    return root
+
+
+def test_a_run_that_was_cut_off_is_put_back_by_the_next(slow: AptRoot) -> None:
+    cut_off(slow)
+    assert "slow" in Dpkg(slow.status).installed().unfinished or slow.audit() != ""
+    slow.operator("-i", "theirs_1")
+    slow.operator("-i", "hello_2%3a2.0")  # of the same transaction
+    apt(slow).recover()
+    assert installed(slow) == {"helper", "theirs", "hello"}
+    assert slow.audit() == ""
+    assert not (slow.path / "home/installing").exists()
+    apt(slow).install(wish("hello"))
+
+
+def test_a_run_that_was_cut_off_before_dpkg_began(slow: AptRoot) -> None:
+    cut_off(slow, f"DPkg::Pre-Invoke::=touch {slow.path}/begun; sleep 60")
+    slow.operator("-i", "helper_1.5", "hello_2%3a2.0", "theirs_1")
+    said: list[str] = []
+    apt(slow, said).recover()
+    assert installed(slow) == {"helper", "hello", "theirs"}
+    assert said == []
+
+
+def test_dpkg_does_not_begin_without_a_note(root: AptRoot) -> None:
+    (root.path / "home").mkdir()
+    (root.path / "home/installing").symlink_to("/dev/full")
+    with pytest.raises(AptError, match="Failure running script"):
+        apt(root).install(wish("hello"))
     assert installed(root) == set()
+
+
+class Meanwhile(list[str]):
+    """What a person is told; when it has ``words``, somebody else does something."""
+
+    def __init__(self, words: str, do: Callable[[], object]) -> None:
+        super().__init__()
+        self._words, self._do = words, do
+
+    def append(self, line: str) -> None:
+        if self._words in line:
+            self._do()
+        super().append(line)
+
+
+def test_what_somebody_installs_before_dpkg_begins_stays(root: AptRoot) -> None:
+    apt(root).install(wish("helper"))
+    root.package("late", depends="hello", postinst="exit 3")  # not in the lists yet
+    root.package("theirs", conffile=True)
+    said = Meanwhile("asking the package sources", lambda: root.operator("-i", "theirs_1"))
+    with pytest.raises(AptError, match="late package post-installation"):
+        apt(root, said).install(wish("late"))
+    assert installed(root) == {"helper", "theirs"}
     assert root.audit() == ""
-    apt(root).install(wish("hello"))
+
+
+def test_what_somebody_else_has_finished_meanwhile_stays(root: AptRoot) -> None:
+    apt(root).install(wish("helper"))
+    root.package("hello", "2:3")  # not in the lists yet
+    code = (
+        "import fcntl,os,subprocess,sys,time; f=open(sys.argv[1],'w'); fcntl.lockf(f,fcntl.LOCK_EX);"
+        "subprocess.run(sys.argv[2:],env={**os.environ,'DPKG_FRONTEND_LOCKED':'1'},stdout=2); print(flush=True);"
+        "time.sleep(1)"
+    )
+    lock, deb = root.path / "var/lib/dpkg/lock-frontend", root.source / "hello_2%3a3_all.deb"
+
+    def upgrade() -> None:
+        argv = [sys.executable, "-c", code, str(lock), *root.dpkg, "-i", str(deb)]
+        other = subprocess.Popen(argv, stdout=subprocess.PIPE)
+        assert other.stdout is not None
+        other.stdout.readline()
+        others.append(other)
+
+    others: list[subprocess.Popen[bytes]] = []
+    with pytest.raises(AptError, match="broken package post-installation"):
+        apt(root, Meanwhile("putting things back", upgrade)).install(wish("hello", "broken"))
+    others[0].communicate()
+    assert installed(root) == {"hello", "helper"}
+    assert root.audit() == ""
+
+
+def test_what_was_removed_before_keeps_its_configuration(root: AptRoot) -> None:
+    root.package("kept", conffile=True, depends="helper")
+    root.package("fresh", conffile=True)
+    apt(root).install(wish("kept"))
+    (root.path / "opt/kept").write_text("mine")
+    root.operator("--remove", "kept", "helper")
+    with pytest.raises(AptError, match="broken package post-installation"):
+        apt(root).install(wish("kept", "fresh", "broken"))
+    assert (root.path / "opt/kept").read_text() == "mine"
+    assert not (root.path / "opt/fresh").exists()
+    assert "fresh" not in installed(root)
+    assert root.audit() == ""
 
 
 # --- what is there ----------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ explicit environment and no shell, its progress read from APT::Status-Fd (apt's 
 Once dpkg has begun it is left to finish, whatever the time: killed, it would leave packages half installed.
 """
 
-import json
 import os
 import re
 import selectors
+import shlex
 import shutil
 import subprocess
 import time
@@ -44,6 +44,10 @@ _OPTIONS = (
     ("Acquire::http::Timeout", "20"),
     ("Acquire::https::Timeout", "20"),
 )
+# apt has this run with dpkg's lock held, just before dpkg begins, and stops where it fails (apt.conf(5)).  Its input
+# is the transaction, 'NAME OLD < NEW FILE' a line: kept are the names of what is not installed and will be.
+_SED = "/bin/sed"
+_NOTE = _SED + r" -n 's/^\([a-z0-9][a-z0-9+.-]*\) - < .*/\1/p' >{0} && sync {0}"
 
 
 class AptError(Exception):
@@ -53,7 +57,7 @@ class AptError(Exception):
 class Apt:
     """``options`` of apt.conf(5) and ``dpkg`` arguments come after ours: a test gives a root of its own.
 
-    ``home`` keeps what is downloaded while it is needed, and the note that a run is under way.
+    ``home`` keeps what is downloaded while it is needed, and from when dpkg begins the note of what this run brings.
     """
 
     def __init__(
@@ -68,8 +72,14 @@ class Apt:
         self._say = say
         self._state = state
         self._archives = home / "archives"
-        self._note = home / "installing.json"
-        self._options = [*_OPTIONS, ("Dir::Cache::archives", str(self._archives)), *options]
+        self._note = home / "installing"
+        self._options = [
+            *_OPTIONS,
+            ("DPkg::Pre-Install-Pkgs::", _NOTE.format(shlex.quote(str(self._note)))),
+            (f"DPkg::Tools::Options::{_SED}::Version", "2"),
+            ("Dir::Cache::archives", str(self._archives)),
+            *options,
+        ]
         self._dpkg = list(dpkg)
         self._lock_s = lock_s
         self._said = (b"", 0.0)
@@ -78,8 +88,11 @@ class Apt:
     def install(self, packages: Iterable[Package]) -> None:
         """All of them, in one run.  Raises ``AptError``; then what this run brought is gone again."""
         wanted = [str(package) for package in packages]
-        before = self._state.installed()
-        self._begin(set(before.versions) | before.unfinished)
+        before = self._known()
+        try:
+            (self._archives / "partial").mkdir(mode=0o755, parents=True, exist_ok=True)
+        except OSError as error:
+            raise AptError(f"{self._archives}: {error.strerror}") from error
         try:
             try:
                 self._patiently("satisfy", *wanted)
@@ -91,7 +104,7 @@ class Apt:
                 self._patiently("satisfy", *wanted)
         except AptError as error:
             if self._began:
-                self._repair(set(before.versions) | before.unfinished, error)
+                self._repair(error, before)
             raise
         finally:
             self._note.unlink(missing_ok=True)
@@ -99,24 +112,18 @@ class Apt:
 
     def recover(self) -> None:
         """Puts things back after a run that was cut off (a crash, a power cut).  Raises ``AptError``."""
-        try:
-            before = set(json.loads(self._note.read_text()))
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, TypeError) as error:
-            raise AptError(f"{self._note}: {error}") from error
-        self._repair(before, AptError("an installation was cut off"))
-        self._note.unlink(missing_ok=True)
+        if self._note.exists():
+            self._repair(AptError("an installation was cut off"))
+            self._note.unlink(missing_ok=True)
 
-    def _begin(self, before: set[str]) -> None:
-        """Notes what there was, for the case that this process does not live to see the end."""
-        new = self._note.with_suffix(".new")
+    def _known(self) -> set[str]:
+        """All names that dpkg has something of, be it the configuration of what was removed.  Raises ``AptError``."""
+        argv = [*self._dpkg, "--get-selections"]
         try:
-            (self._archives / "partial").mkdir(mode=0o755, parents=True, exist_ok=True)
-            new.write_text(json.dumps(sorted(before)))
-            new.replace(self._note)
-        except OSError as error:
-            raise AptError(f"{new}: {error.strerror}") from error
+            listed = subprocess.run(argv, capture_output=True, env=_ENVIRONMENT, check=True).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise AptError(f"dpkg cannot say what there is: {error}") from error
+        return {line.split()[0].partition(":")[0] for line in listed.decode().splitlines()}
 
     def _update(self, first: AptError) -> None:
         """Package lists may be old; where they cannot be had, what was wrong before says more."""
@@ -212,34 +219,50 @@ class Apt:
 
     # --- afterwards -------------------------------------------------------------------------------
 
-    def _repair(self, before: set[str], error: AptError) -> None:
-        """Purges what this run brought and did not finish, and all else that it brought.  Raises ``AptError``."""
+    def _repair(self, error: AptError, before: set[str] | None = None) -> None:
+        """Takes away what this run brought, the rest is dpkg's to finish.  Raises ``AptError``.
+
+        What dpkg knew ``before`` keeps its configuration.  Without ``before``, or once somebody else has been at it,
+        what is finished may be theirs: only the unfinished is taken away, and all configuration stays.
+        """
         self._say("it failed; putting things back")
         try:
-            after = self._state.installed()
-        except DpkgError as unreadable:
+            brought = set(self._note.read_text("utf-8", "replace").split())
+            fresh = brought - before if before is not None else set()
+            deadline = time.monotonic() + _DPKG_MAX_S
+            while (gone := self._there(brought, fresh)) and time.monotonic() < deadline:
+                if not _DPKG_LOCK.search(self._dpkg_says("--remove", "--force-remove-reinstreq", *gone)):
+                    break
+                fresh = set()
+                time.sleep(_LOOK_S)
+            if fresh:
+                self._dpkg_says("--purge", *sorted(fresh))  # not after a wait: then they may be somebody's
+        except (OSError, DpkgError) as unreadable:
             raise AptError(f"{error}; afterwards {unreadable}") from error
-        new = sorted((set(after.versions) | after.unfinished) - before)
-        if new:
-            self._call("--purge", "--force-remove-reinstreq", *new)
         self._call("--configure", "-a")
         left = self._call("--audit")
         if left:
             raise AptError(f"{error}; dpkg is left with: {left}") from error
 
+    def _there(self, brought: set[str], fresh: set[str]) -> list[str]:
+        now = self._state.installed()
+        return sorted((brought & now.unfinished) | (fresh & set(now.versions)))
+
     def _call(self, *words: str) -> str:
-        """dpkg(1) with what it prints; it is never interrupted, and waits for another one to end."""
+        """dpkg(1) with what it prints; waits for another one to end."""
         deadline = time.monotonic() + _DPKG_MAX_S
-        while True:
-            done = subprocess.run(
-                [*self._dpkg, *words],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env=_ENVIRONMENT, check=False,
-            )  # fmt: skip
-            said = " ".join(done.stdout.decode("utf-8", "replace").split())[:1000]
-            if done.returncode == 0 or not _DPKG_LOCK.search(said) or time.monotonic() > deadline:
-                return said
+        while _DPKG_LOCK.search(said := self._dpkg_says(*words)) and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
+        return said
+
+    def _dpkg_says(self, *words: str) -> str:
+        """It is never interrupted."""
+        done = subprocess.run(
+            [*self._dpkg, *words],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=_ENVIRONMENT, check=False,
+        )  # fmt: skip
+        return " ".join(done.stdout.decode("utf-8", "replace").split())[:1000]
 
 
 _WORDS = re.compile(r"E: |dpkg: error|dpkg-deb: error|.* Depends: | *installed .* returned error| cannot copy")
