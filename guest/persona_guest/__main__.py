@@ -185,6 +185,7 @@ def run(settings: Settings) -> int:
     socket = UserSocket(loop, runtime / "agent.sock", users.handle, caller_of)
     agent.restore(kept)
     if enforcing and net is not None:
+        net.warm()
         net.resolvers.refresh()
         net.bases.restore({name: gated.session.uid for name, gated in supervisor.sessions.items()})
         agent.bases = net.bases

@@ -8,6 +8,8 @@ from persona.decisions import PersonaRef
 from persona.documents import Persona
 from persona.problems import PersonaError
 from persona_guest.bases import Bases
+from persona_guest.core.following import NOBODYS
+from persona_guest.core.ruleset import access
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.interface import Facility
 from persona_guest.enforce.meddling import Meddling
@@ -42,6 +44,13 @@ class Net:
         if persona is not None:
             return (*self._routes.need(persona), *self._network.base(uid))
         return self._network.base(uid)
+
+    def warm(self) -> None:
+        """Before the first login, which would wait for it."""
+        try:
+            self.table.warm(access(NOBODYS, {}))
+        except OSError as error:
+            log.error("nftables lacks something that every login needs: %s", error)
 
     def watch(self, loop: Loop, repair: Callable[[], None], tell: Tell) -> None:
         """Hears from now on what is refused, and of others' hands in the table."""

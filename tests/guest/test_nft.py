@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from persona_guest.core.following import NOBODYS
 from persona_guest.core.places import Place
+from persona_guest.core.ruleset import access
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.nft import Network, Outside
 from persona_guest.enforce.plan import PlanError
@@ -480,3 +482,17 @@ def test_a_thousand_personas_change_quickly(world: World, network: Network, tabl
         times.append(time.perf_counter() - began)
     assert sorted(times)[10] < 0.05
     plans.apply(network.reconcile({}))
+
+
+def test_what_a_first_login_needs_is_loaded_beforehand_and_no_table_is_left(world: World, table: Table) -> None:
+    assert not table.exists()
+    table.warm(access(NOBODYS, {}))
+    assert "inet persona" not in world.near_run("nft", "list", "tables")
+    assert not table.exists()
+
+
+def test_warming_up_leaves_a_table_that_is_there_alone(world: World, table: Table, network: Network) -> None:
+    enter(network, world, "any:tcp/443")
+    before = world.near_run("nft", "list", "table", "inet", "persona")
+    world.in_near(lambda: Table(number)).warm(access(NOBODYS, {}))
+    assert world.near_run("nft", "list", "table", "inet", "persona") == before
