@@ -356,7 +356,8 @@ def test_a_program_of_root_s_fuse_file_system_runs_and_one_of_the_user_s_own_doe
     before = kernel(squash)
     assert squash.ssh("carol", "/mnt/squash/true && echo ran").out == "ran\n"
     done = squash.ssh(
-        "carol", "mkdir -p m && squashfuse image m && ls m && m/true; echo $?; fusermount3 -u m || fusermount -u m"
+        "carol",
+        "d=$(mktemp -d); squashfuse image $d && ls $d && $d/true; echo $?; fusermount3 -u $d || fusermount -u $d",
     )
     assert done.out.splitlines()[:1] == ["true"], done.text
     assert "126" in done.out.splitlines()
