@@ -26,6 +26,7 @@ class Session:
         if self.process.stdin is None or self.process.stdout is None:
             raise RuntimeError("no pipes")
         self._in, self._out = self.process.stdin, self.process.stdout
+        self._unread = b""  # a line that the agent told the user after the end of a command
 
     def ask(self, command: str, timeout: float = 60) -> str:
         """What one command line prints, both streams.  Raises ``TimeoutError``."""
@@ -38,16 +39,17 @@ class Session:
 
     def read(self, timeout: float = 60, command: str = "") -> str:
         """What the command line that was written prints.  Raises ``TimeoutError``."""
-        text = b""
+        text, self._unread = self._unread, b""
         deadline = time.monotonic() + timeout
-        while not text.endswith(b"#END\n"):
+        while b"#END\n" not in text:
             if not select.select([self._out], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise TimeoutError(f"{command}: no end within {timeout} s: {text!r}")
             chunk = os.read(self._out.fileno(), 65536)
             if not chunk:
                 raise EOFError(f"{command}: the session ended: {text!r}")
             text += chunk
-        return text.removesuffix(b"#END\n").decode("utf-8", "replace")
+        text, _, self._unread = text.partition(b"#END\n")
+        return text.decode("utf-8", "replace")
 
     def close(self) -> None:
         """Ends the login."""
