@@ -99,6 +99,7 @@ def follow(machine: Machine, broker: Broker) -> list[Row]:
             ]
             p99, half = percentile(seconds, 99), median(seconds)
             found.append(Row(name, p99, "s", "median", half, p99 / half, "< 1.0"))
+        root.ask("pkill -x sleep")  # or the login would not end: it has its output
     return found
 
 
