@@ -22,7 +22,7 @@ def headless(uid: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """Runs as ``uid``, for a minute at most."""
     process = subprocess.Popen([sys.executable, "-c", _CODE, *([] if uid is None else [str(uid)])])
     deadline = time.monotonic() + 10
-    while not Task(process.pid).is_zombie() and time.monotonic() < deadline:
+    while not Task(process.pid).has_ended() and time.monotonic() < deadline:
         time.sleep(0.01)
     try:
         yield process

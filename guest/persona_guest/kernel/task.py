@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from persona_guest.kernel.walk import walk
 
+_PF_EXITING = 0x4  # linux/sched.h, in the flags of /proc/PID/stat: the program is gone from /proc already
 _SYS_OPENAT2 = 437  # the same on every architecture since it was added
 _SYS_PIDFD_GETFD = 438
 _RESOLVE_NO_MAGICLINKS = 0x02
@@ -139,9 +140,10 @@ class Task:
         """Whether any seccomp filter is on it.  Raises ``OSError``."""
         return b"\nSeccomp:\t2\n" in self._read("status", 4096)
 
-    def is_zombie(self) -> bool:
-        """Whether it has ended and waits for its parent to notice.  Raises ``OSError``."""
-        return self._read("stat", 4096).rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    def has_ended(self) -> bool:
+        """Whether it is on its way out, or a zombie: it runs no code of its user's again.  Raises ``OSError``."""
+        fields = self._read("stat", 4096).rpartition(b")")[2].split()
+        return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
 
     def audit_session(self) -> int | None:
         """The audit session id, unique to a login and inherited; ``None`` where there is none."""
@@ -173,12 +175,12 @@ def living(pid: int) -> Task:
     """
     leader = Task(pid)
     try:
-        if not leader.is_zombie():
+        if not leader.has_ended():
             return leader
         for name in os.listdir(f"/proc/{pid}/task"):
             thread = Task(int(name))
             with contextlib.suppress(OSError):  # one that ends meanwhile
-                if not thread.is_zombie():
+                if not thread.has_ended():
                     return thread
     except OSError:
         pass
