@@ -218,8 +218,11 @@ class Agent:
         self.questions.admit(session, answered, opening=opening)
 
     def _unguarded(self) -> Denied | None:
-        """Why no session may open on a machine whose operator demands the kernel layer."""
+        """Why no session may open on a machine whose operator demands what its kernel has not."""
         layer = self.last_word.layer
+        if self._fallback.missing:
+            help = "guest.toml has gate.landlock_execute, and this kernel neither Landlock nor the kernel layer"
+            return Denied(Reason.KERNEL_LAYER_MISSING, help=help)
         if layer.active or not self.settings.gate.require_kernel_layer or self.settings.mode is Mode.COMPLAIN:
             return None
         help = f"guest.toml demands the kernel layer, which is not active: {layer.why}"

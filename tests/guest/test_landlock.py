@@ -106,9 +106,12 @@ def test_it_is_for_where_the_kernel_layer_is_missing_and_commands_are_stopped() 
 
 def test_a_kernel_without_it_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(landlock, "is_usable", lambda: False)
-    found, _ = fallback(settings())
-    assert (found.layers(), found.ruleset()) == ({"landlock": False}, None)
+    found, last_word = fallback(settings())
+    assert (found.layers(), found.ruleset(), found.missing) == ({"landlock": False}, None, True)
     assert "gate.landlock_execute" in caplog.text
+    last_word.layer = Loaded("")
+    assert not found.missing
+    assert not fallback(settings("complain"))[0].missing
 
 
 @pytest.mark.parametrize("below", [("usr",), ("",), ("/usr\0",), ("/usr",) * 65])

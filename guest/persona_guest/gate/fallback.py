@@ -24,6 +24,11 @@ class Fallback:
             log.error("guest.toml has gate.landlock_execute, and this kernel no Landlock of Linux 5.19 or later")
 
     @property
+    def missing(self) -> bool:
+        """Whether a session that opens now would have to be bound, and this kernel cannot."""
+        return bool(self._directories) and not self._usable and not self._last_word.layer.active
+
+    @property
     def active(self) -> bool:
         """Whether a session that opens now is bound.  Safe to call from any thread."""
         return self._usable and not self._last_word.layer.active
