@@ -3,9 +3,15 @@
 import gzip
 import hashlib
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from persona_guest.installer.apt import Apt
+from persona_guest.kernel.dpkg import Dpkg
+
+from persona.dependencies import Package, parse_dependency
 from tests.debs import build_deb
 
 
@@ -83,3 +89,27 @@ class AptRoot:
     def audit(self) -> str:
         """What dpkg finds wrong."""
         return subprocess.run([*self.dpkg, "--audit"], capture_output=True, text=True, check=False).stdout
+
+
+def apt(root: AptRoot, said: list[str] | None = None, **options: str) -> Apt:
+    """The installer's apt on that root."""
+    say = said.append if said is not None else lambda _line: None
+    return Apt(say, Dpkg(root.status), root.path / "home", [*root.options, *options.items()], root.dpkg, 1)
+
+
+def wish(*texts: str) -> list[Package]:
+    """The packages of these dependencies."""
+    return [item for text in texts if isinstance(item := parse_dependency(text), Package)]
+
+
+def installed(root: AptRoot) -> set[str]:
+    """The names of what dpkg has there."""
+    return set(Dpkg(root.status).installed().versions)
+
+
+def until(holds: Callable[[], object], seconds: float = 20) -> None:
+    """Waits for something; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest.apt_root import AptRoot
+
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -41,3 +43,13 @@ def gated(documents: Path, tmp_path: Path) -> Run:
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> AptRoot:
+    """A source with a package that needs another, and one that breaks."""
+    root = AptRoot(tmp_path / "root")
+    root.package("hello", "2:2.0", depends="helper (>= 1)")
+    root.package("helper", "1.5")
+    root.package("broken", depends="helper", postinst="echo sorry; exit 3")
+    return root
