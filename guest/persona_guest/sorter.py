@@ -76,6 +76,9 @@ class Sorter:
         except (PersonaError, OSError) as error:
             log.error("session %s does not follow: %s", home.session, error)
             return False
+        except Exception:  # whatever a user's processes are: the agent answers the others, and tries this again
+            log.exception("session %s does not follow", home.session)
+            return False
         finally:
             self._guard.leave(outer)
         return whole

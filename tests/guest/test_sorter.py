@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -19,13 +20,16 @@ from persona_guest.enforcer import Enforcer
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier, Image
 from persona_guest.gate.pending import Gated
-from persona_guest.gate.running import look
+from persona_guest.gate.running import UNKNOWN, look
+from persona_guest.gate.supervisor import Supervisor
 from persona_guest.kernel.task import living
 from persona_guest.loop import Loop
+from persona_guest.notices import Notices
 from persona_guest.personas import Personas
 from persona_guest.settings import Gate, Settings
 from persona_guest.sorter import Sorter
 
+from persona.codec import Record
 from persona.decisions import PersonaRef, Subject
 from persona.documents import Persona, parse_document
 from persona.patterns import Whitelist, parse_pattern
@@ -74,9 +78,12 @@ class Site:
         self.enforcer = enforcer
         self.home = Home("s-1", 1000, SCOPE, Image(0, 0), OLD)
         self.gated = Gated(SESSION, -1, 0, (), b"s-1")
+        self.records: list[Record] = []
+        supervisor = cast(Supervisor, SimpleNamespace(sessions={"s-1": self.gated}))  # all that is asked of it
+        notices = Notices(enforcer, supervisor, Guard(lambda: None), self.records.append)
         self.sorter = Sorter(
             Settings(), self.loop, enforcer, Identifier(Gate()), Guard(lambda: None),
-            lambda _home, line: self.told.append(line), lambda *_: None,
+            lambda _home, line: self.told.append(line), notices.note,
         )  # fmt: skip
 
     def put(self, pid: int, *, withdrawn: bool = False) -> str:
@@ -135,7 +142,26 @@ def test_what_cannot_be_told_is_allowed_by_nothing(tmp_path: Path, monkeypatch: 
         assert site.follow()
         assert site.tree.processes(f"{SCOPE}/-Old") == [process.pid]
         assert site.tree.read(f"{SCOPE}/-Old", "cgroup.freeze") == "1\n"
+        assert site.told == ["persona: Old no longer applies: unknown frozen until it does again"]
+        assert [(record.event, record.program) for record in site.records] == [("frozen", "unknown")]
         process.kill()
+
+
+def test_a_process_on_its_way_out_is_gone_and_not_unknown() -> None:
+    identifier, seen = Identifier(Gate()), 0
+    for _ in range(300):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        try:
+            while True:
+                assert look(pid, identifier) != UNKNOWN
+                seen += 1
+        except ProcessLookupError:
+            pass
+        finally:
+            os.waitpid(pid, 0)
+    assert seen, "or nothing was looked at"
 
 
 def test_an_agent_ends_what_the_one_before_it_had_withdrawn(
@@ -161,6 +187,18 @@ def test_what_is_withdrawn_and_runs_is_frozen(tmp_path: Path, stubborn: subproce
     assert site.follow()
     assert site.tree.read(cgroup, "cgroup.freeze") == "1\n"
     assert len(site.told) == 1
+
+
+def test_an_error_of_the_agent_s_own_is_tried_again(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, "freeze")
+    site.put(stubborn.pid)
+    with monkeypatch.context() as broken:
+        broken.setattr(site.sorter, "_target", lambda *_: {}["unforeseen"])
+        assert not site.follow()
+    assert site.follow()
+    assert site.tree.processes(f"{SCOPE}/-Old") == [stubborn.pid]
 
 
 def test_what_was_moved_before_an_error_is_frozen_all_the_same(

@@ -4,9 +4,10 @@ import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from persona.decisions import Program
 from persona_guest.core.following import Stage
 from persona_guest.core.messages import printable
-from persona_guest.core.script import Shebang
+from persona_guest.core.script import Format, Shebang
 from persona_guest.gate.identity import Identified, Identifier, Image
 from persona_guest.kernel.task import Task, living
 from persona_guest.settings import Settings
@@ -16,22 +17,19 @@ _ARGV_MAX = 65536
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """``stages``: the script that an interpreter was started for, if any, then what really runs.
-
-    None, where that cannot be told: no whitelist can vouch for it.
-    """
+    """``stages``: the script that an interpreter was started for, if any, then what really runs; never empty."""
 
     stages: tuple[tuple[Identified, tuple[str, ...]], ...]
 
     @property
     def image(self) -> Image:
         """The file that it runs."""
-        return self.stages[-1][0].image if self.stages else Image(0, 0)
+        return self.stages[-1][0].image
 
     @property
     def name(self) -> str:
         """What people call it."""
-        return printable(os.path.basename(self.stages[0][0].program.path)) if self.stages else "a program"
+        return printable(os.path.basename(self.stages[0][0].program.path))
 
     @property
     def trusted(self) -> tuple[Stage, ...]:
@@ -44,19 +42,24 @@ class Running:
 
     def plumbing(self, settings: Settings) -> bool:
         """Whether it is the session's own machinery."""
-        if not self.stages:
-            return False
         found = self.stages[-1][0]
         return found.trusted and any(fnmatchcase(found.program.path, one) for one in settings.gate.plumbing)
 
 
+# What runs there cannot be told: a program like any other that no whitelist can vouch for.
+_NOTHING = Identified(
+    Image(0, 0), (0, 0), Program("unknown"), visible=False, trusted=False, multicall=False, format=Format.OTHER
+)
+UNKNOWN = Running(((_NOTHING, ()),))
+
+
 def look(pid: int, identifier: Identifier) -> Running:
-    """Raises ``ProcessLookupError`` where it is gone."""
+    """``UNKNOWN`` where it cannot be told.  Raises ``ProcessLookupError`` where it is gone."""
     try:
         return _look(living(pid), identifier)
     except OSError:
         living(pid)
-        return Running(())
+        return UNKNOWN
 
 
 def _look(task: Task, identifier: Identifier) -> Running:
