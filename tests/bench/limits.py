@@ -1,17 +1,14 @@
 """What it costs to bind processes: moving one, an exec under another persona, and how soon what runs follows."""
 
-import contextlib
-import socket
-import threading
 import time
-from collections.abc import Iterator
 
 from persona_broker.store.sqlite import Store
 
 from tests.bench.row import Row, median, percentile
+from tests.guest_vm import far
 from tests.guest_vm.bound import CGROUPS, USER, apply, cgroup, persona, policy
 from tests.guest_vm.login import Session
-from tests.guest_vm.machine import HOST_SEEN_FROM_GUEST, Machine
+from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker
 
 CHANGES = 200
@@ -88,8 +85,9 @@ def follow(machine: Machine, broker: Broker) -> list[Row]:
     store = Store(broker.directory / "broker.db")
     found = []
     # not the broker: asked for so many connections, it would be late with what is measured
-    with _listening() as port, machine.session(USER) as session, machine.session("root") as root:
-        reach = f"(exec 3<>/dev/tcp/{HOST_SEEN_FROM_GUEST}/{port}) 2>/dev/null"
+    far.set_up(machine)
+    reach = f"(exec 3<>/dev/tcp/{far.FAR4}/443) 2>/dev/null"
+    with machine.session(USER) as session, machine.session("root") as root:
         session.ask("exec 9<> <(:); ls /; sleep 10000 &")  # 9: a pipe to wait at, which takes no CPU
         root.ask("exec 9<> <(:)")
         scope = cgroup(session.ask("cat /proc/self/cgroup")).rpartition("/")[0]
@@ -106,23 +104,6 @@ def follow(machine: Machine, broker: Broker) -> list[Row]:
             found.append(Row(name, p99, "s", "median", half, p99 / half, "< 1.0"))
         root.ask("pkill -x sleep")  # or the login would not end: it has its output
     return found
-
-
-@contextlib.contextmanager
-def _listening() -> Iterator[int]:
-    """A port of this host that greets and hangs up."""
-    with socket.create_server(("127.0.0.1", 0), backlog=1024) as server:
-
-        def serve() -> None:
-            with contextlib.suppress(OSError):  # shut down
-                while True:
-                    server.accept()[0].close()
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield int(server.getsockname()[1])
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
 
 
 def _lives_in(name: str) -> str:
