@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,22 @@ def test_weights_are_those_of_the_heaviest(tree: FakeHierarchy, cgroups: Cgroups
     assert tree.read("user.slice/user-1000.slice", "cpu.weight") == "20\n"
     apply(cgroups.reconcile({}))
     assert tree.read("user.slice/user-1000.slice", "cpu.weight") == "100\n"
+
+
+def test_a_scope_that_has_ended_weighs_nothing(tree: FakeHierarchy, cgroups: Cgroups) -> None:
+    slice_, other = "user.slice/user-1000.slice", SCOPE.replace("5", "6")
+    tree.grow(other, 40)
+    apply(cgroups.enter(place(), persona(priority=100)))
+    apply(cgroups.enter(place(other), persona(priority=10)))
+    shutil.rmtree(tree.path(SCOPE))  # systemd has removed it before the agent hears of its end
+    apply(cgroups.leave(place()))
+    assert (tree.read(slice_, "cpu.weight"), tree.noted(slice_)) == ("20\n", slice_)
+    shutil.rmtree(tree.path(other))
+    apply(cgroups.leave(place(other)))
+    assert (tree.read(slice_, "cpu.weight"), tree.noted(slice_)) == ("100\n", "")
+    assert cgroups.reconcile({}) == ()
+    shutil.rmtree(tree.path(slice_))
+    assert cgroups.leave(place()) == ()
 
 
 def test_disks_are_whole_and_each_once(tmp_path: Path, cgroups: Cgroups) -> None:

@@ -67,18 +67,22 @@ class Warm:
         await_connected(self.machine)
 
     def spoil(self, test: str) -> None:
-        """Keeps what a failed test leaves to look at; the next one begins anew."""
+        """Keeps what a failed test leaves to look at, and tells the end of it; the next one begins anew."""
         self._used_by = test
-        self.keep(test)
+        lines = self.keep(test).splitlines()
+        print(*lines[-40:], sep="\n")  # where only the output is left to look at, as under CI
 
-    def keep(self, name: str) -> None:
-        """The guest's journal and console and the broker's log, in ``build/artifacts/NAME``."""
+    def keep(self, name: str) -> str:
+        """The guest's journal and console and the broker's log, in ``build/artifacts/NAME``; the journal."""
+        journal = ""
         folder = ARTIFACTS / re.sub(r"[^\w.-]+", "_", name)
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a guest that hangs has its console still
-            (folder / "journal.txt").write_text(self.machine.root("journalctl -b --no-pager", timeout=60).out)
+            journal = self.machine.root("journalctl -b --no-pager", timeout=60).out
+        (folder / "journal.txt").write_text(journal)
         (folder / "console.txt").write_text(self.machine.console_tail())
         (folder / "broker.txt").write_text((self.broker.directory / "log").read_text())
+        return journal
 
 
 @pytest.fixture(scope="session")

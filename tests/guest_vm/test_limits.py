@@ -249,7 +249,11 @@ def test_status_shows_use_against_limit(guest: Machine, broker: Broker) -> None:
 def test_the_plan_is_empty_when_all_is_as_it_should_be(guest: Machine) -> None:
     with guest.session("alice") as session:
         here = cgroup(session.ask("cat /proc/self/cgroup"))
-        plan = json.loads(guest.must("persona-agent plan --json"))
+        for _ in range(10):  # whoever was here before may not be quite gone
+            plan = json.loads(guest.must("persona-agent plan --json"))
+            if plan["plan"] == []:
+                break
+            time.sleep(0.5)
         assert plan["plan"] == []
         assert here in [place["cgroup"] for place in plan["places"]]
         # at once: it is looked after every 30 s

@@ -79,7 +79,7 @@ class Cgroups:
                 return ()
             last = not self._others(HOUSE, place.parent) and not self._tree.populated(f"{HOUSE}/{LOGIN}")
             return (Remove(self._tree, place.parent), *(self._away() if last else ()))
-        return self._weigh(place, 0) if not place.managed and self._tree.exists(place.parent) else ()
+        return () if place.managed else self._weigh(place, 0)
 
     def _others(self, cgroup: str, child: str) -> list[str]:
         return [name for name in self._tree.children(cgroup) if name != LOGIN and f"{cgroup}/{name}" != child]
@@ -131,17 +131,20 @@ class Cgroups:
     def _weigh(self, place: Place, weight: int) -> Plan:
         """A scope weighs as much as the heaviest place in it, a user's slice as its heaviest scope.
 
-        ``weight`` is the place's own to be; 0 = it goes away.
+        ``weight`` is the place's own to be; 0 = it goes away.  The scope may be gone before it, and the slice.
         """
         scope, _, name = place.cgroup.rpartition("/")
         slice_, _, scope_name = scope.rpartition("/")
         heaviest = max(weight, *self._weights(scope, but=(name, LOGIN)))
         of_user = max(heaviest, *self._weights(slice_, but=(scope_name,)))
-        return (
-            *self._set(scope, weights_of(heaviest or WEIGHT_DEFAULT), new=False),
-            *self._noted(slice_, slice_),
-            *self._set(slice_, weights_of(of_user or WEIGHT_DEFAULT), new=False),
-        )
+        steps: list[Operation] = []
+        if self._tree.exists(scope):
+            steps += self._set(scope, weights_of(heaviest or WEIGHT_DEFAULT), new=False)
+        if of_user:
+            steps += (*self._noted(slice_, slice_), *self._set(slice_, weights_of(of_user), new=False))
+        elif self._tree.noted(slice_):
+            steps += self._put_back(slice_)
+        return tuple(steps)
 
     def _weights(self, cgroup: str, but: tuple[str, ...]) -> list[int]:
         found = [0]
