@@ -25,5 +25,5 @@ def user_name(uid: int) -> str:
     """The login name of a uid, or the number."""
     try:
         return pwd.getpwuid(uid).pw_name
-    except KeyError:
+    except (KeyError, OSError):
         return str(uid)

@@ -4,6 +4,7 @@ Everything here runs in the loop's thread.  A question to the broker comes back 
 """
 
 import base64
+import dataclasses
 import json
 import logging
 import os
@@ -13,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from persona.codec import Record
 from persona.decisions import Denied, PersonaRef, Subject
 from persona.problems import Fault, PersonaError, Reason
 from persona_guest.accounts import user_name
 from persona_guest.bases import Bases
 from persona_guest.broker_client.events import Changed, Connected, Event, Lost
+from persona_guest.broker_client.recorder import Recordable
 from persona_guest.core.admission import Exemption, Recent, exemption
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.messages import admission_line, printable
@@ -52,7 +53,7 @@ class Agent:
         leases: LeaseBook,
         questions: Questions,
         keeping: Keeping,
-        record: Callable[[Record], None],
+        record: Callable[[Recordable], None],
         personas: Personas,
     ) -> None:
         self.settings = settings
@@ -382,7 +383,8 @@ class Agent:
         if gated is not None:
             self._record(of_stop(event, gated.session.id, gated.session.subject.user))
         else:
-            self._record(of_stop(event, "", user_name(event.uid if event.login is None else event.login)))
+            record, uid = of_stop(event, "", ""), event.uid if event.login is None else event.login
+            self._record(lambda: dataclasses.replace(record, user=user_name(uid)))
 
     # --- what users ask ---------------------------------------------------------------------------
 

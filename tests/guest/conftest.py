@@ -1,14 +1,20 @@
-"""A real agent and a real broker of the ordinary user who runs the tests, as 'persona try' starts them."""
+"""Real parts to test with: an agent and a broker as 'persona try' starts them, apt's own world, a table in a kernel."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from persona_guest.enforce.nft import Network
+from persona_guest.enforce.table import Table
 
+from persona.documents import Persona
+from tests.guest import netns
 from tests.guest.apt_root import AptRoot
+from tests.guest.netns import FAR4, FAR6, OTHER4, OTHER6, World
+from tests.guest.nft_world import number
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -53,3 +59,32 @@ def root(tmp_path: Path) -> AptRoot:
     root.package("helper", "1.5")
     root.package("broken", depends="helper", postinst="echo sorry; exit 3")
     return root
+
+
+# --- the table of nftables in a kernel ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with netns.world("pnet") as found:
+        found.start("serve", "53", "443", "5432", "5433", FAR4, FAR6, OTHER4, OTHER6, where="far")
+        yield found
+
+
+@pytest.fixture
+def table(world: World) -> Iterator[Table]:
+    found = world.in_near(lambda: Table(number))
+    found.resolve(("10.9.0.2", "127.0.0.53", "2001:db8:9::2"))
+    yield found
+    found.rebuild({})
+    found.close()
+
+
+@pytest.fixture
+def bases() -> dict[int, Persona]:
+    return {}
+
+
+@pytest.fixture
+def network(world: World, table: Table, bases: dict[int, Persona]) -> Network:
+    return Network(table, number, str(world.root), bases)

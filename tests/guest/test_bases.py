@@ -138,12 +138,12 @@ def test_cgroups_of_live_sessions_are_all_known_and_those_of_ended_ones_not_for_
     outside = Outside(tmp_path / "outside.json", bound.bases.alive)
     bound.bases.opened(session("long"), ONE)
     for number in range(300):
-        outside.add(housed("long", f"P{number}"), number)
+        outside.add({number: housed("long", f"P{number}")})
     for number in range(300):
         bound.bases.opened(session(f"job{number}"), ONE)
-        outside.add(housed(f"job{number}"), 1000 + number)
+        outside.add({1000 + number: housed(f"job{number}")})
         bound.bases.ended(f"job{number}")
-    outside.add(housed("other", uid=1001), 5000)
+    outside.add({5000: housed("other", uid=1001)})
     again = Outside(tmp_path / "outside.json", bound.bases.alive)
     for known in (outside, again):
         numbers = [number for number, _ in known.of(1000)]
@@ -167,5 +167,5 @@ def test_a_cgroup_that_cannot_be_kept_is_not_known(tmp_path: Path) -> None:
     outside = Outside(tmp_path / "gone" / "outside.json")
     for _ in range(2):
         with pytest.raises(FileNotFoundError):
-            outside.add(housed("a"), 1)
+            outside.add({1: housed("a")})
     assert outside.of(1000) == []

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,22 @@ def test_records_of_long_command_lines_fit_into_the_brokers_bodies(
     assert sum(len(body["records"]) for body in bodies) == 300
     assert max(len(json.dumps(body)) for body in bodies) <= MAX_BODY
     assert all(decode_record(record) for body in bodies for record in body["records"])
+
+
+def test_what_a_record_needs_to_be_looked_up_is_looked_up_by_the_recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    monkeypatch.setattr(Connection, "call", lambda *_: (204, None))
+
+    def looked_up() -> Record:
+        threads.append(threading.current_thread().name)
+        return Record(0, "s", "u", "/bin/true", (), "denied", None, None, None, None, "exec", False, False)
+
+    journal: list[Record] = []
+    recorder = Recorder(Broker(), journal.append)
+    recorder.add(looked_up)
+    recorder.close()
+    assert threads == ["recorder"]
+    assert [record.user for record in journal] == ["u"]
 
 
 def test_an_admission_is_used_again_once_by_the_same_process_until_an_event_comes() -> None:

@@ -19,7 +19,7 @@ from tests.guest_vm.site import ROOT, Broker, await_connected, configure, site
 
 ARTIFACTS = ROOT / "build" / "artifacts"
 # These hold the guest to times and rates, which another guest beside it would spoil.
-TIMED = {"test_limits.py", "test_following.py", "test_network.py", "test_failures.py"}
+TIMED = {"test_limits.py", "test_following.py", "test_network.py", "test_network_kept.py", "test_failures.py"}
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # of several, each has a guest of its own
 
 

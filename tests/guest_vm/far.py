@@ -47,6 +47,12 @@ def set_up(guest: Machine) -> None:
     guest.must(_SET_UP)
 
 
+def begin(guest: Machine, user: str) -> None:
+    """The world is there, and nothing of the user's lives."""
+    set_up(guest)
+    guest.must(f"pkill -KILL -u {user}; for i in $(seq 50); do pgrep -u {user} >/dev/null || exit 0; sleep 0.2; done")
+
+
 def attempt(guest: Machine, user: str, tries: Sequence[Try], before: str = "") -> list[str]:
     """What becomes of each try of a user's own ssh session; ``before`` begins the command line."""
     done = guest.ssh(user, f"{before} python3 -I {PROGRAM} try".strip(), stdin=json.dumps(list(tries)))
@@ -66,3 +72,9 @@ def attempt_as_root(guest: Machine, tries: Sequence[Try], before: str = "") -> l
 def from_outside(guest: Machine, tries: Sequence[Try]) -> list[str]:
     """The same from the far side."""
     return attempt_as_root(guest, tries, "ip netns exec far")
+
+
+def background(words: str, until: str) -> str:
+    """A command line that leaves the probe running, with its output in ``probe.out``, once it has said that."""
+    run = f"python3 -Iu {PROGRAM} {words} >probe.out 2>&1 &"
+    return f"{run} for i in $(seq 100); do grep -q {until} probe.out && break; sleep 0.1; done"

@@ -24,11 +24,15 @@ _BATCH_SIZE = MAX_BODY // 2  # one more record, at its largest, still fits into 
 _INTERVAL_S = 0.5
 
 
+# One that is there, or what makes it in the recorder's thread, where it may wait for others.
+Recordable = Record | Callable[[], Record]
+
+
 class Recorder:
     """``add`` from the loop's thread, all else in the recorder's own."""
 
     def __init__(self, settings: Broker, journal: Callable[[Record], None]) -> None:
-        self._queue: deque[Record] = deque()
+        self._queue: deque[Recordable] = deque()
         self._lost = 0
         self._journal = journal
         self._unsent: list[dict[str, Any]] = []
@@ -39,7 +43,7 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Recordable) -> None:
         """Takes a record; when 20,000 wait already, counts it as lost instead."""
         if len(self._queue) >= _QUEUE_MAX:
             self._lost += 1
@@ -59,7 +63,8 @@ class Recorder:
     def _flush(self) -> None:
         while self._queue or self._unsent or self._lost:
             while self._queue and len(self._unsent) < _BATCH and self._size < _BATCH_SIZE:
-                record = self._queue.popleft()
+                taken = self._queue.popleft()
+                record = taken() if callable(taken) else taken
                 self._journal(record)
                 value = encode_record(record)
                 self._size += len(json.dumps(value))  # a user chooses how long command lines are

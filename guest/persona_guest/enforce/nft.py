@@ -49,11 +49,12 @@ class Outside:
         """Number and path of each that is a user's."""
         return [(number, cgroup) for number, (owner, _, cgroup) in self._known.items() if owner == uid]
 
-    def add(self, place: Place, number: int) -> None:
-        """A place is about to be bound.  Raises ``OSError`` where that cannot be kept."""
-        if number in self._known:
+    def add(self, places: Mapping[int, Place]) -> None:
+        """Places are about to be bound, by the numbers of their cgroups.  Raises ``OSError`` where that is not kept."""
+        new = {n: place for n, place in places.items() if place.outside and n not in self._known}
+        if not new:
             return
-        known = {**self._known, number: (place.uid, place.session, place.cgroup)}
+        known = {**self._known, **{n: (place.uid, place.session, place.cgroup) for n, place in new.items()}}
         ended = [n for n, (_, session, _) in known.items() if not self._alive(session)]
         for old in ended[:-_ENDED_MAX]:
             del known[old]
@@ -80,7 +81,9 @@ class Bind:
     where: str
     access: Access | None
     before: Mapping[str, Bound | None]
+    place: Place | None  # what ``where`` is the cgroup of
     table: Table = field(repr=False, compare=False)
+    outside: Outside = field(repr=False, compare=False)
     changes: Callable[[], Mapping[str, Bound | None]] = field(repr=False, compare=False)
 
     def describe(self) -> Mapping[str, object]:
@@ -89,7 +92,11 @@ class Bind:
         return {"op": "network.bind", "where": self.where, "under": self.access.name, "rules": self.access.texts}
 
     def apply(self) -> None:
-        self.table.bind(self.changes())
+        changes = self.changes()
+        bound = changes[self.where]
+        if self.place is not None and bound is not None:
+            self.outside.add({key.number: self.place for key in bound.keys})
+        self.table.bind(changes)
 
     def undo(self) -> None:
         self.table.bind(self.before)
@@ -100,6 +107,7 @@ class Rebuild:
     """Makes the whole table anew in one transaction, or removes it.  It is not undone: what should be, should be."""
 
     bound: Mapping[str, Bound]
+    places: Mapping[int, Place]  # those of them that are, by the numbers of their cgroups
     table: Table = field(repr=False, compare=False)
     outside: Outside = field(repr=False, compare=False)
 
@@ -108,6 +116,7 @@ class Rebuild:
         return {"op": "network.rebuild" if under else "network.remove", "under": under}
 
     def apply(self) -> None:
+        self.outside.add(self.places)
         self.table.rebuild(self.bound)
         if not self.bound:
             self.outside.forget()
@@ -139,7 +148,11 @@ class Network:
     def enter(self, place: Place, persona: Persona) -> Plan:
         access = self._access(persona)
         names = (place.cgroup, _owner(place.uid))
-        return self._bind(names, access, lambda: self._with_owner(place, Bound((self._place(place),), access)))
+
+        def changes() -> Mapping[str, Bound | None]:
+            return self._with_owner(place, Bound((self._cgroup(place.cgroup),), access))
+
+        return self._bind(names, access, changes, place)
 
     def leave(self, place: Place) -> Plan:
         if place.cgroup not in self._table.bound:
@@ -159,15 +172,17 @@ class Network:
 
     def reconcile(self, wanted: Wanted) -> Plan:
         bound: dict[str, Bound] = {}
+        places: dict[int, Place] = {}
         for place, persona in wanted.items():
             with contextlib.suppress(FileNotFoundError):  # nobody is there any more
-                bound[place.cgroup] = Bound((self._place(place),), self._access(persona))
+                key = self._cgroup(place.cgroup)
+                bound[place.cgroup], places[key.number] = Bound((key,), self._access(persona)), place
         for uid, base in self._bases.items():
             bound[_owner(uid)] = Bound(self._owner_keys(uid, bound), self._access(base))
         there = self._table.exists()
         if there == bool(bound) and bound == self._table.bound and not self._table.disturbed:
             return ()
-        return (Rebuild(bound, self._table, self._outside),)
+        return (Rebuild(bound, places, self._table, self._outside),)
 
     def _access(self, persona: Persona) -> Access:
         marks = {rule.via: self._number(rule.via) for rule in persona.network_access if rule.via is not None}
@@ -180,7 +195,11 @@ class Network:
         return found
 
     def _bind(
-        self, names: tuple[str, ...], access: Access | None, changes: Callable[[], Mapping[str, Bound | None]]
+        self,
+        names: tuple[str, ...],
+        access: Access | None,
+        changes: Callable[[], Mapping[str, Bound | None]],
+        place: Place | None = None,
     ) -> Plan:
         """``names`` are all that ``changes`` is about, the first of them what comes under ``access``."""
         before = {where: self._table.bound.get(where) for where in names}
@@ -189,13 +208,7 @@ class Network:
             with contextlib.suppress(FileNotFoundError):  # made anew by the facility before this one
                 if all(self._table.bound.get(where) == bound for where, bound in changes().items()):
                     return ()
-        return (Bind(names[0], access, before, self._table, changes),)
-
-    def _place(self, place: Place) -> Key:
-        key = self._cgroup(place.cgroup)
-        if place.outside:
-            self._outside.add(place, key.number)
-        return key
+        return (Bind(names[0], access, before, place, self._table, self._outside, changes),)
 
     def _cgroup(self, cgroup: str) -> Key:
         return Key(_level(cgroup), os.stat(f"{self._cgroups}/{cgroup}").st_ino)

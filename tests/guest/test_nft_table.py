@@ -1,0 +1,257 @@
+"""The table in a kernel as it comes, changes and goes, and what lives on without its place."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from persona_guest.core.following import NOBODYS
+from persona_guest.core.ruleset import access
+from persona_guest.enforce import plan as plans
+from persona_guest.enforce.nft import Network, Outside
+from persona_guest.enforce.plan import PlanError
+from persona_guest.enforce.table import Table
+
+from persona.decisions import PersonaRef
+from persona.documents import Persona
+from tests.guest import netns
+from tests.guest.netns import FAR4, World
+from tests.guest.nft_world import CUT, REFUSED, RULES, UID, enter, listed, number, persona, place, under
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(not netns.available(), reason="no namespaces or no cgroup v2 here")]
+
+
+def test_the_plan_says_what_it_will_do(world: World, network: Network) -> None:
+    where = place(world)
+    (step,) = plans.describe(network.enter(where, persona("10.20.0.0/16:tcp/5432", "in:any:udp/53")))
+    rules = step["rules"]
+    assert isinstance(rules, dict)
+    out, into = rules.values()
+    assert out[0] == "meta l4proto tcp th dport 5432 ip daddr 10.20.0.0/16 accept"
+    assert out[1] == "meta l4proto udp ct direction reply th sport 53 accept"
+    assert out[-1] == "reject with icmpx admin-prohibited"
+    assert into[0] == "meta l4proto udp th dport 53 accept"
+    assert network.enter(where, persona()) != ()
+    plans.apply(network.enter(where, persona()))
+    assert network.enter(where, persona()) == ()
+
+
+def test_undo_puts_back_what_was(world: World, network: Network) -> None:
+    cgroup = enter(network, world, "any:tcp/443")
+    plan = network.enter(place(world), persona("any:tcp/5432"))
+    plans.apply(plan)
+    plans.undo(plan)
+    assert world.attempt([("tcp", FAR4, 443), ("tcp", FAR4, 5432)], cgroup=cgroup) == ["ok", REFUSED]
+    gone = network.leave(place(world))
+    plans.apply(gone)
+    plans.undo(gone)
+    assert world.attempt([("tcp", FAR4, 443), ("tcp", FAR4, 5432)], cgroup=cgroup) == ["ok", REFUSED]
+
+
+def test_a_cgroup_that_is_gone_is_left_and_made_anew(world: World, network: Network, table: Table) -> None:
+    where = place(world, "Gone")
+    plans.apply(network.enter(where, persona(name="Gone")))
+    (world.root / where.cgroup).rmdir()
+    with pytest.raises(PlanError, match="No such file"):
+        plans.apply(network.enter(where, persona("any", name="Gone")))
+    assert where.cgroup in table.bound
+    cgroup = enter(network, world, "any:tcp/443", name="Gone")  # another number under the same name
+    assert world.attempt([("tcp", FAR4, 443), ("tcp", FAR4, 5432)], cgroup=cgroup) == ["ok", REFUSED]
+    (world.root / where.cgroup).rmdir()
+    plans.apply(network.leave(where))
+    assert not table.bound
+    assert not [item for item in listed(world) if "element" in item or ("chain" in item and "Gone" in str(item))]
+
+
+class Holder:
+    """A program of root's in a session outside of its user's slice (sudo in a su), with flows of TCP and UDP."""
+
+    def __init__(self, world: World, cgroup: str) -> None:
+        self._root = world.root
+        self._process = world.start("hold", FAR4, "443", cgroup=cgroup)
+
+    def moved(self, cgroup: str) -> None:
+        """It lives there from now on; its sockets stay where they were made."""
+        (self._root / cgroup / "cgroup.procs").write_text(str(self._process.pid))
+
+    def fares(self) -> list[str]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return list(json.loads(self._process.stdout.readline()))
+
+
+def moved_on(world: World, network: Network) -> Holder:
+    """Begun under Left, which is left and gone; it is under Other by now."""
+    holder = Holder(world, enter(network, world, "any:tcp/443", "any:udp/443", name="Left"))
+    assert holder.fares() == ["ok", "ok"]
+    holder.moved(enter(network, world, "any:tcp/443", "any:udp/443", name="Other"))
+    plans.apply(network.leave(place(world, "Left")))
+    (world.root / place(world, "Left").cgroup).rmdir()
+    return holder
+
+
+def test_sockets_of_a_place_that_was_left_count_as_the_users(
+    world: World, network: Network, bases: dict[int, Persona]
+) -> None:
+    """Those of another owner too, where no cgroup above tells whose they are."""
+    under(network, bases, UID, "any:tcp/443", "any:udp/443")
+    holder = moved_on(world, network)
+    assert holder.fares() == ["ok", "ok"]
+    under(network, bases, UID, "any:tcp/443")
+    assert holder.fares() == ["ok", CUT]
+    under(network, bases, UID)
+    assert holder.fares() == ["ECONNRESET", CUT]
+    del bases[UID]  # with his last session
+    plans.apply(network.base(UID))
+    assert holder.fares()[1] == "ok"
+
+
+def test_sockets_of_a_place_that_was_made_anew_count_as_the_users(
+    world: World, network: Network, bases: dict[int, Persona]
+) -> None:
+    under(network, bases, UID)
+    holder = Holder(world, enter(network, world, "any:tcp/443", "any:udp/443", name="Left"))
+    holder.moved(enter(network, world, "any", name="Other"))
+    (world.root / place(world, "Left").cgroup).rmdir()
+    again = enter(network, world, "any:tcp/443", name="Left")  # without that it was left
+    assert holder.fares() == ["ECONNRESET", CUT]
+    assert world.attempt([("tcp", FAR4, 443)], cgroup=again) == ["ok"]
+    plan = network.leave(place(world, "Left"))
+    plans.apply(plan)
+    assert world.attempt([("tcp", FAR4, 443)], cgroup=again) == [REFUSED]
+    plans.undo(plan)
+    assert world.attempt([("tcp", FAR4, 443)], cgroup=again) == ["ok"]
+    assert holder.fares()[1] == CUT
+
+
+def test_what_places_left_behind_is_taken_up_by_the_next_agent(world: World, table: Table, tmp_path: Path) -> None:
+    bases = {UID: persona("any:tcp/443", name="Base")}
+    first = Network(table, number, str(world.root), bases, Outside(tmp_path / "outside.json"))
+    plans.apply(first.base(UID))
+    holder = moved_on(world, first)
+    assert holder.fares() == ["ok", CUT]
+    wanted = {place(world, "Other"): persona("any", name="Other")}
+    successor = world.in_near(lambda: Table(number))
+    second = Network(successor, number, str(world.root), bases, Outside(tmp_path / "outside.json"))
+    kept = (tmp_path / "outside.json").read_text()
+    plan = second.reconcile({**wanted, place(world, "New"): persona(name="New")})
+    assert (tmp_path / "outside.json").read_text() == kept  # which a plan that is only looked at leaves as it is
+    plans.apply(plan)
+    assert "New" in (tmp_path / "outside.json").read_text()
+    plans.apply(second.reconcile(wanted))
+    assert second.reconcile(wanted) == ()
+    assert holder.fares() == ["ok", CUT]
+    bases[UID] = persona(name="Base")
+    plans.apply(second.base(UID))
+    assert second.reconcile(wanted) == ()
+    assert holder.fares() == ["ECONNRESET", CUT]
+    bases.clear()
+    plans.apply(second.reconcile({}))
+    assert json.loads((tmp_path / "outside.json").read_text()) == {}
+    successor.close()
+
+
+def test_unused_chains_go_with_the_last_that_used_them(world: World, network: Network, table: Table) -> None:
+    enter(network, world, "any:tcp/443", name="One")
+    plans.apply(network.enter(place(world, "Two"), persona("any:tcp/443", name="One")))
+    assert len(table.refused()) == 1
+    plans.apply(network.leave(place(world, "One")))
+    assert len(table.refused()) == 1
+    plans.apply(network.leave(place(world, "Two")))
+    assert not table.refused()
+
+
+def test_a_new_agent_takes_the_table_up_in_one_step(world: World, network: Network) -> None:
+    cgroup = enter(network, world, "any:tcp/443")
+    enter(network, world, "any:tcp/5432", name="Stale")
+    process = world.start("stream", FAR4, "443", cgroup=cgroup)
+    successor = world.in_near(lambda: Table(number))
+    kept = {UID: persona()}
+    second = Network(successor, number, str(world.root), kept)
+    wanted = {place(world): persona("any:tcp/443")}
+    plan = second.reconcile(wanted)
+    assert plans.describe(plan)[0]["op"] == "network.rebuild"
+    plans.apply(plan)
+    assert second.reconcile(wanted) == ()
+    time.sleep(0.2)
+    assert process.poll() is None
+    assert world.attempt([("tcp", FAR4, 443), ("tcp", FAR4, 5432)], cgroup=cgroup) == ["ok", REFUSED]
+    assert world.attempt([("tcp", FAR4, 443)], cgroup=place(world, "Stale").cgroup) == ["ok"]  # nobody's any more
+    assert world.attempt([("tcp", FAR4, 443)], uid=UID) == [REFUSED]
+    kept.clear()
+    plans.apply(second.reconcile({}))
+    assert second.reconcile({}) == ()
+    assert "persona" not in world.near_run("nft", "list", "tables")
+    successor.close()
+    process.kill()
+
+
+def test_other_tables_are_left_alone(world: World, network: Network) -> None:
+    """A firewall and a container engine beside us: their rules stay, and still refuse what they refuse."""
+    world.near_run("nft", "-f", str(netns.PROBE.with_name("neighbours.nft")))
+    neighbours = world.near_run("nft", "list", "ruleset")
+    cgroup = enter(network, world, "any:tcp/443,5432")
+    assert world.attempt([("tcp", FAR4, 443), ("tcp", FAR4, 5432), ("tcp", FAR4, 5433)], cgroup=cgroup) == [
+        "ok", "EHOSTUNREACH", REFUSED,
+    ]  # fmt: skip
+    plans.apply(network.reconcile({}))
+    assert world.near_run("nft", "list", "ruleset") == neighbours
+    world.near_run("nft", "flush", "ruleset")
+
+
+def test_nft_reads_the_table_as_we_mean_it(world: World, network: Network) -> None:
+    cgroup = enter(
+        network, world, "10.20.0.0/16:tcp/80-90", "2001:db8::/33:udp/53", "dns", "in:any:udp/9", "any via dev e1"
+    )
+    text = world.near_run("nft", "list", "table", "inet", "persona")
+    for line in (
+        "type route hook output priority mangle; policy accept;",
+        "socket cgroupv2 level 4 vmap @out4",
+        "meta skuid vmap @owner",
+        "tcp dport 80-90 ip daddr 10.20.0.0/16 accept",
+        "udp dport 53 ip6 daddr 2001:db8::/33 accept",
+        "meta mark set meta mark & 0x01ffffff | 0x01000000 accept",
+        "udp dport 53 ip6 daddr @resolvers6 accept",
+        "ct direction reply udp sport 9 accept",
+        "reject with icmpx admin-prohibited",
+        "reject with tcp reset",
+        "masquerade",
+    ):
+        assert line in text, line
+    assert f'"{cgroup}" : goto Analyst.' in text or "goto Analyst." in text
+
+
+def test_a_thousand_personas_change_quickly(world: World, network: Network, table: Table) -> None:
+    """Nothing grows with what is loaded: an upper bound, loose enough for a loaded machine."""
+    wanted = {
+        replace(place(world), cgroup=world.cgroup(f"P{index}"), persona=PersonaRef(f"P{index}", 1)): persona(
+            *RULES, f"in:any:tcp/{index + 1}", name=f"P{index}"
+        )
+        for index in range(1000)
+    }
+    plans.apply(network.reconcile(wanted))
+    assert len(table.refused()) == 1000
+    times = []
+    for port in range(20):
+        began = time.perf_counter()
+        enter(network, world, f"any:tcp/{port + 1}", name="P7")
+        times.append(time.perf_counter() - began)
+    assert sorted(times)[10] < 0.05
+    plans.apply(network.reconcile({}))
+
+
+def test_what_a_first_login_needs_is_loaded_beforehand_and_no_table_is_left(world: World, table: Table) -> None:
+    assert not table.exists()
+    table.warm(access(NOBODYS, {}))
+    assert "inet persona" not in world.near_run("nft", "list", "tables")
+    assert not table.exists()
+
+
+def test_warming_up_leaves_a_table_that_is_there_alone(world: World, table: Table, network: Network) -> None:
+    enter(network, world, "any:tcp/443")
+    before = world.near_run("nft", "list", "table", "inet", "persona")
+    world.in_near(lambda: Table(number)).warm(access(NOBODYS, {}))
+    assert world.near_run("nft", "list", "table", "inet", "persona") == before
