@@ -6,12 +6,13 @@ born there.  Everything runs in the loop's thread.
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from persona.decisions import Granted, PersonaRef
+from persona.decisions import Denied, Granted, PersonaRef
 from persona.documents import Persona
 from persona.problems import PersonaError, Reason
 from persona_guest.core.following import NOBODY, NOBODYS, bereft
@@ -57,6 +58,7 @@ class Enforcer:
         self._directory = directory
         self._base = base
         self._watch = watch
+        self._fetching: set[PersonaRef] = set()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     # --- one exec ---------------------------------------------------------------------------------
@@ -227,8 +229,7 @@ class Enforcer:
             wanted = self.wanted()
         except PersonaError as error:  # what is there stays as it is, rather than go for want of a document
             log.error("nothing is looked after: %s", error.message)
-            for ref in {place.persona for home in self.homes.values() for place in home.places.values()} - {NOBODY}:
-                self._personas.ensure(ref, lambda _denied: None)
+            self._fetch_missing()
             return
         for facility in self._facilities:
             try:
@@ -237,6 +238,22 @@ class Enforcer:
                 log.error("%s: cannot be made so: %s", facility.name, error)
             except Exception:  # whatever a user leaves to be found: the agent answers the others
                 log.exception("%s: cannot be made so", facility.name)
+
+    def _fetch_missing(self) -> None:
+        """The documents of places that are not here; with the last of them it is reconciled again, at once."""
+        refs = {place.persona for home in self.homes.values() for place in home.places.values()} - {NOBODY}
+
+        def arrived(ref: PersonaRef, denied: Denied | None) -> None:
+            self._fetching.discard(ref)
+            if denied is None and not self._fetching:
+                self.reconcile()
+
+        for ref in refs - self._fetching:
+            try:
+                self._personas.get(ref)
+            except PersonaError:
+                self._fetching.add(ref)
+                self._personas.ensure(ref, functools.partial(arrived, ref))
 
     def release(self) -> None:
         """Nothing of ours stays; the sessions go on without limits."""

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona
+from persona.network import parse_rule, parse_via
+from persona.patterns import Whitelist
 from persona.problems import PersonaError
 from persona_guest.bases import Bases
 from persona_guest.core.following import NOBODYS
@@ -23,6 +25,9 @@ from persona_guest.loop import Loop
 
 log = logging.getLogger("persona.enforce")
 
+# What needs a module of its own: connection tracking, and the translation of addresses of what goes a way.
+WAY = parse_via("table 1")
+KINDS = Persona("warm", Whitelist(()), network_access=(parse_rule("in:any:udp/1"), parse_rule(f"any via {WAY}")))
 _RESOLVERS_S = 2.0  # after a change of resolv.conf; at none it costs two calls of stat(2)
 
 
@@ -47,10 +52,11 @@ class Net:
 
     def warm(self) -> None:
         """Before the first login, which would wait for it."""
-        try:
-            self.table.warm(access(NOBODYS, {}))
-        except OSError as error:
-            log.error("nftables lacks something that every login needs: %s", error)
+        for persona, who in ((NOBODYS, "every login"), (KINDS, "some kind of rule")):
+            try:
+                self.table.warm(access(persona, {WAY: 1}))
+            except OSError as error:
+                log.error("nftables lacks something that %s would need: %s", who, error)
 
     def watch(self, loop: Loop, repair: Callable[[], None], tell: Tell) -> None:
         """Hears from now on what is refused, and of others' hands in the table."""

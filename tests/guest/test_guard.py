@@ -192,6 +192,20 @@ def test_a_look_within_another_leaves_the_outer_one_watched() -> None:
     assert gave_up
 
 
+def test_what_waits_for_the_kernel_only_is_nobodys_fault() -> None:
+    gave_up: list[float] = []
+    guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.1)
+    outer = guard.enter(session(UID))
+    within = guard.rest()
+    time.sleep(1.5)
+    guard.resume(within)
+    time.sleep(0.3)
+    assert not gave_up
+    time.sleep(1.5)
+    guard.leave(outer)
+    assert gave_up
+
+
 def test_an_error_within_a_look_ends_the_watch() -> None:
     gave_up: list[float] = []
     guard = Guard(lambda: gave_up.append(time.monotonic()), limit_s=0.1)

@@ -67,6 +67,7 @@ SSHD = {"_UID": 0, "SYSLOG_IDENTIFIER": "sshd"}
         ({"_UID": "nonsense"}, True),
         ({"_UID": 0, "COREDUMP_UID": 1000}, False),  # systemd-coredump tells of a user's crash
         ({"_UID": 0, "COREDUMP_UID": 0}, True),
+        ({"_UID": 1000, "COREDUMP_UID": 0}, False),  # a user who says so of root
         ({"_UID": 0, "UNIT": "user@1000.service"}, False),  # PID 1: Failed to start User Manager for UID 1000.
         ({"_UID": 0, "UNIT": "nginx.service"}, True),
         ({"_TRANSPORT": "kernel", "MESSAGE": "Memory cgroup out of memory: Killed process 7 (x)"}, False),

@@ -12,6 +12,7 @@ from persona_guest.enforce import plan as plans
 from persona_guest.enforce.nft import Network, Outside
 from persona_guest.enforce.plan import PlanError
 from persona_guest.enforce.table import Table
+from persona_guest.net import KINDS, WAY
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona
@@ -248,6 +249,15 @@ def test_what_a_first_login_needs_is_loaded_beforehand_and_no_table_is_left(worl
     table.warm(access(NOBODYS, {}))
     assert "inet persona" not in world.near_run("nft", "list", "tables")
     assert not table.exists()
+
+
+def test_warming_up_takes_rules_of_every_kind(world: World, table: Table, network: Network) -> None:
+    every = access(KINDS, {WAY: 1})
+    said = " ".join(text for texts in every.texts.values() for text in texts)
+    assert "ct direction" in said
+    assert "meta mark set" in said
+    table.warm(every)
+    assert "inet persona" not in world.near_run("nft", "list", "tables")
 
 
 def test_warming_up_leaves_a_table_that_is_there_alone(world: World, table: Table, network: Network) -> None:

@@ -101,10 +101,11 @@ def counts(entry: Mapping[str, object], uid_min: int) -> bool:
     login = _number(entry.get("_AUDIT_LOGINUID"))
     if login is not None and uid_min <= login != _NO_LOGIN:
         return False
-    # systemd-coredump is root and says whose program crashed
-    uid = _number(entry.get("COREDUMP_UID", entry.get("_UID")))
-    if uid is not None and uid_min <= uid <= _UID_MAX:
-        return False
+    # systemd-coredump is root and says whose program crashed; anybody could say so of root
+    for field in ("_UID", "COREDUMP_UID"):
+        uid = _number(entry.get(field))
+        if uid is not None and uid_min <= uid <= _UID_MAX:
+            return False
     message = entry.get("MESSAGE", "")
     # bytes where it is not UTF-8, which a user's process can call itself
     text = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)

@@ -68,12 +68,15 @@ class Table:
         self._netlink.close()
 
     def warm(self, access: Access) -> None:
-        """Has the kernel load what a table needs: seconds, once a boot, for which a first login would wait.
+        """Has the kernel load what a table with this needs: seconds, once a boot, for which a login would wait.
 
         Leaves no table behind.  Raises ``OSError``.
         """
         if not self.exists():
-            messages = [*self._skeleton(), *_add_access(access), nftables.delete_table()]
+            messages = [*self._skeleton(), *_add_access(access)]
+            for chain in ruleset.way_chains(range(1, len(access.ways) + 1)):
+                messages += nftables.add_chain(chain)
+            messages.append(nftables.delete_table())
             self._netlink.batch(nftables.SUBSYSTEM, messages)
 
     def bind(self, changes: Mapping[str, Bound | None]) -> None:

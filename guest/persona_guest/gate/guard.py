@@ -66,6 +66,15 @@ class Guard:
         """It did not."""
         self._entered = outer
 
+    def rest(self) -> Entered | None:
+        """What comes now waits for the kernel only, however long a module takes to load; what to ``resume``."""
+        outer, self._entered = self._entered, None
+        return outer
+
+    def resume(self, outer: Entered | None) -> None:
+        """Watches on, with its time anew."""
+        self._entered = outer and (time.monotonic(), outer[1])
+
     @contextlib.contextmanager
     def watching(self, session: Session) -> Iterator[None]:
         """``enter`` and ``leave`` around a block, whatever it comes to; for all but the path of every exec."""

@@ -295,7 +295,11 @@ class Supervisor:
         verifying = self.settings.mode is Mode.ENFORCE and not (layer.active and pending.attempt.final.is_unique)
         try:
             if self.place is not None:
-                self.place(pending, granted)
+                outer = self._guard.rest()
+                try:
+                    self.place(pending, granted)
+                finally:
+                    self._guard.resume(outer)
             look = self._before(pending, granted) if verifying else None
         except PersonaError as error:
             reason = error.code if isinstance(error.code, Reason) else Reason.ENFORCEMENT_FAILED
