@@ -1,9 +1,10 @@
 """Questions to the broker from the agent's loop: a few threads, each with one kept connection.
 
 The loop never waits: it posts a call and gets the result in its mailbox.  Users are served in turns.
-Every call has a deadline from the moment it is posted, a queue that is full refuses at once, and after
-a failure the link answers "unreachable" by itself for a moment, so that a dead broker costs one
-timeout and not one a command.
+Every call has a deadline from the moment it is posted and is answered by then, even where it still waits
+for a thread; a queue that is full refuses at once, and after a failure the link answers "unreachable" by
+itself for a moment, so that a dead broker costs one timeout and not one a command.  What nobody waits for
+has a thread of its own: it may be slow, and takes none from those who wait.
 """
 
 import threading
@@ -19,7 +20,9 @@ from persona_guest.settings import Broker
 
 _SHARE_MAX = 512  # questions of one user that wait
 _QUEUE_MAX = 2048
-_THREADS = 2
+_URGENT_THREADS = 2
+_PATIENT_TIMES = 5  # the timeout of what nobody waits for, in timeouts of what somebody does
+_GRACE_S = 0.05  # a call that ends by itself at its deadline knows better why
 _PAUSE_S = 0.5  # after a failure, how long nobody is sent into the same timeout
 
 
@@ -35,7 +38,7 @@ Outcome = Answer | BrokerError
 Done = Callable[[Outcome], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Call:
     method: str
     path: str
@@ -44,79 +47,96 @@ class _Call:
     done: Done
 
 
+_Calls = FairQueue[_Call | None]
+
+
 class Link:
-    """``deliver`` runs a callable in the loop's thread; every ``done`` is called there, exactly once."""
+    """``deliver`` runs a callable in the loop's thread; every ``done`` is called there, exactly once.
+
+    ``post``, ``reachable`` and ``sweep`` are that thread's as well.
+    """
 
     def __init__(self, settings: Broker, deliver: Callable[[Callable[[], None]], None]) -> None:
         self._settings = settings
         self._deliver = deliver
-        self._calls: FairQueue[_Call | None] = FairQueue(_SHARE_MAX, _QUEUE_MAX)
-        self._connections = [Connection(settings) for _ in range(_THREADS)]
-        self._busy: dict[Connection, float] = {}
+        self._urgent: _Calls = FairQueue(_SHARE_MAX, _QUEUE_MAX)
+        self._patient: _Calls = FairQueue(_SHARE_MAX, _QUEUE_MAX)
+        self._unanswered: set[_Call] = set()  # the loop's thread alone looks at it
+        self._busy: dict[Connection, _Call] = {}
         self._pause_until = 0.0
         self._last_failure = BrokerError(Reason.BROKER_UNREACHABLE, "not asked yet")
-        self._threads = [
-            threading.Thread(target=self._work, args=(connection,), name="broker-link", daemon=True)
-            for connection in self._connections
-        ]
-        for thread in self._threads:
-            thread.start()
+        served = [self._urgent] * _URGENT_THREADS + [self._patient]
+        self._workers = [(Connection(settings), calls) for calls in served]
+        for worker in self._workers:
+            threading.Thread(target=self._work, args=worker, name="broker-link", daemon=True).start()
 
     def post(self, who: str, method: str, path: str, body: object | None, done: Done, *, urgent: bool = True) -> None:
         """Asks on behalf of user ``who``; ``done`` gets the outcome later.
 
-        ``urgent`` calls fail at once while the broker is away.
+        ``urgent`` calls fail at once while the broker is away, and wait for no call that is not.
         """
         now = time.monotonic()
         if urgent and now < self._pause_until:
             failure = self._last_failure
             self._deliver(lambda: done(failure))
             return
-        timeout = self._settings.timeout_s * (1 if urgent else 5)
-        if not self._calls.put(who, _Call(method, path, body, now + timeout, done)):
+        timeout = self._settings.timeout_s * (1 if urgent else _PATIENT_TIMES)
+        call = _Call(method, path, body, now + timeout, done)
+        self._unanswered.add(call)
+        if not (self._urgent if urgent else self._patient).put(who, call):
             overload = BrokerError(Reason.AGENT_OVERLOADED, "too many questions at once")
-            self._deliver(lambda: done(overload))
+            self._deliver(lambda: self._answer(call, overload))
 
     def reachable(self) -> None:
         """The event stream came up: ask again at once, and connect before somebody waits for it."""
         self._pause_until = 0.0
-        for _ in self._connections:
-            self.post("", "GET", "/healthz", None, lambda _outcome: None, urgent=False)
+        for _ in range(_URGENT_THREADS):
+            self.post("", "GET", "/healthz", None, lambda _outcome: None)
 
     def sweep(self, now: float) -> None:
-        """Cuts calls that are past their deadline, which a dripping peer could stretch; call often."""
-        for connection, deadline in list(self._busy.items()):
-            if now > deadline + 0.05:
+        """Answers what is past its deadline, and cuts it where a dripping peer stretches it; call often."""
+        for connection, call in list(self._busy.items()):
+            if now > call.deadline + _GRACE_S:
                 connection.abort()
+        for call in [call for call in self._unanswered if now > call.deadline + _GRACE_S]:
+            self._answer(call, _late())
 
     def close(self) -> None:
         """Ends the threads; calls that wait are dropped."""
-        for _ in self._threads:
-            self._calls.put("", None)
-        for connection in self._connections:
+        for connection, calls in self._workers:
+            calls.put("", None)
             connection.abort()
 
-    def _work(self, connection: Connection) -> None:
+    def _answer(self, call: _Call, outcome: Outcome) -> None:
+        if call in self._unanswered:
+            self._unanswered.remove(call)
+            call.done(outcome)
+
+    def _work(self, connection: Connection, calls: _Calls) -> None:
         while True:
-            call = self._calls.get()
+            call = calls.get()
             if call is None:
                 connection.close()
                 return
             outcome: Outcome
             if time.monotonic() >= call.deadline:
-                outcome = BrokerError(Reason.BROKER_UNREACHABLE, "no answer in time")
+                outcome = _late()
             else:
-                self._busy[connection] = call.deadline
+                self._busy[connection] = call
                 try:
                     outcome = Answer(*connection.call(call.method, call.path, call.body, call.deadline))
                 except BrokerError as error:
                     outcome = error
-                    self._last_failure = error
-                    self._pause_until = time.monotonic() + _PAUSE_S
+                    if calls is self._urgent:
+                        self._last_failure = error
+                        self._pause_until = time.monotonic() + _PAUSE_S
                 finally:
                     self._busy.pop(connection, None)
-            self._deliver(_bind(call.done, outcome))
+            self._deliver(self._bind(call, outcome))
+
+    def _bind(self, call: _Call, outcome: Outcome) -> Callable[[], None]:
+        return lambda: self._answer(call, outcome)
 
 
-def _bind(done: Done, outcome: Outcome) -> Callable[[], None]:
-    return lambda: done(outcome)
+def _late() -> BrokerError:
+    return BrokerError(Reason.BROKER_UNREACHABLE, "no answer in time")
