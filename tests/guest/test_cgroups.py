@@ -265,3 +265,57 @@ def test_a_source_that_a_user_may_have_named_is_not_looked_at(
     monkeypatch.setattr(os, "stat", noting)
     disks(str(tmp_path / "mountinfo"), str(tmp_path / "dev"))
     assert [path for path in looked if path.startswith("/dev/")] == ["/dev/full"]
+
+
+@pytest.mark.parametrize(
+    ("call", "asked", "answer"),
+    [
+        ("read", Hierarchy.processes, []),
+        ("read", Hierarchy.populated, False),
+        ("scandir", Hierarchy.children, []),
+        ("rmdir", Hierarchy.remove, None),
+    ],
+)
+def test_a_cgroup_that_goes_while_it_is_looked_at_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, asked: Callable[..., Any], answer: Any
+) -> None:
+    tree = going(tmp_path, monkeypatch, call)
+    assert asked(tree, "going") == answer
+
+
+def test_what_is_written_to_a_cgroup_that_goes_finds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = going(tmp_path, monkeypatch, "write")
+    with pytest.raises(FileNotFoundError):
+        tree.write("going", "cgroup.procs", "1")
+
+
+def going(directory: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> Hierarchy:
+    """A cgroup that systemd removes within a system call."""
+    tree = Hierarchy(str(directory))
+    os.mkdir(tree.path("going"))
+    for file in ("cgroup.procs", "cgroup.events"):
+        Path(tree.path("going", file)).write_text("populated 1\n" if file == "cgroup.events" else "10\n")
+
+    def goes(*_: Any, **__: Any) -> Any:
+        os.rename(tree.path("going"), tree.path("gone"))
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(os, call, goes)
+    return tree
+
+
+def test_a_disk_that_is_not_there_is_no_cgroup_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = FakeHierarchy(tmp_path / "cgroup")
+    tree.grow("here")
+    monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENODEV, "no such device")))
+    with pytest.raises(OSError, match="no such device") as caught:
+        Hierarchy.write(tree, "here", "io.max", "8:0 rbps=1")
+    assert caught.value.errno == errno.ENODEV
+
+
+def test_a_threaded_cgroup_lists_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = FakeHierarchy(tmp_path / "cgroup")
+    tree.grow("threaded", 10)
+    number = errno.EOPNOTSUPP
+    monkeypatch.setattr(os, "read", lambda *_: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    assert tree.processes("threaded") == []

@@ -1,10 +1,12 @@
 """cgroup v2 as files: cgroups(7), cgroup-v2.rst.  Paths are relative to the root and never the caller's.
 
-Every method raises ``OSError``.
+Every method raises ``OSError``; ``FileNotFoundError`` also where the cgroup goes while it is looked at.
 """
 
 import contextlib
+import errno
 import os
+from collections.abc import Iterator
 
 _READ_MAX = 1 << 20  # cgroup.procs of a place whose pids are not limited
 _NOTE = "user.persona"
@@ -26,46 +28,62 @@ class Hierarchy:
 
     def read(self, cgroup: str, file: str) -> str:
         """The whole file."""
-        fd = os.open(self.path(cgroup, file), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            parts: list[bytes] = []
-            while len(parts) < 256 and (part := os.read(fd, _READ_MAX)):
-                parts.append(part)
-            return b"".join(parts).decode()
-        finally:
-            os.close(fd)
+        with self._going(cgroup):
+            fd = os.open(self.path(cgroup, file), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                parts: list[bytes] = []
+                while len(parts) < 256 and (part := os.read(fd, _READ_MAX)):
+                    parts.append(part)
+                return b"".join(parts).decode()
+            finally:
+                os.close(fd)
 
     def write(self, cgroup: str, file: str, text: str) -> None:
         """One write, which is how the kernel takes a value."""
-        fd = os.open(self.path(cgroup, file), os.O_WRONLY | os.O_CLOEXEC)
+        with self._going(cgroup):
+            fd = os.open(self.path(cgroup, file), os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, text.encode())
+            finally:
+                os.close(fd)
+
+    @contextlib.contextmanager
+    def _going(self, cgroup: str) -> Iterator[None]:
+        """Of a cgroup that is removed between open and read the kernel says ENODEV; so it does of a disk in io.max."""
         try:
-            os.write(fd, text.encode())
-        finally:
-            os.close(fd)
+            yield
+        except OSError as error:
+            if error.errno == errno.ENODEV and not self.exists(cgroup):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path(cgroup)) from error
+            raise
 
     def make(self, cgroup: str) -> None:
         """A new cgroup, whose parent exists; one that is there is fine."""
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError), self._going(cgroup):
             os.mkdir(self.path(cgroup), 0o755)
 
     def remove(self, cgroup: str) -> None:
         """An empty one; one that is gone is fine.  EBUSY where something lives there."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._going(cgroup):
             os.rmdir(self.path(cgroup))
 
     def children(self, cgroup: str) -> list[str]:
         """The names of the cgroups directly below; none where it is gone."""
         try:
-            with os.scandir(self.path(cgroup)) as entries:
+            with self._going(cgroup), os.scandir(self.path(cgroup)) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         except FileNotFoundError:
             return []
 
     def processes(self, cgroup: str) -> list[int]:
-        """The pids in this very cgroup; none where it is gone."""
+        """The pids in this very cgroup; none where it is gone, or threaded: the domain above has them."""
         try:
             return [int(word) for word in self.read(cgroup, "cgroup.procs").split()]
         except FileNotFoundError:
+            return []
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
             return []
 
     def populated(self, cgroup: str) -> bool:
