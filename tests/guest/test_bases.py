@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from persona_guest.bases import Bases
 from persona_guest.core.following import NOBODYS
-from persona_guest.core.places import Place
+from persona_guest.core.places import Place, slice_of
 from persona_guest.core.sessions import Session
-from persona_guest.enforce.nft import Outside
+from persona_guest.enforce.nft import Kept, Outside
 from persona_guest.enforce.plan import Plan
 
 from persona.decisions import PersonaRef, Subject
@@ -132,26 +132,34 @@ def test_what_is_outside_of_its_users_slice() -> None:
     assert not Place("a", ONE, "user.slice/user-1000.slice/user@1000.service", 1000).outside
 
 
+def kept(place: Place) -> Kept:
+    return Kept(place.uid, place.session, place.cgroup)
+
+
 def test_cgroups_of_live_sessions_are_all_known_and_those_of_ended_ones_not_for_ever(
     bound: Bound, tmp_path: Path
 ) -> None:
     outside = Outside(tmp_path / "outside.json", bound.bases.alive)
     bound.bases.opened(session("long"), ONE)
     for number in range(300):
-        outside.add({number: housed("long", f"P{number}")})
+        outside.add({number: kept(housed("long", f"P{number}"))})
     for number in range(300):
         bound.bases.opened(session(f"job{number}"), ONE)
-        outside.add({1000 + number: housed(f"job{number}")})
+        outside.add({1000 + number: kept(housed(f"job{number}"))})
         bound.bases.ended(f"job{number}")
-    outside.add({5000: housed("other", uid=1001)})
+    outside.add({5000: kept(housed("other", uid=1001))})
     again = Outside(tmp_path / "outside.json", bound.bases.alive)
     for known in (outside, again):
         numbers = [number for number, _ in known.of(1000)]
         assert numbers == [*range(300), *range(1045, 1300)]
         assert known.of(1001) == [(5000, housed("other").cgroup)]
-    again.forget(1000)
-    assert Outside(tmp_path / "outside.json").of(1000) == []
-    assert len(Outside(tmp_path / "outside.json").of(1001)) == 1
+        assert known.of_others([1000]) == known.of(1001)
+    for number in range(300):
+        outside.add({9000 + number: Kept(1001, "", slice_of(1001))})
+    assert [number for number, _ in outside.of(1001)] == [5000, *range(9044, 9300)]
+    assert [number for number, _ in outside.of(1000)] == numbers
+    again.forget()
+    assert Outside(tmp_path / "outside.json").of_others([]) == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"1": 1}', '{"a": [1, "s", "c"]}'])
@@ -167,5 +175,5 @@ def test_a_cgroup_that_cannot_be_kept_is_not_known(tmp_path: Path) -> None:
     outside = Outside(tmp_path / "gone" / "outside.json")
     for _ in range(2):
         with pytest.raises(FileNotFoundError):
-            outside.add({1: housed("a")})
+            outside.add({1: kept(housed("a"))})
     assert outside.of(1000) == []

@@ -1,12 +1,15 @@
 """The table in a kernel as it comes, changes and goes, and what lives on without its place."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from persona_guest.core.following import NOBODYS
+from persona_guest.core.places import Place, slice_of
 from persona_guest.core.ruleset import access
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.nft import Network, Outside
@@ -105,8 +108,12 @@ def test_sockets_of_a_place_that_was_left_count_as_the_users(
     assert holder.fares() == ["ok", CUT]
     under(network, bases, UID)
     assert holder.fares() == ["ECONNRESET", CUT]
+    under(network, bases, UID + 1, "any")
     del bases[UID]  # with his last session
     plans.apply(network.base(UID))
+    assert holder.fares()[1] == CUT, "who is there still may have been handed them"
+    del bases[UID + 1]
+    plans.apply(network.base(UID + 1))
     assert holder.fares()[1] == "ok"
 
 
@@ -126,6 +133,45 @@ def test_sockets_of_a_place_that_was_made_anew_count_as_the_users(
     plans.undo(plan)
     assert world.attempt([("tcp", FAR4, 443)], cgroup=again) == ["ok"]
     assert holder.fares()[1] == CUT
+
+
+@pytest.fixture
+def slice_(world: World) -> Iterator[str]:
+    """A scope in the user's own slice."""
+    scope = world.root / slice_of(UID) / "session-1.scope"
+    (scope / "Analyst").mkdir(parents=True)
+    yield str(scope.relative_to(world.root))
+    for directory in (scope / "Analyst", scope, scope.parent, scope.parent.parent):
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+def test_sockets_of_a_user_who_has_gone_reach_nothing(world: World, table: Table, slice_: str, tmp_path: Path) -> None:
+    """He may have handed them to an accomplice, who is there still."""
+    bases: dict[int, Persona] = {}
+    network = Network(table, number, str(world.root), bases, Outside(tmp_path / "outside.json"))
+    under(network, bases, UID + 1, "any:tcp/5432")
+    under(network, bases, UID, "any:tcp/443", "any:udp/443")
+    where = Place("s-1", PersonaRef("Analyst", 1), f"{slice_}/Analyst", UID)
+    plans.apply(network.enter(where, bases[UID]))
+    holder = Holder(world, where.cgroup)
+    assert holder.fares() == ["ok", "ok"]
+    del bases[UID]  # his session ends; its place is left a moment later
+    plans.apply(network.base(UID))
+    plans.apply(network.leave(where))
+    assert holder.fares() == ["ECONNRESET", CUT]
+    assert network.reconcile({}) == ()
+    successor = world.in_near(lambda: Table(number))
+    second = Network(successor, number, str(world.root), bases, Outside(tmp_path / "outside.json"))
+    plans.apply(second.reconcile({}))
+    assert holder.fares()[1] == CUT
+    under(second, bases, UID, "any:udp/443")  # he is back, and his slice was never gone
+    assert holder.fares()[1] == "ok"
+    bases.clear()
+    plans.apply(second.base(UID))
+    plans.apply(second.reconcile({}))
+    assert "inet persona" not in world.near_run("nft", "list", "tables")
+    successor.close()
 
 
 def test_what_places_left_behind_is_taken_up_by_the_next_agent(world: World, table: Table, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class Place:
     @property
     def outside(self) -> bool:
         """Whether it lies outside of its user's slice: once it is gone, nothing above tells whose its sockets are."""
-        return not self.cgroup.startswith(f"user.slice/user-{self.uid}.slice/")
+        return not self.cgroup.startswith(slice_of(self.uid) + "/")
 
     @property
     def managed(self) -> bool:
@@ -98,6 +98,11 @@ def place_of(
     else:
         cgroup = f"{scope or f'{HOUSE}/{session}'}/{directory_name(persona.name)}"
     return Place(session, persona, cgroup, uid, scope or found, withdrawn)
+
+
+def slice_of(uid: int) -> str:
+    """The cgroup of all that logind starts for a user."""
+    return f"user.slice/user-{uid}.slice"
 
 
 def scope_of(cgroup: str, uid: int) -> str | None:

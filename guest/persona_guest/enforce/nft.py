@@ -8,13 +8,15 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from persona.documents import Persona
 from persona_guest.core import ruleset
-from persona_guest.core.places import Place
+from persona_guest.core.following import NOBODYS
+from persona_guest.core.places import Place, slice_of
 from persona_guest.core.ruleset import Access
 from persona_guest.enforce.interface import Wanted
 from persona_guest.enforce.plan import Plan
@@ -23,50 +25,64 @@ from persona_guest.enforce.table import Bound, Key, Number, Table
 log = logging.getLogger("persona.enforce")
 
 _KNOWN_MAX = 2048  # what was worked out once, for when everything is looked at again
-_ENDED_MAX = 256  # cgroups of ended sessions, from which a socket may have been handed on
+_ENDED_MAX = 256  # cgroups of ended sessions, and slices, from which a socket may have been handed on
+_NOBODYS = "nobody"  # the name under which those of users are bound who have no session any more
+
+
+class Kept(NamedTuple):
+    """Whose a cgroup is: a place of a session's, or, with no session, the user's slice."""
+
+    uid: int
+    session: str
+    cgroup: str
 
 
 class Outside:
-    """The cgroups of places outside of their user's slice, by number, past their end and that of an agent.
+    """Users' slices, and their places outside of those, by number, past their end and that of an agent.
 
     A socket is known by the cgroup that it was made in as long as it lives, and the kernel gives no number twice.
-    Kept are all of sessions that are ``alive``, and the newest others, until the user has no session.
+    Kept are all of sessions that are ``alive``, and of slices and of other places the newest, until nobody is bound.
     """
 
     def __init__(self, path: Path | None = None, alive: Callable[[str], bool] = lambda _session: True) -> None:
         self._path = path
         self._alive = alive
-        self._known: dict[int, tuple[int, str, str]] = {}
+        self._known: dict[int, Kept] = {}
         try:
             kept = json.loads(path.read_text()) if path is not None else {}
-            self._known = {int(n): (int(uid), str(session), str(cgroup)) for n, (uid, session, cgroup) in kept.items()}
+            self._known = {
+                int(n): Kept(int(uid), str(session), str(cgroup)) for n, (uid, session, cgroup) in kept.items()
+            }
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            log.error("%s: %s; sockets of others' that users' programs left open are not known any more", path, error)
+            log.error("%s: %s; sockets that users' programs handed on are not known any more", path, error)
 
     def of(self, uid: int) -> list[tuple[int, str]]:
         """Number and path of each that is a user's."""
-        return [(number, cgroup) for number, (owner, _, cgroup) in self._known.items() if owner == uid]
+        return [(number, kept.cgroup) for number, kept in self._known.items() if kept.uid == uid]
 
-    def add(self, places: Mapping[int, Place]) -> None:
-        """Places are about to be bound, by the numbers of their cgroups.  Raises ``OSError`` where that is not kept."""
-        new = {n: place for n, place in places.items() if place.outside and n not in self._known}
-        if not new:
+    def of_others(self, uids: Container[int]) -> list[tuple[int, str]]:
+        """The same of all but these users'."""
+        return [(number, kept.cgroup) for number, kept in self._known.items() if kept.uid not in uids]
+
+    def add(self, new: Mapping[int, Kept]) -> None:
+        """They are about to be bound.  Raises ``OSError`` where that cannot be kept."""
+        if new.keys() <= self._known.keys():
             return
-        known = {**self._known, **{n: (place.uid, place.session, place.cgroup) for n, place in new.items()}}
-        ended = [n for n, (_, session, _) in known.items() if not self._alive(session)]
-        for old in ended[:-_ENDED_MAX]:
+        known = {**self._known, **new}
+        slices = [number for number, kept in known.items() if not kept.session]
+        ended = [number for number, kept in known.items() if kept.session and not self._alive(kept.session)]
+        for old in (*slices[:-_ENDED_MAX], *ended[:-_ENDED_MAX]):
             del known[old]
         self._keep(known)
 
-    def forget(self, uid: int | None = None) -> None:
-        """None is needed any more, of one user or of all.  Raises ``OSError``."""
-        known = {number: item for number, item in self._known.items() if uid is not None and item[0] != uid}
-        if known != self._known:
-            self._keep(known)
+    def forget(self) -> None:
+        """Nobody is bound any more.  Raises ``OSError``."""
+        if self._known:
+            self._keep({})
 
-    def _keep(self, known: dict[int, tuple[int, str, str]]) -> None:
+    def _keep(self, known: dict[int, Kept]) -> None:
         if self._path is not None:
             new = self._path.with_suffix(".new")
             new.write_text(json.dumps(known))
@@ -81,10 +97,9 @@ class Bind:
     where: str
     access: Access | None
     before: Mapping[str, Bound | None]
-    place: Place | None  # what ``where`` is the cgroup of
     table: Table = field(repr=False, compare=False)
-    outside: Outside = field(repr=False, compare=False)
     changes: Callable[[], Mapping[str, Bound | None]] = field(repr=False, compare=False)
+    keep: Callable[[Bound], None] = field(repr=False, compare=False)  # called before ``where`` is bound
 
     def describe(self) -> Mapping[str, object]:
         if self.access is None:
@@ -93,9 +108,8 @@ class Bind:
 
     def apply(self) -> None:
         changes = self.changes()
-        bound = changes[self.where]
-        if self.place is not None and bound is not None:
-            self.outside.add({key.number: self.place for key in bound.keys})
+        if (bound := changes[self.where]) is not None:
+            self.keep(bound)
         self.table.bind(changes)
 
     def undo(self) -> None:
@@ -107,7 +121,7 @@ class Rebuild:
     """Makes the whole table anew in one transaction, or removes it.  It is not undone: what should be, should be."""
 
     bound: Mapping[str, Bound]
-    places: Mapping[int, Place]  # those of them that are, by the numbers of their cgroups
+    kept: Mapping[int, Kept]  # of them what stays known
     table: Table = field(repr=False, compare=False)
     outside: Outside = field(repr=False, compare=False)
 
@@ -116,7 +130,7 @@ class Rebuild:
         return {"op": "network.rebuild" if under else "network.remove", "under": under}
 
     def apply(self) -> None:
-        self.outside.add(self.places)
+        self.outside.add(self.kept)
         self.table.rebuild(self.bound)
         if not self.bound:
             self.outside.forget()
@@ -147,17 +161,17 @@ class Network:
 
     def enter(self, place: Place, persona: Persona) -> Plan:
         access = self._access(persona)
-        names = (place.cgroup, _owner(place.uid))
+        names = (place.cgroup, _owner(place.uid), _NOBODYS)
 
         def changes() -> Mapping[str, Bound | None]:
             return self._with_owner(place, Bound((self._cgroup(place.cgroup),), access))
 
-        return self._bind(names, access, changes, place)
+        return self._bind(names, access, changes, lambda bound: self._outside.add(_kept_of(place, bound)))
 
     def leave(self, place: Place) -> Plan:
         if place.cgroup not in self._table.bound:
             return ()
-        return self._bind((place.cgroup, _owner(place.uid)), None, lambda: self._with_owner(place, None))
+        return self._bind((place.cgroup, _owner(place.uid), _NOBODYS), None, lambda: self._with_owner(place, None))
 
     def base(self, uid: int) -> Plan:
         """Binds, or lets go, a user's slice of cgroups and whatever else is his, as ``bases`` has it.
@@ -165,24 +179,32 @@ class Network:
         To be asked again at each login: the slice may be another by then.
         """
         where, persona = _owner(uid), self._bases.get(uid)
+        names = (where, _NOBODYS)
         if persona is None:
-            return self._bind((where,), None, lambda: self._without_owner(uid)) if where in self._table.bound else ()
+            return self._bind(names, None, lambda: self._without_owner(uid)) if where in self._table.bound else ()
         access = self._access(persona)
-        return self._bind((where,), access, lambda: {where: Bound(self._owner_keys(uid, self._table.bound), access)})
+
+        def changes() -> Mapping[str, Bound | None]:
+            return self._with_nobody({where: Bound(self._owner_keys(uid, self._table.bound), access)})
+
+        return self._bind(names, access, changes, lambda bound: self._outside.add(_slice_of(uid, bound)))
 
     def reconcile(self, wanted: Wanted) -> Plan:
         bound: dict[str, Bound] = {}
-        places: dict[int, Place] = {}
+        kept: dict[int, Kept] = {}
         for place, persona in wanted.items():
             with contextlib.suppress(FileNotFoundError):  # nobody is there any more
-                key = self._cgroup(place.cgroup)
-                bound[place.cgroup], places[key.number] = Bound((key,), self._access(persona)), place
+                here = bound[place.cgroup] = Bound((self._cgroup(place.cgroup),), self._access(persona))
+                kept |= _kept_of(place, here)
         for uid, base in self._bases.items():
-            bound[_owner(uid)] = Bound(self._owner_keys(uid, bound), self._access(base))
+            owner = bound[_owner(uid)] = Bound(self._owner_keys(uid, bound), self._access(base))
+            kept |= _slice_of(uid, owner)
+        if (nobody := self._nobody(bound)) is not None:
+            bound[_NOBODYS] = nobody
         there = self._table.exists()
         if there == bool(bound) and bound == self._table.bound and not self._table.disturbed:
             return ()
-        return (Rebuild(bound, places, self._table, self._outside),)
+        return (Rebuild(bound, kept, self._table, self._outside),)
 
     def _access(self, persona: Persona) -> Access:
         marks = {rule.via: self._number(rule.via) for rule in persona.network_access if rule.via is not None}
@@ -199,7 +221,7 @@ class Network:
         names: tuple[str, ...],
         access: Access | None,
         changes: Callable[[], Mapping[str, Bound | None]],
-        place: Place | None = None,
+        keep: Callable[[Bound], None] = lambda _bound: None,
     ) -> Plan:
         """``names`` are all that ``changes`` is about, the first of them what comes under ``access``."""
         before = {where: self._table.bound.get(where) for where in names}
@@ -208,7 +230,7 @@ class Network:
             with contextlib.suppress(FileNotFoundError):  # made anew by the facility before this one
                 if all(self._table.bound.get(where) == bound for where, bound in changes().items()):
                     return ()
-        return (Bind(names[0], access, before, place, self._table, self._outside, changes),)
+        return (Bind(names[0], access, before, self._table, changes, keep),)
 
     def _cgroup(self, cgroup: str) -> Key:
         return Key(_level(cgroup), os.stat(f"{self._cgroups}/{cgroup}").st_ino)
@@ -220,24 +242,52 @@ class Network:
         if place.outside and owner is not None:
             own = (key for key in owner.keys if key.level < place.level)
             strays = self._strays(place.uid, {**self._table.bound, **changes})
-            changes[_owner(place.uid)] = Bound((*own, *strays), owner.access)
-        return changes
+            changes[_owner(place.uid)] = Bound(_once(*own, *strays), owner.access)
+        return changes if owner is not None else self._with_nobody(changes)
 
     def _without_owner(self, uid: int) -> Mapping[str, Bound | None]:
-        self._outside.forget(uid)
-        return {_owner(uid): None}
+        if not self._bases:
+            self._outside.forget()
+        return self._with_nobody({_owner(uid): None})
+
+    def _with_nobody(self, changes: Mapping[str, Bound | None]) -> Mapping[str, Bound | None]:
+        """Changes, and what they make of what is nobody's."""
+        nobody = self._nobody({**self._table.bound, **changes})
+        return changes if nobody == self._table.bound.get(_NOBODYS) else {**changes, _NOBODYS: nobody}
+
+    def _nobody(self, bound: Mapping[str, Bound | None]) -> Bound | None:
+        """What users without a session any more may have handed on to others reaches nothing."""
+        others = self._outside.of_others(self._bases) if self._bases else ()  # nobody to hand on to
+        if not others:
+            return None
+        taken = {key for name, item in bound.items() if item is not None and name != _NOBODYS for key in item.keys}
+        keys = tuple(key for number, cgroup in others if (key := Key(_level(cgroup), number)) not in taken)
+        return Bound(keys, self._access(NOBODYS)) if keys else None
 
     def _owner_keys(self, uid: int, bound: Mapping[str, Bound]) -> tuple[Key, ...]:
         keys = [Key(0, uid)]
         with contextlib.suppress(FileNotFoundError):
-            keys.append(self._cgroup(f"user.slice/user-{uid}.slice"))
-        return (*keys, *self._strays(uid, bound))
+            keys.append(self._cgroup(slice_of(uid)))
+        return _once(*keys, *self._strays(uid, bound))
 
     def _strays(self, uid: int, bound: Mapping[str, Bound | None]) -> Iterator[Key]:
         for number, cgroup in self._outside.of(uid):
             key, there = Key(_level(cgroup), number), bound.get(cgroup)
             if there is None or key not in there.keys:
                 yield key
+
+
+def _kept_of(place: Place, bound: Bound) -> dict[int, Kept]:
+    return {key.number: Kept(place.uid, place.session, place.cgroup) for key in bound.keys if place.outside}
+
+
+def _slice_of(uid: int, owner: Bound) -> dict[int, Kept]:
+    level = _level(slice_of(uid))
+    return {key.number: Kept(uid, "", slice_of(uid)) for key in owner.keys if key.level == level}
+
+
+def _once(*keys: Key) -> tuple[Key, ...]:
+    return tuple(dict.fromkeys(keys))
 
 
 def _level(cgroup: str) -> int:

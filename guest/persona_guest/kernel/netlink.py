@@ -1,6 +1,7 @@
 """netlink(7) as nftables and nflog speak it: attributes, one batch that is applied whole, and dumps.
 
-The kernel handles a request in the caller's own system call, so nothing here waits for anybody.
+The kernel handles a request in the caller's own system call: what waits here waits for the kernel, for a module that it
+loads (``Table.warm``) or for another who changes tables, and for no process of a user's.
 """
 
 import errno
