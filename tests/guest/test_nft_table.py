@@ -141,9 +141,14 @@ def slice_(world: World) -> Iterator[str]:
     scope = world.root / slice_of(UID) / "session-1.scope"
     (scope / "Analyst").mkdir(parents=True)
     yield str(scope.relative_to(world.root))
-    for directory in (scope / "Analyst", scope, scope.parent, scope.parent.parent):
-        with contextlib.suppress(OSError):
-            directory.rmdir()
+    (scope / "cgroup.kill").write_text("1")
+    deadline = time.monotonic() + 10
+    while "populated 1" in (scope / "cgroup.events").read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for directory in (scope / "Analyst", scope, scope.parent):
+        directory.rmdir()
+    with contextlib.suppress(OSError):  # this machine's own
+        scope.parent.parent.rmdir()
 
 
 def test_sockets_of_a_user_who_has_gone_reach_nothing(world: World, table: Table, slice_: str, tmp_path: Path) -> None:
