@@ -21,6 +21,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <syslog.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAM_SM_ACCOUNT
@@ -39,6 +40,8 @@
 #define EXPORT __attribute__((visibility("default")))
 #define STATE_MAX 512
 #define UID_MIN_DEFAULT 1000
+#define RESTART_MS 3000 /* an agent that is being restarted is back by then */
+#define AGAIN_MS 100
 
 struct options {
 	const char *socket;
@@ -233,15 +236,20 @@ static int refuse(pam_handle_t *pamh, const char *message, int code)
 	return code;
 }
 
+/* Root and system users: without an agent they go on whatever the mode. */
+static bool is_never_gated(const struct state *state, const struct user *user)
+{
+	return user->record->pw_uid == 0 || user->record->pw_uid < state->uid_min;
+}
+
 /* The agent is not there, or makes no sense: what happens then was settled beforehand. */
 static int without_agent(pam_handle_t *pamh, const struct options *options, const struct user *user,
 			 const char *what)
 {
 	int error = errno;
 	struct state state = read_state(pamh, options);
-	uid_t uid = user->record->pw_uid;
 
-	if (uid == 0 || uid < state.uid_min)
+	if (is_never_gated(&state, user))
 		return PAM_SUCCESS;
 	if (in_group(user, state.break_glass)) {
 		pam_syslog(pamh, LOG_ALERT, "BREAK GLASS: %s logs in ungated, without an agent", user->name);
@@ -311,6 +319,53 @@ static int put_up_gate(pam_handle_t *pamh, const struct options *options, const 
 		      PAM_SESSION_ERR);
 }
 
+/* How long a user's login waits for an agent that has just been found away. */
+static long patience_ms(pam_handle_t *pamh, const struct options *options, const struct user *user)
+{
+	struct state state = read_state(pamh, options);
+
+	return is_never_gated(&state, user) ? 0 : RESTART_MS;
+}
+
+/*
+ * The agent's first answer, and the connection that it came by; or -1.  An agent that is not there may be
+ * in the middle of a restart, and one that hangs up before it has answered at the beginning of it.
+ */
+static int ask(pam_handle_t *pamh, const struct options *options, const struct user *user, enum op op,
+	       struct reply *reply, long deadline)
+{
+	const struct timespec pause = { 0, AGAIN_MS * 1000 * 1000 };
+	bool hung_up = false;
+	long until = 0;
+	int error;
+
+	for (;;) {
+		int fd = wire_connect(options->socket, deadline);
+
+		if (fd >= 0 && send_caller(pamh, fd, op, user, deadline) && wire_receive(fd, reply, deadline))
+			return fd;
+		error = errno;
+		if (fd >= 0) {
+			close(fd);
+			if (hung_up || (error != ECONNRESET && error != EPIPE))
+				break;
+			hung_up = true; /* twice is no restart any more: it may be what we say that ends it */
+		} else if (error != ENOENT && error != ECONNREFUSED) {
+			break;
+		}
+		if (until == 0) {
+			until = now_ms() + patience_ms(pamh, options, user);
+			if (until > deadline)
+				until = deadline;
+		}
+		if (now_ms() + AGAIN_MS > until)
+			break;
+		nanosleep(&pause, NULL);
+	}
+	errno = error;
+	return -1;
+}
+
 static int decide(pam_handle_t *pamh, enum op op, int argc, const char **argv)
 {
 	struct options options = parse_options(pamh, argc, argv);
@@ -322,13 +377,9 @@ static int decide(pam_handle_t *pamh, enum op op, int argc, const char **argv)
 
 	if (result != PAM_SUCCESS)
 		return result;
-	fd = wire_connect(options.socket, deadline);
+	fd = ask(pamh, &options, &user, op, &reply, deadline);
 	if (fd < 0)
 		return without_agent(pamh, &options, &user, options.socket);
-	if (!send_caller(pamh, fd, op, &user, deadline) || !wire_receive(fd, &reply, deadline)) {
-		result = without_agent(pamh, &options, &user, options.socket);
-		goto out;
-	}
 	if (options.debug)
 		pam_syslog(pamh, LOG_DEBUG, "%s: verdict %d", user.name, (int)reply.verdict);
 	switch (reply.verdict) {
@@ -348,7 +399,6 @@ static int decide(pam_handle_t *pamh, enum op op, int argc, const char **argv)
 		result = PAM_SYSTEM_ERR; /* an answer to what was not asked */
 		break;
 	}
-out:
 	wire_discard(&reply);
 	close(fd);
 	return result;

@@ -221,8 +221,10 @@ bool wire_receive(int fd, struct reply *reply, long deadline)
 	char packet[PACKET_MAX];
 	ssize_t size = receive_packet(fd, packet, &reply->ruleset, deadline);
 
-	if (size >= 0 && parse(packet, (size_t)size, reply))
+	if (size > 0 && parse(packet, (size_t)size, reply))
 		return true;
+	if (size == 0)
+		errno = ECONNRESET;
 	wire_discard(reply);
 	return false;
 }

@@ -43,6 +43,7 @@ bool wire_send_caller(int fd, enum op op, const struct caller *caller, long dead
 /* A packet without content; passed >= 0 is a descriptor to hand over. */
 bool wire_send(int fd, enum op op, int passed, long deadline);
 
+/* ECONNRESET: the agent has hung up. */
 bool wire_receive(int fd, struct reply *reply, long deadline);
 
 /* Closes the descriptor of a reply, if it has one. */

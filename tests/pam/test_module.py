@@ -44,6 +44,7 @@ class FakeAgent:
     def __init__(self, path: Path, script: Script) -> None:
         self.calls: list[tuple[Op, Caller | None]] = []
         self.notified = 0
+        path.unlink(missing_ok=True)
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.bind(str(path))
         self._server.listen(8)
@@ -268,8 +269,10 @@ def test_an_agent_that_hangs_up_is_a_refusal(stack: Stack, cut: int) -> None:
                 os.close(fd)
 
     stack.state.write_text("mode=enforce\nuid_min=1\n")
-    stack.serve(script)
+    agent = stack.serve(script)
     assert stack.run("session")["session"] != SUCCESS
+    asked = [op for op, _ in agent.calls]
+    assert asked == ([Op.OPEN, Op.LISTENER] if cut else [Op.OPEN, Op.OPEN])
 
 
 def test_the_deadline_holds(stack: Stack) -> None:
@@ -278,6 +281,52 @@ def test_the_deadline_holds(stack: Stack) -> None:
     started = time.monotonic()
     assert stack.run("account")["account"] == AUTHINFO_UNAVAIL
     assert 1.2 < time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("step", ["account", "session"])
+def test_an_agent_that_is_restarted_refuses_nobody(stack: Stack, step: str, stale: bool) -> None:
+    stack.options = "timeout=6000"
+    stack.state.write_text("mode=enforce\nuid_min=1\n")
+    if stale:  # ECONNREFUSED and not ENOENT
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as gone:
+            gone.bind(str(stack.socket))
+    later = threading.Timer(1.2, stack.serve, [says(reply(Verdict.PASS))])
+    later.start()
+    try:
+        assert stack.run(step) == {"start": 0, step: SUCCESS, "messages": []}
+    finally:
+        later.join()
+
+
+def test_an_agent_that_ends_before_its_answer_is_asked_again(stack: Stack) -> None:
+    def script(agent: FakeAgent, connection: socket.socket) -> None:
+        agent.take(connection)
+        if len(agent.calls) > 1:
+            connection.send(reply(Verdict.PASS))
+
+    stack.state.write_text("mode=enforce\nuid_min=1\n")
+    agent = stack.serve(script)
+    assert stack.run("account")["account"] == SUCCESS
+    assert [op for op, _ in agent.calls] == [Op.ACCOUNT, Op.ACCOUNT]
+
+
+def test_an_agent_that_does_not_come_back_is_not_waited_for_till_the_deadline(stack: Stack) -> None:
+    stack.options = "timeout=20000"
+    stack.state.write_text("mode=enforce\nuid_min=1\n")
+    started = time.monotonic()
+    assert stack.run("account")["account"] == AUTHINFO_UNAVAIL
+    assert 2.5 < time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize(("uid_min", "user"), [(1, "root"), (1000, USER)])
+def test_whoever_is_never_gated_waits_for_no_agent(stack: Stack, uid_min: int, user: str) -> None:
+    stack.options = "timeout=6000"
+    stack.state.write_text(f"mode=enforce\nuid_min={uid_min}\n")
+    started = time.monotonic()
+    found = stack.run("account", "session", user=user)
+    assert (found["account"], found["session"]) == (SUCCESS, SUCCESS)
+    assert time.monotonic() - started < 2.5
 
 
 @pytest.mark.parametrize(
@@ -296,6 +345,7 @@ def test_the_deadline_holds(stack: Stack) -> None:
     ],
 )
 def test_without_an_agent(stack: Stack, state: str | None, user: str, result: int) -> None:
+    stack.options = "timeout=300"  # so long is it waited for, if the user may be gated
     if state is not None:
         stack.state.write_text(state)
     found = stack.run("account", "session", user=user)
