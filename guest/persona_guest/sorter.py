@@ -175,7 +175,7 @@ class Sorter:
 
     def _look(self, pids: Iterable[int]) -> Iterator[tuple[int, Running]]:
         for pid in pids:
-            with contextlib.suppress(OSError):  # it ended meanwhile
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 yield pid, look(pid, self._identifier)
 
     def _end(self, home: Home, old: Persona, cgroup: str | None, rest: dict[int, Running]) -> None:

@@ -1,9 +1,13 @@
 """Running processes of a session whose persona changed: each is moved, or withdrawn, however it hides."""
 
+import contextlib
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +24,7 @@ from persona_guest.enforcer import Enforcer
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier, Image
 from persona_guest.gate.pending import Gated
-from persona_guest.gate.running import UNKNOWN, look
+from persona_guest.gate.running import UNKNOWN, Running, look
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.kernel.task import living
 from persona_guest.loop import Loop
@@ -162,6 +166,71 @@ def test_a_process_on_its_way_out_is_gone_and_not_unknown() -> None:
         finally:
             os.waitpid(pid, 0)
     assert seen, "or nothing was looked at"
+
+
+@contextlib.contextmanager
+def short(spare: int) -> Iterator[None]:
+    """A time in which this process has so many descriptors and no more."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open("/", os.O_PATH)  # all below are in use
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + spare, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("spare", range(4))
+def test_an_agent_without_descriptors_tells_nothing_of_a_process(spare: int) -> None:
+    script = "#!/bin/sh\necho ready; read line\n"
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        with subprocess.Popen(["/bin/sh", file.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            identifier = Identifier(Gate())
+            whole = look(process.pid, identifier)
+            assert len(whole.stages) == 2
+            identifier.rescan()
+            with short(spare):
+                try:
+                    found = look(process.pid, identifier)
+                except OSError as error:
+                    assert error.errno == errno.EMFILE
+                else:
+                    assert found == whole
+            process.communicate()
+
+
+def test_a_file_system_that_says_so_does_not_hide_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["/usr/bin/sleep", "60"]) as process:
+        monkeypatch.setattr(
+            "persona_guest.kernel.task.Task.open_program", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOMEM, ""))
+        )
+        assert look(process.pid, Identifier(Gate())) == UNKNOWN
+        process.kill()
+
+
+def test_an_agent_without_descriptors_tries_again(tmp_path: Path) -> None:
+    site = Site(tmp_path, "freeze")
+    with subprocess.Popen(["/usr/bin/sleep", "60"]) as process:
+        place = site.put(process.pid)
+        look_ = sorters.look
+
+        def starved(pid: int, identifier: Identifier) -> Running:
+            with short(0):
+                return look_(pid, identifier)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sorters, "look", starved)
+            assert not site.follow()
+        assert site.tree.processes(place) == [process.pid]
+        assert (site.told, site.home.holding) == ([], None)
+        assert site.follow()
+        assert site.tree.processes(f"{SCOPE}/-Old") == [process.pid]
+        process.kill()
 
 
 def test_an_agent_ends_what_the_one_before_it_had_withdrawn(

@@ -1,5 +1,7 @@
 """A process that runs already, as a whitelist would see it: its program by inode, its command line as it stands."""
 
+import contextlib
+import errno
 import os
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +15,8 @@ from persona_guest.kernel.task import Task, living
 from persona_guest.settings import Settings
 
 _ARGV_MAX = 65536
+_OPEN_MAX = 4  # files at once, for one look
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of what the agent, or the machine, has no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,27 @@ UNKNOWN = Running(((_NOTHING, ()),))
 
 
 def look(pid: int, identifier: Identifier) -> Running:
-    """``UNKNOWN`` where it cannot be told.  Raises ``ProcessLookupError`` where it is gone."""
-    try:
-        return _look(living(pid), identifier)
-    except OSError:
-        living(pid)
-        return UNKNOWN
+    """``UNKNOWN`` where it cannot be told.
+
+    Raises ``ProcessLookupError`` where it is gone, any other ``OSError`` where the agent itself is short of
+    descriptors or memory, which says nothing of the process.
+    """
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            return _look(living(pid), identifier)
+        _open_several()
+    living(pid)
+    return UNKNOWN
+
+
+def _open_several() -> None:
+    """As many files as a look needs at once.  Raises ``OSError`` where the agent cannot have them.
+
+    The error of the look itself does not tell: a file system of a user's own may say ENOMEM of his files for ever.
+    """
+    with contextlib.ExitStack() as opened:
+        for _ in range(_OPEN_MAX):
+            opened.callback(os.close, os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC))
 
 
 def _look(task: Task, identifier: Identifier) -> Running:
@@ -71,7 +90,9 @@ def _look(task: Task, identifier: Identifier) -> Running:
         if index < len(words) and words[index].startswith(b"/"):
             try:
                 script = _identify(task, words[index], identifier)
-            except OSError:
+            except OSError as error:
+                if error.errno in _SHORT:
+                    raise
                 continue
             if isinstance(script.format, Shebang) and _interprets(task, program, script.format, identifier):
                 stages.insert(0, (script, argv[index:]))
@@ -83,7 +104,9 @@ def _interprets(task: Task, program: Identified, shebang: Shebang, identifier: I
     """A process may write any script's name over its own command line: its program must at least fit."""
     try:
         return _identify(task, shebang.interpreter, identifier).image == program.image
-    except OSError:
+    except OSError as error:
+        if error.errno in _SHORT:
+            raise
         return False
 
 
