@@ -7,6 +7,7 @@ This module never asks the caller anything and never follows a path that the cal
 
 import os
 import stat
+import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -83,18 +84,16 @@ class Identifier:
         self._cache: dict[Image, tuple[_Stamp, Identified]] = {}
         self._aliases: dict[Image, list[str]] = {}
         self._seen: tuple[tuple[str, int], ...] = ()
-        self._scanned_at = 0.0
         self.rescan()
 
     def refresh(self, now: float) -> None:
         """Looks whether the secure path changed; call about once a second (``now`` is monotonic)."""
         if self._state() != self._seen or now - self._scanned_at > 60:
             self.rescan()
-            self._scanned_at = now
 
     def rescan(self) -> None:
         """Reads the secure path anew: which names and paths lead to which file."""
-        self._seen = self._state()
+        self._seen, self._scanned_at = self._state(), time.monotonic()
         aliases: dict[Image, list[str]] = {}
         for directory in self._gate.secure_path:
             if not _only_root_writes(directory):
