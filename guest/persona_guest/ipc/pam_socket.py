@@ -159,7 +159,7 @@ class _Conversation:
             if op is Op.ACCOUNT:
                 self._agent.account(caller, self._pid, self._reply)
             else:
-                self._session = self._agent.open(caller, self._pid, self._reply)
+                self._opened(self._agent.open(caller, self._pid, self._reply))
             return
         session, self._session = self._session, None
         if session is None:
@@ -171,3 +171,9 @@ class _Conversation:
         else:
             self._agent.abandoned(session)
             raise WireError("LISTENER wants exactly one descriptor")
+
+    def _opened(self, session: str | None) -> None:
+        if session is not None and self._connection.fileno() < 0:  # the module was gone when the answer came
+            self._agent.abandoned(session)
+        else:
+            self._session = session
