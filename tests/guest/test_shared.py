@@ -192,14 +192,49 @@ def test_a_user_database_that_takes_its_time_delays_only_who_asks(served: Served
 
     served.whois = slow
     with served.connect() as mine, served.connect() as other:
-        mine.send(b'{"op": "now"}')
+        mine.send(b'{"op": "status"}')
         assert asked.wait(5)
         served.whois = caller_of
-        assert ask(other, "now") == {"ok": True}
+        assert ask(other, "status") == {"ok": True}
         assert [call.caller.user for call in served.calls if call.caller] == ["root"]
         knows.set()
         assert json.loads(mine.recv(1000)) == {"ok": True}
         assert served.calls[-1].caller is None
+
+
+@pytest.mark.parametrize("op", ["release", "plan", "list", "greeting", "explain", "listener", "no such op"])
+def test_the_user_database_is_asked_only_for_what_needs_it(served: Served, op: str) -> None:
+    """The emergency exit above all: what makes it needed may be that the database is away."""
+    knows = threading.Event()
+
+    def away(_uid: int) -> None:
+        knows.wait(20)
+
+    served.whois = away
+    with served.connect() as connection:
+        connection.settimeout(2)
+        try:
+            assert ask(connection, op) == {"ok": True}
+        finally:
+            knows.set()
+    assert served.calls[-1].caller is None
+
+
+@pytest.mark.parametrize("op", ["gate", "status"])
+def test_what_needs_to_know_who_asks_is_told(served: Served, op: str) -> None:
+    with served.connect() as connection:
+        assert ask(connection, op) == {"ok": True}
+    assert served.calls[-1].caller == caller_of(os.geteuid())
+
+
+@pytest.mark.parametrize(
+    "data", [b"{", b"[1]", b"{}", b'{"op": 1}', b"[" * 60_000, b"\xff", b'{"op": "' + b"x" * 65536]
+)
+def test_what_is_no_request_is_refused_and_the_next_one_served(served: Served, data: bytes) -> None:
+    with served.connect() as connection:
+        connection.send(data)
+        assert json.loads(connection.recv(1000))["code"] in ("bad_request", "too_large")
+        assert ask(connection, "now") == {"ok": True}
 
 
 def test_an_o_path_descriptor_comes_through(served: Served) -> None:

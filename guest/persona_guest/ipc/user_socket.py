@@ -26,6 +26,7 @@ _ANSWER_MAX = 192 * 1024
 _DEADLINE_S = 8.0
 _PER_USER = 16  # connections of one uid: a user can fill his own share only
 _FDS_MAX = 2
+_PERSONAL = frozenset({"gate", "status"})  # the ops that need the user database's word on who asks
 _AGAIN_S = 1.0
 
 Answer = Callable[[dict[str, Any]], None]
@@ -44,7 +45,8 @@ class Call:
     op: str
     fields: dict[str, Any]
     fds: tuple[int, ...]
-    caller: Caller | None = None  # what the user database says of uid; none where it knows nobody of that number
+    # what the user database says of uid; none where it knows nobody of that number, or need not be asked
+    caller: Caller | None = None
 
     def text(self, name: str, default: str | None = None, limit: int = 4096) -> str:
         """A string field.  Raises ``PersonaError`` naming it."""
@@ -67,7 +69,8 @@ Whois = Callable[[int], Caller | None]
 class UserSocket:
     """Serves JSON requests; ``handle`` answers now or later, once a request, or raises ``PersonaError``.
 
-    ``whois`` is asked in a thread: the user database may have to ask the network (NSS).
+    ``whois`` is asked in a thread, and for few requests: the user database may have to ask the network (NSS),
+    and root's way out of everything must not hang on that.
     """
 
     def __init__(self, loop: Loop, path: Path, handle: Handler, whois: Whois) -> None:
@@ -184,23 +187,32 @@ class _Connection:
             data, fds, _, _ = socket.recv_fds(self._connection, _REQUEST_MAX + 1, _FDS_MAX, socket.MSG_CMSG_CLOEXEC)
         kept = [fd for fd in fds if _closes_at_once(fd)]
         whole = len(kept) == len(fds)
-        caller = self._whois(self._peer[1]) if data else None
-        self._loop.deliver(lambda: self._received(data, kept, whole, caller))
+        call = self._understood(data, tuple(kept)) if data else None
+        self._loop.deliver(lambda: self._received(call, kept, whole))
         for fd in set(fds) - set(kept):
             with contextlib.suppress(OSError):  # his file system may say what it likes
                 os.close(fd)
 
-    def _received(self, data: bytes, fds: list[int], whole: bool, caller: Caller | None) -> None:
+    def _understood(self, data: bytes, fds: tuple[int, ...]) -> Call | PersonaError:
+        try:
+            call = _parse(data, self._peer, fds)
+        except PersonaError as error:
+            return error
+        return replace(call, caller=self._whois(call.uid)) if call.op in _PERSONAL else call
+
+    def _received(self, call: Call | PersonaError | None, fds: list[int], whole: bool) -> None:
         self._receiving = False
         try:
             if self._over:
                 self._aside(self._close)
-            elif not data:
+            elif call is None:
                 self._end()
             elif not whole:
                 raise PersonaError(Fault.BAD_REQUEST, "descriptors: expected O_PATH ones, or a seccomp listener")
+            elif isinstance(call, PersonaError):
+                raise call
             else:
-                self._handle(replace(_parse(data, self._peer, tuple(fds)), caller=caller), self._answer)
+                self._handle(call, self._answer)
         except PersonaError as error:
             self._answer(_refusal(error.code, error.message))
         except OSError:
