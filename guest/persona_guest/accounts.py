@@ -4,8 +4,13 @@ import contextlib
 import grp
 import os
 import pwd
+import time
+from collections.abc import Callable
 
 from persona_guest.core.pam_wire import Caller
+
+_KNOWN_S = 60.0
+_KNOWN_MAX = 1024
 
 
 def caller_of(uid: int) -> Caller | None:
@@ -27,3 +32,27 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except (KeyError, OSError):
         return str(uid)
+
+
+class Names:
+    """Login names, or numbers, of which each is looked up once a minute at most: a look-up that fails may take long.
+
+    For one thread.
+    """
+
+    def __init__(self, look_up: Callable[[int], str] = user_name, clock: Callable[[], float] = time.monotonic) -> None:
+        self._look_up = look_up
+        self._clock = clock
+        self._known: dict[int, tuple[float, str]] = {}  # by uid: until when, and the name; the oldest first
+
+    def of(self, uid: int) -> str:
+        """The name of one user; may wait for the network."""
+        until, name = self._known.get(uid, (0.0, ""))
+        if self._clock() < until:
+            return name
+        self._known.pop(uid, None)
+        name = self._look_up(uid)
+        if len(self._known) >= _KNOWN_MAX:
+            del self._known[next(iter(self._known))]
+        self._known[uid] = self._clock() + _KNOWN_S, name
+        return name

@@ -16,7 +16,7 @@ from typing import Any
 
 from persona.decisions import Denied, PersonaRef, Subject
 from persona.problems import Fault, PersonaError, Reason
-from persona_guest.accounts import user_name
+from persona_guest.accounts import Names
 from persona_guest.bases import Bases
 from persona_guest.broker_client.events import Changed, Connected, Event, Lost
 from persona_guest.broker_client.recorder import Recordable
@@ -65,6 +65,7 @@ class Agent:
         self.connection = "connecting"
         self.keeping = keeping
         self._record = record
+        self._names = Names()  # for the recorder's thread
         self._personas = personas
         self.began: Callable[[str], None] = lambda _session: None  # called with each session that the broker knows
         self._filter = seccomp.gate_filter()
@@ -384,7 +385,7 @@ class Agent:
             self._record(of_stop(event, gated.session.id, gated.session.subject.user))
         else:
             record, uid = of_stop(event, "", ""), event.uid if event.login is None else event.login
-            self._record(lambda: dataclasses.replace(record, user=user_name(uid)))
+            self._record(lambda: dataclasses.replace(record, user=self._names.of(uid)))
 
     # --- what users ask ---------------------------------------------------------------------------
 
