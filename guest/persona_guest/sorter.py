@@ -8,7 +8,9 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona
@@ -21,19 +23,30 @@ from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier, Image
 from persona_guest.gate.pending import Gated
 from persona_guest.gate.running import Running, look
-from persona_guest.loop import Loop
+from persona_guest.kernel.task import Task
+from persona_guest.loop import Loop, Timer
 from persona_guest.settings import Settings
 
 log = logging.getLogger("persona.enforce")
 
 GRACE_S = 5.0  # between the message and SIGTERM, and the end
 _PASSES = 8  # what is moved may have children meanwhile
+_RUNNING = 3  # of the passes, so many before what is looked at is stopped for it
+_STOPPED_S = 0.25  # that takes a millisecond; what waits for the gate's own answer starts nothing and cannot be
 _NAMED_MAX = 64  # of what is frozen or killed at once, so many are recorded one by one
 
 Shells = tuple[Image, ...]
 Pairs = Sequence[tuple[Held, Persona]]
 Told = Callable[[Home, str], None]
 Noted = Callable[[Home, Persona, str, Running], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Notice:
+    """To what lives in a cgroup: at ``due`` (monotonic seconds) all of it ends."""
+
+    due: float
+    timer: Timer
 
 
 class Sorter:
@@ -56,7 +69,7 @@ class Sorter:
         self._guard = guard
         self._tell = tell
         self._note = note
-        self._ending: dict[str, object] = {}  # cgroup -> the newest notice to end; earlier ones have no say
+        self._ending: dict[str, _Notice] = {}  # by cgroup; what comes into it later postpones nothing
 
     def follow(self, home: Home, gated: Gated, holding: tuple[Held, ...], revoked: bool) -> bool:
         """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
@@ -86,37 +99,49 @@ class Sorter:
     def _sort(self, home: Home, key: str, pairs: Pairs, shells: Shells) -> bool:
         """Every process of a place goes to where it would be started now, or stays, or is withdrawn.
 
-        False where processes were born faster than they could be looked at.
+        What forks and ends faster than it can be looked at is frozen for it.  False where something is left even so.
         """
-        place = home.places[key]
+        place, tree = home.places[key], self._enforcer.tree
         old = self._enforcer.document(place.persona)
-        done: dict[int, Running] = {}  # by pid: what needs no further look
+        done: set[int] = set()  # what needs no further look: what was born of it is listed by itself
         withdrawn: dict[int, Running] = {}
         stays = returns = whole = False
+        frozen = place.withdrawn and old.on_revoke == "freeze" and tree.freezes(place.cgroup)
         try:
-            for _ in range(_PASSES):
-                found = list(self._look(pid for pid in self._enforcer.tree.processes(place.cgroup) if pid not in done))
-                if not found:
+            for number in range(_PASSES):
+                listed = [pid for pid in tree.processes(place.cgroup) if pid not in done]
+                if not listed:
                     whole = True
                     break
-                for pid, running in found:
+                if number == _RUNNING:
+                    tree.freeze(place.cgroup, _STOPPED_S)
+                    continue
+                found = dict(self._look(listed))
+                done.update(pid for pid in listed if pid not in found)
+                for pid, running in found.items():
                     ref = self._target(running, home, old, pairs, shells)
                     if ref is None:
                         target = self._enforcer.enter(home, place.persona, withdrawn=True)
+                        if not withdrawn and not tree.populated(target.cgroup):
+                            self._void(target.cgroup)
                         withdrawn[pid] = running
                     else:
                         target = self._enforcer.enter(home, ref)
                     if target.cgroup == place.cgroup:
-                        done[pid] = running
+                        done.add(pid)
                         stays = True
                     else:
                         with contextlib.suppress(ProcessLookupError):
-                            self._enforcer.tree.move(target.cgroup, pid)
+                            tree.move(target.cgroup, pid)
                         returns |= place.withdrawn
         finally:  # the next try finds what was moved where it is withdrawn already
-            if withdrawn:
-                self._withdraw(home, place, old, withdrawn)
-        if not stays and not self._enforcer.tree.populated(place.cgroup):
+            try:
+                if not frozen:  # nor by an agent that ended before it could thaw it
+                    tree.thaw(place.cgroup)
+            finally:
+                if withdrawn:
+                    self._withdraw(home, place, old, withdrawn)
+        if not stays and not tree.populated(place.cgroup):
             self._enforcer.leave(home, key)
         if returns and old.on_revoke == "freeze":
             self._tell(home, f"persona: {old.name} applies again; what was frozen goes on")
@@ -136,9 +161,9 @@ class Sorter:
             if not place.withdrawn or cgroup not in self._ending:
                 self._end(home, old, cgroup, rest)
         elif old.on_revoke == "freeze":
-            if place.withdrawn and "1" in self._enforcer.tree.read(cgroup, "cgroup.freeze"):
+            if place.withdrawn and self._enforcer.tree.freezes(cgroup):
                 return
-            self._enforcer.tree.write(cgroup, "cgroup.freeze", "1")
+            self._enforcer.tree.freeze(cgroup)
             self._tell(home, f"persona: {old.name} no longer applies: {_names(rest)} frozen until it does again")
             for running in list(rest.values())[:_NAMED_MAX]:
                 self._note(home, old, "frozen", running)
@@ -160,7 +185,7 @@ class Sorter:
                 if self._target(running, home, old, pairs, shells) is None and not running.plumbing(self._settings)
             }
             if rest:
-                self._end(home, old, None, rest)
+                self._end_each(home, old, rest)
 
     def _below(self, cgroup: str) -> list[int]:
         tree, waiting = self._enforcer.tree, [cgroup]
@@ -178,39 +203,60 @@ class Sorter:
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 yield pid, look(pid, self._identifier)
 
-    def _end(self, home: Home, old: Persona, cgroup: str | None, rest: dict[int, Running]) -> None:
-        """Asks them to end, and after the grace ends them: all of a cgroup, or one by one."""
-        self._tell(home, f"persona: {old.name} no longer applies: {_names(rest)} ends in {GRACE_S:.0f} s")
-        held: list[int] = []
-        notice = object()
-        if cgroup is not None:
-            self._ending[cgroup] = notice
-        for pid, running in rest.items():
+    def _end(self, home: Home, old: Persona, cgroup: str, rest: dict[int, Running]) -> None:
+        """Asks them to end, and ends all of their cgroup when the grace of those that were asked first is over."""
+        now = time.monotonic()
+        notice = self._ending.get(cgroup)
+        if notice is None:
+            timer = self._loop.call_later(GRACE_S, lambda: self._over(home, cgroup))
+            notice = self._ending[cgroup] = _Notice(now + GRACE_S, timer)
+        self._ask(home, old, rest, notice.due - now)
+
+    def _void(self, cgroup: str) -> None:
+        """Whoever was asked to end there has ended, or come back."""
+        notice = self._ending.pop(cgroup, None)
+        if notice is not None:
+            notice.timer.cancel()
+
+    def _over(self, home: Home, cgroup: str) -> None:
+        del self._ending[cgroup]
+        with contextlib.suppress(FileNotFoundError):  # all that was there has come back, or ended
+            self._enforcer.tree.write(cgroup, "cgroup.kill", "1")
+        self._loop.call_later(0.5, lambda: self._gone(home, cgroup))
+
+    def _end_each(self, home: Home, old: Persona, rest: dict[int, Running]) -> None:
+        """The same for some of a cgroup; no descriptor is held for that long, there may be too many."""
+        started = {pid: Task(pid).started() for pid in rest}
+        self._loop.call_later(GRACE_S, lambda: self._over_each(started))
+        self._ask(home, old, rest, GRACE_S)
+
+    def _over_each(self, started: dict[int, int]) -> None:
+        for pid, at in started.items():
             with contextlib.suppress(OSError):
-                pidfd = os.pidfd_open(pid)
-                held.append(pidfd)
-                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            if len(held) <= _NAMED_MAX:
-                self._note(home, old, "killed", running)
+                _signal(pid, signal.SIGKILL, at)
 
-        def over() -> None:
-            for pidfd in held:
-                if cgroup is None:
-                    with contextlib.suppress(OSError):
-                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                os.close(pidfd)
-            if cgroup is not None and self._ending.get(cgroup) is notice:
-                del self._ending[cgroup]
-                with contextlib.suppress(FileNotFoundError):  # all that was there has come back, or ended
-                    self._enforcer.tree.write(cgroup, "cgroup.kill", "1")
-                self._loop.call_later(0.5, lambda: self._gone(home, cgroup))
-
-        self._loop.call_later(GRACE_S, over)
+    def _ask(self, home: Home, old: Persona, rest: dict[int, Running], seconds: float) -> None:
+        self._tell(home, f"persona: {old.name} no longer applies: {_names(rest)} ends in {seconds:.0f} s")
+        for pid in rest:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                _signal(pid, signal.SIGTERM)
+        for running in list(rest.values())[:_NAMED_MAX]:
+            self._note(home, old, "killed", running)
 
     def _gone(self, home: Home, cgroup: str) -> None:
         for key, place in list(home.places.items()):
             if place.cgroup == cgroup and not self._enforcer.tree.populated(cgroup):
                 self._enforcer.leave(home, key)
+
+
+def _signal(pid: int, number: int, started: int | None = None) -> None:
+    """To the process that ``started`` then, and no later one of that pid.  Raises ``OSError``."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        if started is None or Task(pid).started() == started:
+            signal.pidfd_send_signal(pidfd, number)
+    finally:
+        os.close(pidfd)
 
 
 def _names(rest: dict[int, Running]) -> str:

@@ -21,6 +21,7 @@ FILES = {
     "io.max": "",
     "io.weight": "default 100",
     "cgroup.freeze": "0",
+    "cgroup.events": "frozen 0",
 }
 
 
@@ -89,3 +90,5 @@ class FakeHierarchy(Hierarchy):
             path.write_text("\n".join([*lines, *([text] if value != IO_UNLIMITED else [])]) + "\n")
         else:
             path.write_text(text + "\n")
+            if file == "cgroup.freeze":
+                Path(self.path(cgroup, "cgroup.events")).write_text(f"frozen {text}\n")

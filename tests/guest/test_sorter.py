@@ -103,6 +103,7 @@ class Site:
         return self.sorter.follow(self.home, self.gated, holding, revoked=True)
 
     def run(self, seconds: float) -> None:
+        self.loop._running = True  # it may have run and stopped before
         self.loop.call_later(seconds, self.loop.stop)
         self.loop.run()
 
@@ -217,11 +218,10 @@ def test_an_agent_without_descriptors_tries_again(tmp_path: Path) -> None:
     site = Site(tmp_path, "freeze")
     with subprocess.Popen(["/usr/bin/sleep", "60"]) as process:
         place = site.put(process.pid)
-        look_ = sorters.look
 
         def starved(pid: int, identifier: Identifier) -> Running:
             with short(0):
-                return look_(pid, identifier)
+                return look(pid, identifier)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sorters, "look", starved)
@@ -284,3 +284,146 @@ def test_what_was_moved_before_an_error_is_frozen_all_the_same(
     monkeypatch.setattr(site.tree, "move", moves_once)
     assert not site.follow()
     assert site.tree.read(f"{SCOPE}/-Old", "cgroup.freeze") == "1\n"
+
+
+NO_PID = 1 << 23  # above what the kernel ever gives
+
+
+class Chain:
+    """A process that forks and ends, and its child so, in the cgroup of Old: listed, and gone when it is looked at.
+
+    Once its cgroup is frozen, what is found there is ``pid``.
+    """
+
+    def __init__(self, site: Site, pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cgroup = site.put(pid)
+        self.lists = 0
+        self.frozen: list[str] = []  # what was written to cgroup.freeze
+        processes, write = site.tree.processes, site.tree.write
+
+        def listed(cgroup: str) -> list[int]:
+            if cgroup != self.cgroup or site.tree.freezes(cgroup) or pid not in processes(cgroup):
+                return processes(cgroup)
+            self.lists += 1
+            return [NO_PID + self.lists]
+
+        def written(cgroup: str, file: str, text: str) -> None:
+            write(cgroup, file, text)
+            if (cgroup, file) == (self.cgroup, "cgroup.freeze"):
+                self.frozen.append(text)
+
+        monkeypatch.setattr(site.tree, "processes", listed)
+        monkeypatch.setattr(site.tree, "write", written)
+
+
+@pytest.mark.parametrize("on_revoke", ["kill", "freeze"])
+def test_what_forks_faster_than_it_is_looked_at_is_stopped_for_it(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, on_revoke: str
+) -> None:
+    site = Site(tmp_path, on_revoke)
+    chain = Chain(site, stubborn.pid, monkeypatch)
+    assert site.follow()
+    assert site.tree.processes(f"{SCOPE}/-Old") == [stubborn.pid]
+    assert chain.frozen == ["1", "0"]
+    assert site.tree.freezes(f"{SCOPE}/-Old") == (on_revoke == "freeze")
+
+
+def test_what_is_stopped_goes_on_whatever_fails(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, "kill")
+    chain = Chain(site, stubborn.pid, monkeypatch)
+    monkeypatch.setattr(site.tree, "move", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
+    assert not site.follow()
+    assert chain.frozen == ["1", "0"]
+
+
+def test_an_agent_thaws_what_the_one_before_it_stopped(tmp_path: Path) -> None:
+    site = Site(tmp_path, "finish")
+    with subprocess.Popen(["/usr/bin/true"]) as process:
+        cgroup = site.put(process.pid)
+        site.home.base = NEW
+        site.tree.freeze(cgroup)
+        process.wait()
+        assert site.follow()
+    assert not site.tree.freezes(cgroup)
+
+
+def test_what_cannot_be_stopped_is_tried_again(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, "kill")
+    Chain(site, stubborn.pid, monkeypatch)
+    monkeypatch.setattr(site.tree, "freezes", lambda _cgroup: False)
+    assert not site.follow()
+    assert site.home.holding is None
+
+
+def test_what_few_looks_find_is_not_stopped(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, "kill")
+    site.put(stubborn.pid)
+    monkeypatch.setattr(site.tree, "freeze", None)  # not to be called
+    assert site.follow()
+
+
+def test_a_frozen_place_stays_so_while_it_is_sorted(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, "freeze")
+    site.put(stubborn.pid)
+    assert site.follow()
+    for name in ("thaw", "freeze"):
+        monkeypatch.setattr(site.tree, name, None)  # not to be called
+    assert site.follow()
+    assert site.tree.freezes(f"{SCOPE}/-Old")
+
+
+def test_what_comes_later_does_not_postpone_the_end(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorters, "GRACE_S", 0.6)
+    site = Site(tmp_path, "kill")
+    site.put(stubborn.pid)
+    assert site.follow()
+    cgroup = f"{SCOPE}/-Old"
+    Path(site.tree.path(cgroup, "cgroup.kill")).write_text("0")
+    site.run(0.4)
+    with subprocess.Popen(["/usr/bin/sleep", "60"]) as later:
+        site.put(later.pid)
+        assert site.follow()
+        assert later.wait(5) == -signal.SIGTERM
+    assert len(site.told) == 2
+    assert [record.event for record in site.records] == ["killed", "killed"]
+    site.run(0.4)
+    assert site.tree.read(cgroup, "cgroup.kill") == "1\n"
+
+
+def test_what_comes_back_has_its_whole_grace_the_next_time(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorters, "GRACE_S", 0.6)
+    site = Site(tmp_path, "kill")
+    site.put(stubborn.pid)
+    assert site.follow()
+    site.run(0.4)
+    again = (Held(OLD, "p", Whitelist((parse_pattern("**"),))),)
+    assert site.sorter.follow(site.home, site.gated, again, revoked=True)
+    assert list(site.home.places) == ["Old"]
+    assert site.follow()
+    cgroup = f"{SCOPE}/-Old"
+    Path(site.tree.path(cgroup, "cgroup.kill")).write_text("0")
+    assert site.tree.processes(cgroup) == [stubborn.pid]
+    site.run(0.4)
+    assert site.tree.read(cgroup, "cgroup.kill") == "0"
+    site.run(0.4)
+    assert site.tree.read(cgroup, "cgroup.kill") == "1\n"
+
+
+def test_no_descriptor_is_held_for_what_is_to_end(tmp_path: Path, stubborn: subprocess.Popen[str]) -> None:
+    site = Site(tmp_path, "kill")
+    site.put(stubborn.pid)
+    before = os.listdir("/proc/self/fd")
+    assert site.follow()
+    assert os.listdir("/proc/self/fd") == before

@@ -6,10 +6,12 @@ Every method raises ``OSError``; ``FileNotFoundError`` also where the cgroup goe
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Iterator
 
 _READ_MAX = 1 << 20  # cgroup.procs of a place whose pids are not limited
 _NOTE = "user.persona"
+_LOOK_S = 0.001
 
 
 class Hierarchy:
@@ -92,6 +94,26 @@ class Hierarchy:
             return "populated 1" in self.read(cgroup, "cgroup.events")
         except FileNotFoundError:
             return False
+
+    def freezes(self, cgroup: str) -> bool:
+        """Whether it is to be frozen; one that is gone is not."""
+        try:
+            return "1" in self.read(cgroup, "cgroup.freeze")
+        except FileNotFoundError:
+            return False
+
+    def freeze(self, cgroup: str, within_s: float = 0.0) -> None:
+        """Returns when all that lives there has stopped, or after so many seconds: not all waiting can be broken."""
+        self.write(cgroup, "cgroup.freeze", "1")
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline and "frozen 1" not in self.read(cgroup, "cgroup.events"):
+            time.sleep(_LOOK_S)
+
+    def thaw(self, cgroup: str) -> None:
+        """One that is not frozen, or gone, is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.freezes(cgroup):
+                self.write(cgroup, "cgroup.freeze", "0")
 
     def move(self, cgroup: str, pid: int) -> None:
         """The process that ``pid`` (of any of its threads) belongs to, with all its threads."""
