@@ -5,6 +5,7 @@ says.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -22,7 +23,7 @@ from persona_guest.enforcer import Enforcer
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier, Image
 from persona_guest.gate.pending import Gated
-from persona_guest.gate.running import Running, look
+from persona_guest.gate.running import UNKNOWN, Running, look
 from persona_guest.kernel.task import Task
 from persona_guest.loop import Loop, Timer
 from persona_guest.settings import Settings
@@ -33,6 +34,8 @@ GRACE_S = 5.0  # between the message and SIGTERM, and the end
 _PASSES = 8  # what is moved may have children meanwhile
 _RUNNING = 3  # of the passes, so many before what is looked at is stopped for it
 _STOPPED_S = 0.25  # that takes a millisecond; what waits for the gate's own answer starts nothing and cannot be
+_CGROUPS_MAX = 2048  # of a service manager, which has a hundred, and so many processes
+_PIDS_MAX = 65536
 _NAMED_MAX = 64  # of what is frozen or killed at once, so many are recorded one by one
 
 Shells = tuple[Image, ...]
@@ -43,8 +46,9 @@ Noted = Callable[[Home, Persona, str, Running], None]
 
 @dataclass(frozen=True, slots=True)
 class _Notice:
-    """To what lives in a cgroup: at ``due`` (monotonic seconds) all of it ends."""
+    """To what lives in a cgroup under ``persona``: at ``due`` (monotonic seconds) all of it ends."""
 
+    persona: str
     due: float
     timer: Timer
 
@@ -177,24 +181,44 @@ class Sorter:
         if place.persona == home.base:
             return
         old = self._enforcer.document(place.persona)
-        self._enforcer.enter(home, home.base, place.cgroup)
-        if old.on_revoke == "kill":
+        notice = self._ending.get(place.cgroup)
+        if notice is not None and notice.persona == home.base.name:
+            self._void(place.cgroup)
+        rest: dict[int, Running] = {}
+        whole = True
+        if old.on_revoke == "kill":  # looked at before the base is another: what fails here is tried again
+            pids, whole = self._below(place.cgroup)
             rest = {
                 pid: running
-                for pid, running in self._look(self._below(place.cgroup))
+                for pid, running in self._look(pids)
                 if self._target(running, home, old, pairs, shells) is None and not running.plumbing(self._settings)
             }
-            if rest:
-                self._end_each(home, old, rest)
+        try:
+            self._enforcer.enter(home, home.base, place.cgroup)
+        finally:  # a base that cannot be kept on disk is the base all the same
+            if home.places[MANAGED].persona == home.base:
+                if not whole:
+                    self._end(home, old, place.cgroup, rest)
+                elif rest:
+                    self._end_each(home, old, rest)
 
-    def _below(self, cgroup: str) -> list[int]:
+    def _below(self, cgroup: str) -> tuple[list[int], bool]:
+        """The processes of a service manager, and whether these are all: its user makes as many cgroups as he likes."""
         tree, waiting = self._enforcer.tree, [cgroup]
         found: list[int] = []
-        while waiting and len(found) < 65536:
+        whole = True
+        for _ in range(_CGROUPS_MAX):
+            if not waiting or len(found) >= _PIDS_MAX:
+                break
             here = waiting.pop()
-            found += tree.processes(here)
-            waiting += [f"{here}/{name}" for name in tree.children(here)]
-        return found
+            try:
+                found += tree.processes(here)
+                waiting += [f"{here}/{name}" for name in tree.children(here)]
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:  # and as deep as no path leads
+                    raise
+                whole = False
+        return found, whole and not waiting
 
     # --- processes --------------------------------------------------------------------------------
 
@@ -209,7 +233,7 @@ class Sorter:
         notice = self._ending.get(cgroup)
         if notice is None:
             timer = self._loop.call_later(GRACE_S, lambda: self._over(home, cgroup))
-            notice = self._ending[cgroup] = _Notice(now + GRACE_S, timer)
+            notice = self._ending[cgroup] = _Notice(old.name, now + GRACE_S, timer)
         self._ask(home, old, rest, notice.due - now)
 
     def _void(self, cgroup: str) -> None:
@@ -240,7 +264,7 @@ class Sorter:
         for pid in rest:
             with contextlib.suppress(OSError):  # it ended meanwhile
                 _signal(pid, signal.SIGTERM)
-        for running in list(rest.values())[:_NAMED_MAX]:
+        for running in list(rest.values())[:_NAMED_MAX] or [UNKNOWN]:
             self._note(home, old, "killed", running)
 
     def _gone(self, home: Home, cgroup: str) -> None:
@@ -261,4 +285,4 @@ def _signal(pid: int, number: int, started: int | None = None) -> None:
 
 def _names(rest: dict[int, Running]) -> str:
     names = sorted({running.name for running in rest.values()})
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") or "all of the service manager"

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import NoReturn, cast
 
 import pytest
 from persona_guest import sorter as sorters
@@ -42,6 +42,7 @@ from tests.guest.headless import headless
 
 OLD, NEW = PersonaRef("Old", 1), PersonaRef("New", 1)
 SCOPE = "user.slice/user-1000.slice/session-1.scope"
+MANAGER = "user.slice/user-1000.slice/user@1000.service"
 SESSION = Session("s-1", Subject("alice", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0.0)
 STUBBORN = """
 import signal, time
@@ -96,6 +97,12 @@ class Site:
         Path(self.tree.path(place.cgroup, "cgroup.kill")).write_text("0")
         self.tree.move(place.cgroup, pid)
         return place.cgroup
+
+    def serve(self, pid: int) -> None:
+        """A session that is a service manager under Old, with a process in it."""
+        self.tree.grow(f"{MANAGER}/app.slice/a.service", pid)
+        self.enforcer.enter(self.home, OLD, MANAGER)
+        Path(self.tree.path(MANAGER, "cgroup.kill")).write_text("0")
 
     def follow(self) -> bool:
         """New applies now, which allows nothing that these tests run."""
@@ -427,3 +434,84 @@ def test_no_descriptor_is_held_for_what_is_to_end(tmp_path: Path, stubborn: subp
     before = os.listdir("/proc/self/fd")
     assert site.follow()
     assert os.listdir("/proc/self/fd") == before
+
+
+# --- a service manager -----------------------------------------------------------------------------
+
+
+def fails(*_: object) -> NoReturn:
+    raise OSError(errno.EIO, "input/output error")
+
+
+@pytest.mark.parametrize("broken", ["processes", "children", "noted"])
+def test_what_a_service_manager_runs_ends_after_a_try_that_failed(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    monkeypatch.setattr(sorters, "GRACE_S", 0.2)
+    site = Site(tmp_path, "kill")
+    site.serve(stubborn.pid)
+    with monkeypatch.context() as patch:
+        patch.setattr(site.tree, broken, fails)
+        assert not site.follow()
+    assert site.told == []
+    assert site.follow()
+    site.run(0.4)
+    assert stubborn.wait(5) == -signal.SIGKILL
+    assert site.follow()
+    assert len(site.told) == 1
+
+
+def test_what_a_service_manager_runs_ends_where_its_new_base_cannot_be_kept(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorters, "GRACE_S", 0.2)
+    site = Site(tmp_path, "kill")
+    site.serve(stubborn.pid)
+    with monkeypatch.context() as patch:
+        patch.setattr(Home, "save", fails)
+        assert not site.follow()
+    assert site.follow()
+    site.run(0.4)
+    assert stubborn.wait(5) == -signal.SIGKILL
+    assert len(site.told) == 1
+
+
+def nested(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's cgroup so deep that no path leads to it."""
+    children = site.tree.children
+
+    def listed(cgroup: str) -> list[str]:
+        if cgroup.endswith("app.slice"):
+            raise OSError(errno.ENAMETOOLONG, "name too long")
+        return children(cgroup)
+
+    monkeypatch.setattr(site.tree, "children", listed)
+
+
+def many(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More cgroups than are looked at."""
+    monkeypatch.setattr(sorters, "_CGROUPS_MAX", 8)
+    for number in range(8):
+        site.tree.make(f"{MANAGER}/app.slice/b{number}.service")
+
+
+@pytest.mark.parametrize("hides", [nested, many])
+@pytest.mark.parametrize(("on_revoke", "killed"), [("kill", "1\n"), ("finish", "0"), ("freeze", "0")])
+def test_a_service_manager_that_cannot_be_looked_through_ends(
+    tmp_path: Path,
+    stubborn: subprocess.Popen[str],
+    monkeypatch: pytest.MonkeyPatch,
+    hides: Callable[[Site, pytest.MonkeyPatch], None],
+    on_revoke: str,
+    killed: str,
+) -> None:
+    monkeypatch.setattr(sorters, "GRACE_S", 0.2)
+    site = Site(tmp_path, on_revoke)
+    site.serve(stubborn.pid)
+    hides(site, monkeypatch)
+    assert site.follow()
+    assert site.tree.read(MANAGER, "cgroup.kill") == "0"
+    site.run(0.4)
+    assert site.tree.read(MANAGER, "cgroup.kill") == killed
+    assert len(site.told) == (on_revoke == "kill")
+    assert len(site.records) == len(site.told)
