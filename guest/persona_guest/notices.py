@@ -1,5 +1,6 @@
 """What happens to running processes, for the user's terminal and for the record."""
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from persona_guest.gate.guard import Guard
 from persona_guest.gate.running import Running
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.gate.terminal import tell
+
+log = logging.getLogger("persona.enforce")
 
 _MANAGER = "systemd-user"  # the PAM service of users' service managers, which have no terminal
 _TRIED_MAX = 32  # processes of a session, until one has a terminal
@@ -36,13 +39,18 @@ class Notices:
         """One line to the session's user, through the first process of it that has a terminal or pipe.
 
         What a process has as its standard error may hang: the caller stands between the guard's enter and leave.
+        Where it cannot be told, the record has it.
         """
-        pids = [
-            pid
-            for place in home.places.values()
-            if not place.withdrawn and not place.managed
-            for pid in self._enforcer.tree.processes(place.cgroup)
-        ]
+        try:
+            pids = [
+                pid
+                for place in home.places.values()
+                if not place.withdrawn and not place.managed
+                for pid in self._enforcer.tree.processes(place.cgroup)
+            ]
+        except OSError as error:
+            log.warning("session %s is not told: %s", home.session, error)
+            return
         any(tell(pid, printable(line)) for pid in sorted(pids)[:_TRIED_MAX])
 
     def alarm(self, place: Place, reason: Reason) -> None:

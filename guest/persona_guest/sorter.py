@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona
@@ -31,11 +31,13 @@ from persona_guest.settings import Settings
 log = logging.getLogger("persona.enforce")
 
 GRACE_S = 5.0  # between the message and SIGTERM, and the end
+_AGAIN_S = 1.0
 _PASSES = 8  # what is moved may have children meanwhile
 _RUNNING = 3  # of the passes, so many before what is looked at is stopped for it
 _STOPPED_S = 0.25  # that takes a millisecond; what waits for the gate's own answer starts nothing and cannot be
 _CGROUPS_MAX = 2048  # of a service manager, which has a hundred, and so many processes
 _PIDS_MAX = 65536
+_ENDED = (errno.ESRCH, errno.EINVAL, errno.ENOENT)  # of pidfd_open(2): it is nobody now, or a thread
 _NAMED_MAX = 64  # of what is frozen or killed at once, so many are recorded one by one
 
 Shells = tuple[Image, ...]
@@ -193,6 +195,7 @@ class Sorter:
                 for pid, running in self._look(pids)
                 if self._target(running, home, old, pairs, shells) is None and not running.plumbing(self._settings)
             }
+        started = dict(_started(rest))
         try:
             self._enforcer.enter(home, home.base, place.cgroup)
         finally:  # a base that cannot be kept on disk is the base all the same
@@ -200,7 +203,7 @@ class Sorter:
                 if not whole:
                     self._end(home, old, place.cgroup, rest)
                 elif rest:
-                    self._end_each(home, old, rest)
+                    self._end_each(home, old, rest, started)
 
     def _below(self, cgroup: str) -> tuple[list[int], bool]:
         """The processes of a service manager, and whether these are all: its user makes as many cgroups as he likes."""
@@ -243,21 +246,33 @@ class Sorter:
             notice.timer.cancel()
 
     def _over(self, home: Home, cgroup: str) -> None:
+        try:
+            with contextlib.suppress(FileNotFoundError):  # all that was there has come back, or ended
+                self._enforcer.tree.write(cgroup, "cgroup.kill", "1")
+        except OSError as error:
+            log.error("%s does not end yet: %s", cgroup, error)
+            timer = self._loop.call_later(_AGAIN_S, lambda: self._over(home, cgroup))
+            self._ending[cgroup] = replace(self._ending[cgroup], timer=timer)
+            return
         del self._ending[cgroup]
-        with contextlib.suppress(FileNotFoundError):  # all that was there has come back, or ended
-            self._enforcer.tree.write(cgroup, "cgroup.kill", "1")
         self._loop.call_later(0.5, lambda: self._gone(home, cgroup))
 
-    def _end_each(self, home: Home, old: Persona, rest: dict[int, Running]) -> None:
+    def _end_each(self, home: Home, old: Persona, rest: dict[int, Running], started: dict[int, int]) -> None:
         """The same for some of a cgroup; no descriptor is held for that long, there may be too many."""
-        started = {pid: Task(pid).started() for pid in rest}
         self._loop.call_later(GRACE_S, lambda: self._over_each(started))
         self._ask(home, old, rest, GRACE_S)
 
     def _over_each(self, started: dict[int, int]) -> None:
+        left: dict[int, int] = {}
         for pid, at in started.items():
-            with contextlib.suppress(OSError):
+            try:
                 _signal(pid, signal.SIGKILL, at)
+            except OSError as error:
+                if error.errno not in _ENDED:
+                    log.error("process %d does not end yet: %s", pid, error)
+                    left[pid] = at
+        if left:
+            self._loop.call_later(_AGAIN_S, lambda: self._over_each(left))
 
     def _ask(self, home: Home, old: Persona, rest: dict[int, Running], seconds: float) -> None:
         self._tell(home, f"persona: {old.name} no longer applies: {_names(rest)} ends in {seconds:.0f} s")
@@ -268,16 +283,31 @@ class Sorter:
             self._note(home, old, "killed", running)
 
     def _gone(self, home: Home, cgroup: str) -> None:
-        for key, place in list(home.places.items()):
-            if place.cgroup == cgroup and not self._enforcer.tree.populated(cgroup):
-                self._enforcer.leave(home, key)
+        try:
+            for key, place in list(home.places.items()):
+                if place.cgroup == cgroup and not self._enforcer.tree.populated(cgroup):
+                    self._enforcer.leave(home, key)
+        except (PersonaError, OSError) as error:  # it is empty, and left when what it is for changes next
+            log.error("%s cannot be left yet: %s", cgroup, error)
+
+
+def _started(pids: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """When each began, of those that are there: with the pid, that process and no later one.  Raises ``OSError``."""
+    for pid in pids:
+        at = Task(pid).started()
+        if at:
+            yield pid, at
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 0)
+                raise OSError(errno.EAGAIN, f"process {pid} cannot be looked at")
 
 
 def _signal(pid: int, number: int, started: int | None = None) -> None:
     """To the process that ``started`` then, and no later one of that pid.  Raises ``OSError``."""
     pidfd = os.pidfd_open(pid)
     try:
-        if started is None or Task(pid).started() == started:
+        if started is None or (pid, started) in _started([pid]):
             signal.pidfd_send_signal(pidfd, number)
     finally:
         os.close(pidfd)

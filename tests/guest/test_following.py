@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from persona_guest.core.following import NOBODY, NOBODYS, Held, bereft, choose
 from persona_guest.core.messages import amount, limit_line
-from persona_guest.core.places import MANAGED, place_of
+from persona_guest.core.places import MANAGED, Place, place_of
 from persona_guest.enforce import home as homes
 from persona_guest.enforce.alarms import Alarms
 from persona_guest.enforce.home import Home
@@ -27,7 +27,7 @@ from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Width
 from persona.documents import Persona, ResourceLimits, parse_document, to_mapping
 from persona.network import parse_rule
 from persona.patterns import Whitelist, parse_pattern
-from persona.problems import Reason
+from persona.problems import PersonaError, Reason
 from tests.guest.fake_cgroups import FakeHierarchy
 
 SCOPE = "user.slice/user-1000.slice/session-5.scope"
@@ -283,6 +283,23 @@ def test_a_limit_that_is_met_is_told_once_in_a_while(counted: tuple[Loop, FakeHi
     loop.call_later(0.0, later)
     loop.run()
     assert told == [Reason.PIDS_LIMIT]
+
+
+def test_an_alarm_that_fails_ends_no_loop(counted: tuple[Loop, FakeHierarchy, list[Reason]]) -> None:
+    loop, tree, _ = counted
+    tried: list[Reason] = []
+
+    def fails(_place: Place, reason: Reason) -> None:
+        tried.append(reason)
+        raise (OSError(24, "too many open files") if reason is Reason.PIDS_LIMIT else PersonaError(reason, "full"))
+
+    alarms = Alarms(loop, tree, fails)
+    alarms.watch(place_of("s-1", 1000, PersonaRef("P", 1), SCOPE))
+    for file, text in (("memory.events", "oom_kill 2\n"), ("pids.events", "max 5\n")):
+        Path(tree.path(f"{SCOPE}/P", file)).write_text(text)
+    loop.call_later(0.1, loop.stop)
+    loop.run()
+    assert sorted(tried) == [Reason.MEMORY_LIMIT, Reason.PIDS_LIMIT]
 
 
 def test_lines_for_people() -> None:

@@ -20,6 +20,7 @@ from persona_guest.core.following import Held
 from persona_guest.core.sessions import Session
 from persona_guest.enforce.cgroups import Cgroups
 from persona_guest.enforce.home import Home
+from persona_guest.enforce.refusals import Refusal
 from persona_guest.enforcer import Enforcer
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier, Image
@@ -37,6 +38,7 @@ from persona.codec import Record
 from persona.decisions import PersonaRef, Subject
 from persona.documents import Persona, parse_document
 from persona.patterns import Whitelist, parse_pattern
+from persona.problems import Reason
 from tests.guest.fake_cgroups import FakeHierarchy
 from tests.guest.headless import headless
 
@@ -85,7 +87,7 @@ class Site:
         self.gated = Gated(SESSION, -1, 0, (), b"s-1")
         self.records: list[Record] = []
         supervisor = cast(Supervisor, SimpleNamespace(sessions={"s-1": self.gated}))  # all that is asked of it
-        notices = Notices(enforcer, supervisor, Guard(lambda: None), self.records.append)
+        self.notices = notices = Notices(enforcer, supervisor, Guard(lambda: None), self.records.append)
         self.sorter = Sorter(
             Settings(), self.loop, enforcer, Identifier(Gate()), Guard(lambda: None),
             lambda _home, line: self.told.append(line), notices.note,
@@ -515,3 +517,63 @@ def test_a_service_manager_that_cannot_be_looked_through_ends(
     assert site.tree.read(MANAGER, "cgroup.kill") == killed
     assert len(site.told) == (on_revoke == "kill")
     assert len(site.records) == len(site.told)
+
+
+# --- errors in the loop's own time -----------------------------------------------------------------
+
+
+def test_a_cgroup_that_cannot_be_ended_yet_is_tried_again(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorters, "GRACE_S", 0.1)
+    monkeypatch.setattr(sorters, "_AGAIN_S", 0.1)
+    site = Site(tmp_path, "kill")
+    cgroup = site.put(stubborn.pid, withdrawn=True)
+    assert site.follow()
+    with monkeypatch.context() as patch:
+        patch.setattr(site.tree, "write", fails)
+        site.run(0.35)
+    assert site.tree.read(cgroup, "cgroup.kill") == "0"
+    assert site.follow()
+    assert len(site.told) == 1, "it is under way"
+    site.run(0.2)
+    assert site.tree.read(cgroup, "cgroup.kill") == "1\n"
+
+
+def test_a_process_that_cannot_be_ended_yet_is_tried_again(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sorters, "GRACE_S", 0.1)
+    monkeypatch.setattr(sorters, "_AGAIN_S", 0.1)
+    site = Site(tmp_path, "kill")
+    site.serve(stubborn.pid)
+    assert site.follow()
+    for spare in (0, 1):  # not even a pidfd, or not what tells whether it is still this process
+        with short(spare):
+            site.run(0.2)
+        assert stubborn.poll() is None
+    site.run(0.2)
+    assert stubborn.wait(5) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("broken", ["populated", "save"])
+def test_a_place_that_cannot_be_left_ends_no_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    monkeypatch.setattr(sorters, "GRACE_S", 0.1)
+    site = Site(tmp_path, "kill")
+    with subprocess.Popen(["/usr/bin/sleep", "60"]) as process:
+        site.put(process.pid)
+        assert site.follow()
+        process.wait(5)
+    Path(site.tree.path(f"{SCOPE}/-Old", "cgroup.procs")).write_text("")  # as the kernel would
+    monkeypatch.setattr(Home if broken == "save" else site.tree, broken, fails)
+    site.run(0.8)
+
+
+def test_a_line_that_cannot_be_told_is_recorded_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path, "kill")
+    place = site.enforcer.enter(site.home, OLD)
+    site.enforcer.homes["s-1"] = site.home
+    monkeypatch.setattr(site.tree, "processes", fails)
+    site.notices.alarm(place, Reason.PIDS_LIMIT)
+    site.notices.refused(Refusal("Old", 1000, "tcp 192.0.2.1:80"))
+    assert [record.reason for record in site.records] == [Reason.PIDS_LIMIT, Reason.NETWORK_REFUSED]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from persona.problems import Reason
+from persona.problems import PersonaError, Reason
 from persona_guest.core.places import Place
 from persona_guest.kernel.cgroup import Hierarchy
 from persona_guest.kernel.inotify import IN_IGNORED, Inotify
@@ -77,7 +77,10 @@ class Alarms:
         except (OSError, ValueError):  # it went away meanwhile
             return
         now = time.monotonic()
-        if count > counter.count and now >= counter.quiet_until:
+        before, counter.count = counter.count, count
+        if count > before and now >= counter.quiet_until:
             counter.quiet_until = now + _QUIET_S
-            self._alarm(counter.place, counter.reason)
-        counter.count = count
+            try:
+                self._alarm(counter.place, counter.reason)
+            except (PersonaError, OSError) as error:
+                log.error("what %s met is not told: %s", counter.place.cgroup, error)
