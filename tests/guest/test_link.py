@@ -108,7 +108,7 @@ def test_who_waits_is_answered_in_time_while_the_link_warms_up(asked: Asked) -> 
     asked.link.reachable()
     time.sleep(0.05)  # its threads are at it
     asked.post("/v1/admissions")
-    assert asked.wait(1) < TIMEOUT_S + 0.2
+    assert asked.wait(1) < 1.0
     assert late(asked.outcomes[0][1])
 
 
@@ -121,7 +121,7 @@ def test_questions_that_wait_for_a_thread_are_answered_in_time_and_once(asked: A
     time.sleep(0.05)
     for path in urgent:
         asked.post(path)
-    assert asked.wait(20) < TIMEOUT_S + 0.2
+    assert asked.wait(20) < 1.0
     assert {path for path, _ in asked.outcomes} == set(urgent)
     asked.wait(24, 2 * 5 * TIMEOUT_S)
     assert sorted(path for path, _ in asked.outcomes) == sorted(patient + urgent)
@@ -134,7 +134,7 @@ def test_sessions_that_end_keep_nobody_waiting(asked: Asked, sluggish: threading
         asked.post(f"/v1/sessions/{number}", "DELETE", urgent=False)
     time.sleep(0.1)
     asked.post("/v1/admissions")
-    assert asked.wait(1) < TIMEOUT_S / 2
+    assert asked.wait(1) < 1.0
     assert asked.outcomes == [("/v1/admissions", Answer(204, None))]
     sluggish.set()
     asked.wait(5)
@@ -155,13 +155,13 @@ def test_a_call_that_cannot_be_cut_is_answered_all_the_same(asked: Asked, monkey
     ended = threading.Event()
 
     def stuck(*_arguments: object) -> tuple[int, object]:
-        time.sleep(3 * TIMEOUT_S)
+        time.sleep(5 * TIMEOUT_S)
         ended.set()
         return 200, {}
 
     monkeypatch.setattr(Connection, "call", stuck)
     asked.post("/v1/admissions")
-    assert asked.wait(1) < TIMEOUT_S + 0.2
+    assert asked.wait(1) < 1.0
     assert ended.wait(5)
     asked.wait(2, 0.2)
     assert len(asked.outcomes) == 1
