@@ -80,6 +80,7 @@ class Sorter:
     def follow(self, home: Home, gated: Gated, holding: tuple[Held, ...], revoked: bool) -> bool:
         """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
         home.base = holding[0].ref if holding else NOBODY
+        home.holding = None  # until all of it is done: from the middle, the way back is one to follow too
         outer = self._guard.enter(gated.session)  # what its processes call themselves is in their own memory
         try:
             pairs = [(held, self._enforcer.document(held.ref)) for held in holding]
@@ -95,7 +96,7 @@ class Sorter:
         except (PersonaError, OSError) as error:
             log.error("session %s does not follow: %s", home.session, error)
             return False
-        except Exception:  # whatever a user's processes are: the agent answers the others, and tries this again
+        except Exception:  # whatever a user's processes are: the agent answers the others, and tries all of this again
             log.exception("session %s does not follow", home.session)
             return False
         finally:

@@ -279,6 +279,19 @@ def test_an_error_of_the_agent_s_own_is_tried_again(
     assert site.tree.processes(f"{SCOPE}/-Old") == [stubborn.pid]
 
 
+def test_after_an_error_the_way_back_is_to_be_followed_too(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, "freeze")
+    site.put(stubborn.pid)
+    before = (Held(OLD, "p", Whitelist((parse_pattern("**"),))),)
+    assert site.sorter.follow(site.home, site.gated, before, revoked=False)
+    assert site.home.holding == before
+    monkeypatch.setattr(site.tree, "move", fails)
+    assert not site.follow()
+    assert site.home.holding is None, "or nobody would undo what was done of it"
+
+
 def test_what_was_moved_before_an_error_is_frozen_all_the_same(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
