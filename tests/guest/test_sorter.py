@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import NoReturn, cast
 
 import pytest
+from persona_guest import ending
 from persona_guest import sorter as sorters
 from persona_guest.core.following import Held
 from persona_guest.core.sessions import Session
@@ -214,6 +215,11 @@ def test_an_agent_without_descriptors_tells_nothing_of_a_process(spare: int) -> 
             process.communicate()
 
 
+def test_a_process_is_not_gone_because_nothing_can_be_opened() -> None:
+    with short(0), pytest.raises(OSError, match="Too many open files"):
+        living(os.getpid())
+
+
 def test_a_file_system_that_says_so_does_not_hide_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["/usr/bin/sleep", "60"]) as process:
         monkeypatch.setattr(
@@ -245,7 +251,7 @@ def test_an_agent_without_descriptors_tries_again(tmp_path: Path) -> None:
 def test_an_agent_ends_what_the_one_before_it_had_withdrawn(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sorters, "GRACE_S", 0.3)
+    monkeypatch.setattr(ending, "GRACE_S", 0.3)
     site = Site(tmp_path, "kill")
     cgroup = site.put(stubborn.pid, withdrawn=True)
     assert site.follow()
@@ -405,7 +411,7 @@ def test_a_frozen_place_stays_so_while_it_is_sorted(
 def test_what_comes_later_does_not_postpone_the_end(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sorters, "GRACE_S", 0.6)
+    monkeypatch.setattr(ending, "GRACE_S", 0.6)
     site = Site(tmp_path, "kill")
     site.put(stubborn.pid)
     assert site.follow()
@@ -425,7 +431,7 @@ def test_what_comes_later_does_not_postpone_the_end(
 def test_what_comes_back_has_its_whole_grace_the_next_time(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sorters, "GRACE_S", 0.6)
+    monkeypatch.setattr(ending, "GRACE_S", 0.6)
     site = Site(tmp_path, "kill")
     site.put(stubborn.pid)
     assert site.follow()
@@ -462,7 +468,7 @@ def fails(*_: object) -> NoReturn:
 def test_what_a_service_manager_runs_ends_after_a_try_that_failed(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    monkeypatch.setattr(sorters, "GRACE_S", 0.2)
+    monkeypatch.setattr(ending, "GRACE_S", 0.2)
     site = Site(tmp_path, "kill")
     site.serve(stubborn.pid)
     with monkeypatch.context() as patch:
@@ -479,7 +485,7 @@ def test_what_a_service_manager_runs_ends_after_a_try_that_failed(
 def test_what_a_service_manager_runs_ends_where_its_new_base_cannot_be_kept(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sorters, "GRACE_S", 0.2)
+    monkeypatch.setattr(ending, "GRACE_S", 0.2)
     site = Site(tmp_path, "kill")
     site.serve(stubborn.pid)
     with monkeypatch.context() as patch:
@@ -520,7 +526,7 @@ def test_a_service_manager_that_cannot_be_looked_through_ends(
     on_revoke: str,
     killed: str,
 ) -> None:
-    monkeypatch.setattr(sorters, "GRACE_S", 0.2)
+    monkeypatch.setattr(ending, "GRACE_S", 0.2)
     site = Site(tmp_path, on_revoke)
     site.serve(stubborn.pid)
     hides(site, monkeypatch)
@@ -538,8 +544,8 @@ def test_a_service_manager_that_cannot_be_looked_through_ends(
 def test_a_cgroup_that_cannot_be_ended_yet_is_tried_again(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sorters, "GRACE_S", 0.1)
-    monkeypatch.setattr(sorters, "_AGAIN_S", 0.1)
+    monkeypatch.setattr(ending, "GRACE_S", 0.1)
+    monkeypatch.setattr(ending, "AGAIN_S", 0.1)
     site = Site(tmp_path, "kill")
     cgroup = site.put(stubborn.pid, withdrawn=True)
     assert site.follow()
@@ -556,8 +562,8 @@ def test_a_cgroup_that_cannot_be_ended_yet_is_tried_again(
 def test_a_process_that_cannot_be_ended_yet_is_tried_again(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sorters, "GRACE_S", 0.1)
-    monkeypatch.setattr(sorters, "_AGAIN_S", 0.1)
+    monkeypatch.setattr(ending, "GRACE_S", 0.1)
+    monkeypatch.setattr(ending, "AGAIN_S", 0.1)
     site = Site(tmp_path, "kill")
     site.serve(stubborn.pid)
     assert site.follow()
@@ -571,7 +577,7 @@ def test_a_process_that_cannot_be_ended_yet_is_tried_again(
 
 @pytest.mark.parametrize("broken", ["populated", "save"])
 def test_a_place_that_cannot_be_left_ends_no_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    monkeypatch.setattr(sorters, "GRACE_S", 0.1)
+    monkeypatch.setattr(ending, "GRACE_S", 0.1)
     site = Site(tmp_path, "kill")
     with subprocess.Popen(["/usr/bin/sleep", "60"]) as process:
         site.put(process.pid)

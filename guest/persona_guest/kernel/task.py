@@ -15,6 +15,7 @@ from typing import NamedTuple
 from persona_guest.kernel.walk import walk
 
 _PF_EXITING = 0x4  # linux/sched.h, in the flags of /proc/PID/stat: the program is gone from /proc already
+_GONE = (FileNotFoundError, ProcessLookupError)  # what /proc says of a task that has ended
 _SYS_OPENAT2 = 437  # the same on every architecture since it was added
 _SYS_PIDFD_GETFD = 438
 _RESOLVE_NO_MAGICLINKS = 0x02
@@ -171,7 +172,8 @@ class Task:
 def living(pid: int) -> Task:
     """A thread of the process that still runs: its leader, or any other where that ended before them.
 
-    /proc shows nothing of a leader that has ended.  Raises ``ProcessLookupError`` where all have.
+    /proc shows nothing of a leader that has ended.  Raises ``ProcessLookupError`` where all have, any other
+    ``OSError`` where it cannot be told.
     """
     leader = Task(pid)
     try:
@@ -179,10 +181,10 @@ def living(pid: int) -> Task:
             return leader
         for name in os.listdir(f"/proc/{pid}/task"):
             thread = Task(int(name))
-            with contextlib.suppress(OSError):  # one that ends meanwhile
+            with contextlib.suppress(*_GONE):
                 if not thread.has_ended():
                     return thread
-    except OSError:
+    except _GONE:
         pass
     raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 

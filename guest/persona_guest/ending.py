@@ -1,0 +1,146 @@
+"""What no persona allows any more is asked to end, and ended when its grace is over.
+
+All of a cgroup at once, where it is one of ours: nothing that is born there outruns that.  One by one, where
+what may stay lives beside it.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from persona.documents import Persona
+from persona.problems import PersonaError
+from persona_guest.enforce.home import Home
+from persona_guest.enforcer import Enforcer
+from persona_guest.gate.running import UNKNOWN, Running
+from persona_guest.kernel.task import Task
+from persona_guest.loop import Loop, Timer
+
+log = logging.getLogger("persona.enforce")
+
+GRACE_S = 5.0  # between the message and SIGTERM, and the end
+AGAIN_S = 1.0
+NAMED_MAX = 64  # of what is frozen or killed at once, so many are recorded one by one
+_ENDED = (errno.ESRCH, errno.EINVAL, errno.ENOENT)  # of pidfd_open(2): it is nobody now, or a thread
+
+Told = Callable[[Home, str], None]
+Noted = Callable[[Home, Persona, str, Running], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Notice:
+    """To what lives in a cgroup under ``persona``: at ``due`` (monotonic seconds) all of it ends."""
+
+    persona: str
+    due: float
+    timer: Timer
+
+
+class Ending:
+    """``tell`` tells a session's user, ``note`` records what becomes of one process."""
+
+    def __init__(self, loop: Loop, enforcer: Enforcer, tell: Told, note: Noted) -> None:
+        self._loop = loop
+        self._enforcer = enforcer
+        self._tell = tell
+        self._note = note
+        self._notices: dict[str, _Notice] = {}  # by cgroup; what comes into it later postpones nothing
+
+    def under(self, cgroup: str) -> str | None:
+        """The name of the persona under which a cgroup was asked to end, while its grace lasts."""
+        notice = self._notices.get(cgroup)
+        return notice.persona if notice is not None else None
+
+    def all_of(self, home: Home, old: Persona, cgroup: str, rest: dict[int, Running]) -> None:
+        """Asks them to end, and ends all of their cgroup when the grace of those that were asked first is over."""
+        now = time.monotonic()
+        notice = self._notices.get(cgroup)
+        if notice is None:
+            timer = self._loop.call_later(GRACE_S, lambda: self._over(home, cgroup))
+            notice = self._notices[cgroup] = _Notice(old.name, now + GRACE_S, timer)
+        self._ask(home, old, rest, notice.due - now)
+
+    def void(self, cgroup: str) -> None:
+        """Whoever was asked to end there has ended, or come back."""
+        notice = self._notices.pop(cgroup, None)
+        if notice is not None:
+            notice.timer.cancel()
+
+    def each(self, home: Home, old: Persona, rest: dict[int, Running], started: dict[int, int]) -> None:
+        """The same for some of a cgroup, by when they ``started``: descriptors for all might be too many."""
+        self._loop.call_later(GRACE_S, lambda: self._over_each(started))
+        self._ask(home, old, rest, GRACE_S)
+
+    def _over(self, home: Home, cgroup: str) -> None:
+        try:
+            with contextlib.suppress(FileNotFoundError):  # all that was there has come back, or ended
+                self._enforcer.tree.write(cgroup, "cgroup.kill", "1")
+        except OSError as error:
+            log.error("%s does not end yet: %s", cgroup, error)
+            timer = self._loop.call_later(AGAIN_S, lambda: self._over(home, cgroup))
+            self._notices[cgroup] = replace(self._notices[cgroup], timer=timer)
+            return
+        del self._notices[cgroup]
+        self._loop.call_later(0.5, lambda: self._gone(home, cgroup))
+
+    def _over_each(self, started: dict[int, int]) -> None:
+        left: dict[int, int] = {}
+        for pid, at in started.items():
+            try:
+                _signal(pid, signal.SIGKILL, at)
+            except OSError as error:
+                if error.errno not in _ENDED:
+                    log.error("process %d does not end yet: %s", pid, error)
+                    left[pid] = at
+        if left:
+            self._loop.call_later(AGAIN_S, lambda: self._over_each(left))
+
+    def _ask(self, home: Home, old: Persona, rest: dict[int, Running], seconds: float) -> None:
+        names = names_of(rest) or "all of the service manager"
+        self._tell(home, f"persona: {old.name} no longer applies: {names} ends in {seconds:.0f} s")
+        for pid in rest:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                _signal(pid, signal.SIGTERM)
+        for running in list(rest.values())[:NAMED_MAX] or [UNKNOWN]:
+            self._note(home, old, "killed", running)
+
+    def _gone(self, home: Home, cgroup: str) -> None:
+        try:
+            for key, place in list(home.places.items()):
+                if place.cgroup == cgroup and not self._enforcer.tree.populated(cgroup):
+                    self._enforcer.leave(home, key)
+        except (PersonaError, OSError) as error:  # it is empty, and left when what it is for changes next
+            log.error("%s cannot be left yet: %s", cgroup, error)
+
+
+def started(pids: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """When each began, of those that are there: with the pid, that process and no later one.  Raises ``OSError``."""
+    for pid in pids:
+        at = Task(pid).started()
+        if at:
+            yield pid, at
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 0)
+                raise OSError(errno.EAGAIN, f"process {pid} cannot be looked at")
+
+
+def names_of(rest: dict[int, Running]) -> str:
+    """What people call them."""
+    names = sorted({running.name for running in rest.values()})
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _signal(pid: int, number: int, at: int | None = None) -> None:
+    """To the process that started ``at`` that time, and no later one of that pid.  Raises ``OSError``."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        if at is None or (pid, at) in started([pid]):
+            signal.pidfd_send_signal(pidfd, number)
+    finally:
+        os.close(pidfd)
