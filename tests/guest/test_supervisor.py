@@ -12,8 +12,10 @@ from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.kernel_layer import LastWord
+from persona_guest.gate.pending import Pending
 from persona_guest.gate.supervisor import Place, Supervisor
 from persona_guest.kernel import seccomp
+from persona_guest.kernel.task import Task
 from persona_guest.loop import Loop
 from persona_guest.settings import Mode, Paths, Settings
 
@@ -42,7 +44,9 @@ def gated_child(program: str) -> tuple[int, int]:
     return pid, listener
 
 
-def supervise(listener: int, decide: Callable[[Request], Decision], place: Place | None = None) -> None:
+def supervise(
+    listener: int, decide: Callable[[Request], Decision], place: Place | None = None, guard: Guard | None = None
+) -> None:
     loop = Loop()
 
     def ask(request: Request, done: Callable[[Decision], None]) -> None:
@@ -51,7 +55,7 @@ def supervise(listener: int, decide: Callable[[Request], Decision], place: Place
     settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""))
     supervisor = Supervisor(
         settings, loop, Identifier(Settings().gate), LeaseBook(), InFlight(),
-        Guard(lambda: None), LastWord(settings, loop, lambda event: None), ask,
+        guard or Guard(lambda: None), LastWord(settings, loop, lambda event: None), ask,
         lambda record: None, lambda session: loop.stop(),
     )  # fmt: skip
     supervisor.place = place
@@ -92,6 +96,26 @@ def test_an_error_after_the_broker_s_answer_is_a_denial_and_the_agent_goes_on() 
     pid, listener = gated_child("/usr/bin/true")
     supervise(listener, granted, broken)
     assert outcome(pid) == 13
+
+
+def test_a_program_is_looked_at_while_the_guard_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard, running = Guard(lambda: None), Task.running
+    watched: list[bool] = []  # at each look at the program of a task, which may lie on its user's own file system
+
+    def looked(task: Task) -> tuple[int, int]:
+        watched.append(guard._entered is not None)
+        return running(task)
+
+    def place(pending: Pending, _granted: Granted | None) -> None:
+        assert guard._entered is None
+        pending.before()
+
+    monkeypatch.setattr(Task, "running", looked)
+    pid, listener = gated_child("/usr/bin/true")
+    supervise(listener, granted, place, guard)
+    assert outcome(pid) == 0
+    assert watched
+    assert all(watched)
 
 
 def test_a_slot_that_is_cleared_twice_is_free_once() -> None:

@@ -67,7 +67,10 @@ class Guard:
         self._entered = outer
 
     def rest(self) -> Entered | None:
-        """What comes now waits for the kernel only, however long a module takes to load; what to ``resume``."""
+        """What comes now waits for the kernel only, however long a module takes to load; what to ``resume``.
+
+        Nobody notices a wait until then: no file, memory or terminal of a user's may be looked at.
+        """
         outer, self._entered = self._entered, None
         return outer
 

@@ -295,6 +295,7 @@ class Supervisor:
         verifying = self.settings.mode is Mode.ENFORCE and not (layer.active and pending.attempt.final.is_unique)
         try:
             if self.place is not None:
+                pending.before()  # watched: its program may be a file of a file system of the user's own
                 outer = self._guard.rest()
                 try:
                     self.place(pending, granted)
