@@ -41,6 +41,7 @@
 #define STATE_MAX 512
 #define UID_MIN_DEFAULT 1000
 #define RESTART_MS 3000 /* an agent that is being restarted is back by then */
+#define COMPLAIN_MS 1000 /* nobody is stopped, so nobody is kept waiting for long */
 #define AGAIN_MS 100
 
 struct options {
@@ -324,7 +325,9 @@ static long patience_ms(pam_handle_t *pamh, const struct options *options, const
 {
 	struct state state = read_state(pamh, options);
 
-	return is_never_gated(&state, user) ? 0 : RESTART_MS;
+	if (is_never_gated(&state, user) || in_group(user, state.break_glass))
+		return 0;
+	return state.enforce ? RESTART_MS : COMPLAIN_MS;
 }
 
 /*

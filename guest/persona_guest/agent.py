@@ -293,6 +293,8 @@ class Agent:
         if found is Exemption.BREAK_GLASS and where == "session":
             log.critical("BREAK GLASS: %s logs in ungated by %s", printable(caller.user), caller.service)
             self._log("", caller.user, "break_glass")
+            if self.bases is not None:
+                self.bases.exempted(caller.uid)
         return found
 
     # --- sessions ---------------------------------------------------------------------------------

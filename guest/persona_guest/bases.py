@@ -21,16 +21,23 @@ log = logging.getLogger("persona.enforce")
 
 
 class Bases:
-    """``current`` is what the network facility reads; ``bind`` plans one user's change.
+    """``current`` is what the network facility reads; ``bind`` plans one user's change, ``spare`` that he is exempt.
 
     ``document`` has the personas' documents; it raises ``PersonaError`` for one that is not here.
     """
 
-    def __init__(self, path: Path, document: Callable[[PersonaRef], Persona], bind: Callable[[int], Plan]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        document: Callable[[PersonaRef], Persona],
+        bind: Callable[[int], Plan],
+        spare: Callable[[int], Plan] = lambda _uid: (),
+    ) -> None:
         self.current: dict[int, Persona] = {}
         self._path = path
         self._document = document
         self._bind = bind
+        self._spare = spare
         self._sessions: dict[str, tuple[int, PersonaRef]] = {}
         self._released = False
 
@@ -44,6 +51,7 @@ class Bases:
             self._settle(session.uid)
         except (PersonaError, OSError):
             self._forget(session.id)
+            self._choose(session.uid)
             raise
 
     def rebased(self, session: str, ref: PersonaRef | None) -> None:
@@ -58,6 +66,15 @@ class Bases:
         """The last process of a session is gone, or it never had one."""
         if (known := self._forget(session)) is not None:
             self._try(known[0])
+
+    def exempted(self, uid: int) -> None:
+        """Somebody logs in who is not looked at, perhaps beside a session of his that is."""
+        if self._released:
+            return
+        try:
+            plans.apply(self._spare(uid))
+        except (PersonaError, OSError) as error:
+            log.error("uid %d: his network may stay bound when his other session ends: %s", uid, error)
 
     def alive(self, session: str) -> bool:
         """Whether it has not ended."""
@@ -98,12 +115,15 @@ class Bases:
             log.error("uid %d: its network does not follow: %s", uid, error)
 
     def _settle(self, uid: int) -> None:
+        self._choose(uid)
+        plans.apply(self._bind(uid))
+
+    def _choose(self, uid: int) -> None:
         last = [ref for number, ref in self._sessions.values() if number == uid][-1:]
         if last:
             self.current[uid] = self._known(last[0])
         else:
             self.current.pop(uid, None)
-        plans.apply(self._bind(uid))
 
     def _known(self, ref: PersonaRef) -> Persona:
         if ref == NOBODY:

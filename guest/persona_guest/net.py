@@ -37,7 +37,7 @@ class Net:
     def __init__(self, runtime: Path, cgroups: str, document: Callable[[PersonaRef], Persona]) -> None:
         ways = Ways(runtime / "ways.json")
         self.table = Table(ways.number)
-        self.bases = Bases(runtime / "bases.json", document, self._bind)
+        self.bases = Bases(runtime / "bases.json", document, self._bind, lambda uid: self._network.spare(uid))
         self._routes = Routes(ways, Routing(), self.table, self.bases.current)
         outside = Outside(runtime / "outside.json", self.bases.alive)
         self._network = Network(self.table, ways.number, cgroups, self.bases.current, outside)

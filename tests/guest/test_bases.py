@@ -79,6 +79,15 @@ def test_a_session_that_cannot_be_bound_does_not_begin(bound: Bound) -> None:
     assert bound.calls == []
 
 
+def test_a_session_that_cannot_be_bound_changes_nobodys_base(bound: Bound) -> None:
+    bound.bases.opened(session("a", 1001), ONE)
+    bound.fail = True
+    for uid in (1000, 1001):
+        with pytest.raises(PersonaError, match="no nftables"):
+            bound.bases.opened(session("b", uid), TWO)
+    assert {uid: persona.name for uid, persona in bound.bases.current.items()} == {1001: "One"}
+
+
 def test_what_cannot_follow_now_is_known_for_the_next_look(bound: Bound, caplog: pytest.LogCaptureFixture) -> None:
     bound.bases.opened(session("a"), ONE)
     bound.fail = True

@@ -129,6 +129,24 @@ def test_questions_that_wait_for_a_thread_are_answered_in_time_and_once(asked: A
     assert asked.threads == {threading.get_ident()}
 
 
+@pytest.mark.usefixtures("silent")
+def test_a_call_that_hangs_costs_one_timeout_and_not_one_a_command(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a name lookup, which nothing cuts short."""
+
+    def hang(*_: object) -> tuple[int, None]:
+        time.sleep(3)
+        return 204, None
+
+    monkeypatch.setattr(Connection, "call", hang)
+    asked.post("/v1/decisions/1")
+    asked.wait(1)
+    asked.post("/v1/decisions/2")
+    assert asked.wait(2) < TIMEOUT_S / 2
+    assert all(late(outcome) for _, outcome in asked.outcomes)
+
+
 def test_sessions_that_end_keep_nobody_waiting(asked: Asked, sluggish: threading.Event) -> None:
     for number in range(4):
         asked.post(f"/v1/sessions/{number}", "DELETE", urgent=False)

@@ -179,6 +179,33 @@ def test_sockets_of_a_user_who_has_gone_reach_nothing(world: World, table: Table
     successor.close()
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["while his session lives", "once it has ended"])
+def test_who_breaks_the_glass_beside_a_session_of_his_is_not_nobody(
+    world: World, table: Table, slice_: str, tmp_path: Path, before: bool
+) -> None:
+    bases: dict[int, Persona] = {}
+    network = Network(table, number, str(world.root), bases, Outside(tmp_path / "outside.json"))
+    under(network, bases, UID + 1)
+    under(network, bases, UID, "any:udp/443")
+    if not before:
+        plans.apply(network.spare(UID))
+    plans.apply(network.reconcile({}))
+    del bases[UID]
+    plans.apply(network.base(UID))
+    if before:
+        assert world.attempt([("tcp", FAR4, 443)], cgroup=f"{slice_}/Analyst") == [REFUSED]
+        plans.apply(network.spare(UID))
+    assert world.attempt([("tcp", FAR4, 443)], cgroup=f"{slice_}/Analyst") == ["ok"]
+    assert network.reconcile({}) == ()
+    again = Network(table, number, str(world.root), bases, Outside(tmp_path / "outside.json"))
+    assert again.reconcile({}) == ()
+    bases.clear()
+    plans.apply(network.base(UID + 1))
+    plans.apply(network.spare(UID))
+    plans.apply(network.reconcile({}))
+    assert "inet persona" not in world.near_run("nft", "list", "tables")
+
+
 def test_what_places_left_behind_is_taken_up_by_the_next_agent(world: World, table: Table, tmp_path: Path) -> None:
     bases = {UID: persona("any:tcp/443", name="Base")}
     first = Network(table, number, str(world.root), bases, Outside(tmp_path / "outside.json"))

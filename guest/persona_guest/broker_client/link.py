@@ -44,6 +44,7 @@ class _Call:
     path: str
     body: object | None
     deadline: float
+    urgent: bool
     done: Done
 
 
@@ -81,7 +82,7 @@ class Link:
             self._deliver(lambda: done(failure))
             return
         timeout = self._settings.timeout_s * (1 if urgent else _PATIENT_TIMES)
-        call = _Call(method, path, body, now + timeout, done)
+        call = _Call(method, path, body, now + timeout, urgent, done)
         self._unanswered.add(call)
         if not (self._urgent if urgent else self._patient).put(who, call):
             overload = BrokerError(Reason.AGENT_OVERLOADED, "too many questions at once")
@@ -97,6 +98,8 @@ class Link:
         """Answers what is past its deadline, and cuts it where a dripping peer stretches it; call often."""
         for connection, call in list(self._busy.items()):
             if now > call.deadline + _GRACE_S:
+                if call.urgent and call in self._unanswered:  # its thread may hang on for longer, in a name lookup
+                    self._failed(_late())
                 connection.abort()
         for call in [call for call in self._unanswered if now > call.deadline + _GRACE_S]:
             self._answer(call, _late())
@@ -106,6 +109,10 @@ class Link:
         for connection, calls in self._workers:
             calls.put("", None)
             connection.abort()
+
+    def _failed(self, error: BrokerError) -> None:
+        self._last_failure = error
+        self._pause_until = time.monotonic() + _PAUSE_S
 
     def _answer(self, call: _Call, outcome: Outcome) -> None:
         if call in self._unanswered:
@@ -127,9 +134,8 @@ class Link:
                     outcome = Answer(*connection.call(call.method, call.path, call.body, call.deadline))
                 except BrokerError as error:
                     outcome = error
-                    if calls is self._urgent:
-                        self._last_failure = error
-                        self._pause_until = time.monotonic() + _PAUSE_S
+                    if call.urgent:
+                        self._failed(error)
                 finally:
                     self._busy.pop(connection, None)
             self._deliver(self._bind(call, outcome))

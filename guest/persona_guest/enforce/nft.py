@@ -26,6 +26,7 @@ log = logging.getLogger("persona.enforce")
 
 _KNOWN_MAX = 2048  # what was worked out once, for when everything is looked at again
 _ENDED_MAX = 256  # cgroups of ended sessions, and slices, from which a socket may have been handed on
+_EXEMPT = -1  # stands for who is not looked at
 _NOBODYS = "nobody"  # the name under which those of users are bound who have no session any more
 
 
@@ -70,12 +71,16 @@ class Outside:
         """They are about to be bound.  Raises ``OSError`` where that cannot be kept."""
         if new.keys() <= self._known.keys():
             return
-        known = {**self._known, **new}
+        known = {**self._known, **{n: kept for n, kept in new.items() if n not in self._known}}
         slices = [number for number, kept in known.items() if not kept.session]
         ended = [number for number, kept in known.items() if kept.session and not self._alive(kept.session)]
         for old in (*slices[:-_ENDED_MAX], *ended[:-_ENDED_MAX]):
             del known[old]
         self._keep(known)
+
+    def spare(self, number: int, cgroup: str) -> None:
+        """Somebody lives there who is not looked at: it is never nobody's.  Raises ``OSError``."""
+        self._keep({**self._known, number: Kept(_EXEMPT, "", cgroup)})
 
     def forget(self) -> None:
         """Nobody is bound any more.  Raises ``OSError``."""
@@ -139,6 +144,28 @@ class Rebuild:
         """Nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """A user's slice is nobody's neither now nor later: he is in it by a login that is not looked at."""
+
+    cgroup: str
+    number: int
+    table: Table = field(repr=False, compare=False)
+    outside: Outside = field(repr=False, compare=False)
+    nobody: Callable[[], Bound | None] = field(repr=False, compare=False)
+
+    def describe(self) -> Mapping[str, object]:
+        return {"op": "network.spare", "where": self.cgroup}
+
+    def apply(self) -> None:
+        self.outside.spare(self.number, self.cgroup)
+        if _NOBODYS in self.table.bound:
+            self.table.bind({_NOBODYS: self.nobody()})
+
+    def undo(self) -> None:
+        """Nothing."""
+
+
 class Network:
     """The facility.  ``bases`` says what each user is under outside of every place: its owner keeps it up to date."""
 
@@ -188,6 +215,14 @@ class Network:
             return self._with_nobody({where: Bound(self._owner_keys(uid, self._table.bound), access)})
 
         return self._bind(names, access, changes, lambda bound: self._outside.add(_slice_of(uid, bound)))
+
+    def spare(self, uid: int) -> Plan:
+        """To be asked at each login that is not looked at."""
+        with contextlib.suppress(FileNotFoundError):
+            cgroup = slice_of(uid)
+            number = self._cgroup(cgroup).number
+            return (Spare(cgroup, number, self._table, self._outside, lambda: self._nobody(self._table.bound)),)
+        return ()
 
     def reconcile(self, wanted: Wanted) -> Plan:
         bound: dict[str, Bound] = {}
@@ -257,7 +292,7 @@ class Network:
 
     def _nobody(self, bound: Mapping[str, Bound | None]) -> Bound | None:
         """What users without a session any more may have handed on to others reaches nothing."""
-        others = self._outside.of_others(self._bases) if self._bases else ()  # nobody to hand on to
+        others = self._outside.of_others({*self._bases, _EXEMPT}) if self._bases else ()  # nobody to hand on to
         if not others:
             return None
         taken = {key for name, item in bound.items() if item is not None and name != _NOBODYS for key in item.keys}
