@@ -1,10 +1,13 @@
 """Ways: packets of a persona that names one leave by it, and by nothing else; afterwards nothing is left."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from persona_guest.core.places import Place
+from persona_guest.core.ruleset import MARK_SHIFT
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.nft import Network
 from persona_guest.enforce.plan import PlanError
@@ -13,7 +16,7 @@ from persona_guest.enforce.table import Table
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona
-from persona.network import Via, parse_rule
+from persona.network import Via, parse_rule, parse_via
 from persona.patterns import Whitelist
 from persona.problems import PersonaError
 from tests.guest import netns
@@ -97,6 +100,44 @@ def left_over(world: World) -> str:
     return "\n".join(line for line in found.splitlines() if "fwmark" in line or "table 21" in line)
 
 
+def marked(world: World, number: int, host: str = OTHER4) -> str:
+    """By which device a packet with the mark of a way would go, or none."""
+    try:
+        return (
+            world.near_run("ip", "route", "get", host, "mark", f"{number << MARK_SHIFT:#x}")
+            .split(" dev ")[1]
+            .split()[0]
+        )
+    except RuntimeError as error:
+        assert "unreachable" in str(error) or "No route to host" in str(error)
+        return "none"
+
+
+@contextlib.contextmanager
+def out(world: World) -> Iterator[None]:
+    """The second cable is out meanwhile."""
+    world.ip(world.near, "link", "set", "e1", "down")
+    try:
+        yield
+    finally:
+        world.ip(world.near, "link", "set", "e1", "up")
+        world.ip(world.near, "address", "replace", "2001:db8:8::1/64", "dev", "e1", "nodad")
+
+
+def taken(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Which of a way's two rules are taken away from now on: 0 leads there, 1 refuses."""
+    found: list[int] = []
+    rule = parts.routing._rule
+
+    def noted(command: str, family: int, number: int, which: int, **more: Any) -> None:
+        if command == "del":
+            found.append(which)
+        rule(command, family, number, which, **more)
+
+    monkeypatch.setattr(parts.routing, "_rule", noted)
+    return found
+
+
 def by(world: World, cgroup: str, host: str) -> str:
     """By which device a connection to a host goes, or why it does not."""
     return sent(world, [("tcp", host, 80)], cgroup)
@@ -146,15 +187,92 @@ def test_the_other_family_does_not_leak_past_a_gateway(world: World, parts: Part
 
 def test_a_way_that_goes_away_is_unreachable_and_comes_back(world: World, parts: Parts) -> None:
     cgroup = parts.enter(f"10.20.0.0/16 via {SIDE4}")
-    world.ip(world.near, "link", "set", "e1", "down")
-    try:
+    with out(world):
         assert by(world, cgroup, OTHER4) == "silence"  # as with any cable that is out; and not by e0
-    finally:
-        world.ip(world.near, "link", "set", "e1", "up")
-        world.ip(world.near, "address", "replace", "2001:db8:8::1/64", "dev", "e1", "nodad")
     wanted = {parts.place("Traveller"): persona(f"10.20.0.0/16 via {SIDE4}")}
     parts.do(lambda: parts.routes.reconcile(wanted))
     assert by(world, cgroup, OTHER4) == "e1"
+
+
+@pytest.mark.parametrize("way", [SIDE4, "dev e1"])
+def test_a_repair_that_fails_lets_nothing_through_and_keeps_no_other_way(
+    world: World, parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    cgroup = parts.enter(f"10.20.0.0/16 via {way}")
+    (number,) = parts.ways.numbers.values()
+    other = parts.place("Other")
+    wanted = {
+        parts.place("Traveller"): persona(f"10.20.0.0/16 via {way}"),
+        other: persona("any via dev e0", name="Other"),
+    }
+    before = taken(parts, monkeypatch)
+    with out(world):
+        assert marked(world, number) == "none"
+        parts.do(lambda: parts.routes.reconcile(wanted))
+        assert marked(world, number) == "none"
+        assert by(world, cgroup, OTHER4) == "silence"
+        assert f"via {way}" in caplog.text
+        assert parts.ways.made == {parse_via(way), parse_via("dev e0")}
+        assert marked(world, parts.ways.numbers[parse_via("dev e0")], SIDE4) == "e0"
+    assert [step["op"] for step in plans.describe(parts.do(lambda: parts.routes.reconcile(wanted)))] == [
+        "routes.repair"
+    ]
+    assert by(world, cgroup, OTHER4) == "e1"
+    assert 1 not in before
+    assert parts.do(lambda: parts.routes.reconcile(wanted)) == ()
+
+
+def test_what_is_bound_to_a_way_that_never_was_is_refused(world: World, parts: Parts) -> None:
+    """As after a file of ways that is torn: the network facility binds what is wanted all the same."""
+    wanted = {
+        parts.place("Lost"): persona("any via dev nosuch", name="Lost"),
+        parts.place("Traveller"): persona(f"10.20.0.0/16 via {SIDE4}"),
+    }
+    parts.do(lambda: parts.routes.reconcile(wanted))
+    parts.do(lambda: parts.network.reconcile(wanted))
+    assert by(world, world.cgroup("Lost"), OTHER4) == "silence"
+    assert by(world, world.cgroup("Lost"), OTHER6) == "silence"
+    assert by(world, world.cgroup("Traveller"), OTHER4) == "e1"
+
+
+@pytest.mark.parametrize("how", ["enter", "reconcile"])
+def test_what_is_found_under_a_number_goes_with_the_refusal_in_place(
+    world: World, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    world.ip(world.near, "route", "replace", "default", "via", netns.FAR4, "table", "100")
+    parts.enter("10.20.0.0/16 via table 100")
+    (tmp_path / "ways.json").write_text("{torn")
+    second = Parts(world, tmp_path)
+    gone = taken(second, monkeypatch)
+    wanted = {second.place("Traveller"): persona(f"10.20.0.0/16 via {SIDE4}")}
+    if how == "enter":
+        second.do(lambda: second.routes.enter(*next(iter(wanted.items()))))
+    else:
+        second.do(lambda: second.routes.reconcile(wanted))
+    assert second.ways.numbers == {Via(gateway=SIDE4): 1}
+    assert marked(world, 1) == "e1"
+    assert 0 in gone
+    assert 1 not in gone
+    second.do(lambda: second.network.reconcile({}))
+    second.do(lambda: second.routes.reconcile({}))
+    second.table.close()
+    world.near_run("ip", "route", "flush", "table", "100")
+
+
+def test_a_way_that_failed_in_any_manner_does_not_count_as_made(
+    world: World, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object) -> None:
+        raise ImportError("no pyroute2")
+
+    unkept = Parts(world, tmp_path / "nosuch")
+    monkeypatch.setattr(parts.routing, "open", lacking)
+    for each, why in ((parts, "no pyroute2"), (unkept, "No such file")):
+        for _ in range(2):
+            with pytest.raises(PlanError, match=why):
+                each.enter("any via dev e1")
+            assert not each.table.bound
+    unkept.table.close()
 
 
 def test_a_way_that_cannot_be_is_refused_whole(world: World, parts: Parts) -> None:
@@ -192,7 +310,7 @@ def test_after_a_crash_the_numbers_are_the_same_and_the_rest_goes(world: World, 
         "sh", "-c", "ip rule flush; ip rule add pref 32766 lookup main; ip rule add pref 32767 lookup default"
     )
     assert [step["op"] for step in plans.describe(second.do(lambda: second.routes.reconcile(wanted)))] == [
-        "routes.open"
+        "routes.repair"
     ]
     assert by(world, cgroup, OTHER4) == "e1"
     (tmp_path / "ways.json").write_text("{torn")

@@ -9,9 +9,10 @@ import contextlib
 import errno
 import ipaddress
 import json
+import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from persona.problems import PersonaError, Reason
 from persona_guest.core.places import Place
 from persona_guest.core.ruleset import MARK_MASK, MARK_SHIFT, MARKS_MAX
 from persona_guest.enforce.interface import Wanted
-from persona_guest.enforce.plan import Plan
+from persona_guest.enforce.plan import Operation, Plan
 from persona_guest.enforce.table import Table
+
+log = logging.getLogger("persona.enforce")
 
 _PRIORITY = 21_000  # of the first way's first rule: before those of the main table (32766), after local's (0)
 _PRIORITIES = range(_PRIORITY, _PRIORITY + 2 * MARKS_MAX + 2)
@@ -79,7 +82,10 @@ class Routing:
         self._route: Any = None
 
     def open(self, via: Via, number: int) -> None:
-        """Leads what has the mark that way; what cannot take it is unreachable."""
+        """Leads what has the mark that way; what cannot take it is unreachable, also where this fails.
+
+        What is there of it already stays.
+        """
         for family in _families():
             self._rule("add", family, number, 1, action="unreachable")
             self._rule("add", family, number, 0, table=via.table or OUR_TABLES[number])
@@ -96,14 +102,24 @@ class Routing:
         for family in families:
             self._call("route", "replace", family=family, **way)
 
-    def close(self, number: int) -> None:
-        """Takes back whatever there is of it."""
+    def hold(self, number: int) -> None:
+        """Leads what has the mark nowhere: it is unreachable before whatever else there is of it goes."""
         for family in _families():
-            for which in (0, 1):
-                with _ignoring(errno.ENOENT):
-                    self._rule("del", family, number, which)
-            with _ignoring(errno.ENOENT, errno.ESRCH):
-                self._call("flush_routes", family=family, table=OUR_TABLES[number])
+            self._rule("add", family, number, 1, action="unreachable")
+            self._clear(family, number)
+
+    def close(self, number: int) -> None:
+        """Takes back whatever there is of it: what has the mark goes as if it had none."""
+        for family in _families():
+            self._clear(family, number)
+            with _ignoring(errno.ENOENT):
+                self._rule("del", family, number, 1)
+
+    def _clear(self, family: int, number: int) -> None:
+        with _ignoring(errno.ENOENT):
+            self._rule("del", family, number, 0)
+        with _ignoring(errno.ENOENT, errno.ESRCH):
+            self._call("flush_routes", family=family, table=OUR_TABLES[number])
 
     def found(self) -> set[int]:
         """The numbers under which there is any rule."""
@@ -171,7 +187,7 @@ def _ignoring(*numbers: int) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A way, whole or not at all."""
+    """A way that nothing goes yet, whole or not at all."""
 
     via: Via
     number: int
@@ -182,17 +198,50 @@ class Open:
         return {"op": "routes.open", "via": str(self.via), "mark": self.number << MARK_SHIFT}
 
     def apply(self) -> None:
-        self.ways.making(self.via)
         try:
-            self.routing.close(self.number)  # whatever an agent before this one left half done
+            self.ways.making(self.via)
+            self.routing.hold(self.number)  # and not what an agent before this one left half done
             self.routing.open(self.via, self.number)
-        except OSError as error:
+        except Exception as error:  # a library's own too: one that counted as made would be bound without its rules
             self.undo()
-            raise OSError(error.errno, f"via {self.via}: {error.strerror}") from error
+            if isinstance(error, OSError):
+                raise OSError(error.errno, f"via {self.via}: {error.strerror}") from error
+            raise
 
     def undo(self) -> None:
-        self.routing.close(self.number)
-        self.ways.gone(self.via)
+        try:
+            self.routing.close(self.number)
+        finally:
+            self.ways.gone(self.via)
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """A way that packets may be sent already.
+
+    It never goes, so that they never take another; while it cannot be had they are refused, and nothing else fails.
+    """
+
+    via: Via
+    number: int
+    ways: Ways = field(repr=False, compare=False)
+    routing: Routing = field(repr=False, compare=False)
+
+    def describe(self) -> Mapping[str, object]:
+        return {"op": "routes.repair", "via": str(self.via), "mark": self.number << MARK_SHIFT}
+
+    def apply(self) -> None:
+        steps: list[Callable[[], None]] = [lambda: self.routing.open(self.via, self.number)]
+        if self.via not in self.ways.made:  # what is found under its number is another's
+            steps = [lambda: self.ways.making(self.via), lambda: self.routing.hold(self.number), *steps]
+        for step in steps:
+            try:
+                step()
+            except OSError as error:
+                log.error("via %s: %s; what would go that way is refused until it is mended", self.via, error.strerror)
+
+    def undo(self) -> None:
+        """Nothing: what it made refuses more than what was before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,16 +296,18 @@ class Routes:
         needed = _ways([*wanted.values(), *self._bases.values()])
         if not needed and not self._ways.left_over and not self._ways.made:
             return ()
-        steps: list[Open | Close] = []
+        numbers = {via: self._ways.number(via) for via in sorted(needed, key=str)}
+        steps: list[Operation] = [
+            Repair(via, number, self._ways, self._routing)
+            for via, number in numbers.items()
+            if via not in self._ways.made or not self._routing.whole(via, number)
+        ]
         if self._table.known:  # else an agent before this one may still send packets there
             spare = self._ways.made - needed - self._table.ways
             steps += [self._close(via) for via in sorted(spare, key=str)]
-            known = {self._ways.numbers[via] for via in self._ways.made | needed if via in self._ways.numbers}
+            known = {self._ways.numbers[via] for via in self._ways.made | needed}
             strange = self._routing.found() - known
             steps += [Close(None, number, self._ways, self._routing) for number in sorted(strange)]
-        for via in sorted(needed, key=str):
-            if via not in self._ways.made or not self._routing.whole(via, self._ways.number(via)):
-                steps.append(self._open(via))
         return tuple(steps)
 
     def _open(self, via: Via) -> Open:
