@@ -88,7 +88,8 @@ class Sorter:
 
         What forks and ends faster than it can be looked at is frozen for it.  False where something is left even so.
         """
-        place, tree = home.places[key], self._enforcer.tree
+        place = here = home.places[key]
+        tree = self._enforcer.tree
         old = self._enforcer.document(place.persona)
         done: set[int] = set()  # what needs no further look: what was born of it is listed by itself
         withdrawn: dict[int, Running] = {}
@@ -96,12 +97,13 @@ class Sorter:
         frozen = place.withdrawn and old.on_revoke == "freeze" and tree.freezes(place.cgroup)
         try:
             for number in range(_PASSES):
-                listed = [pid for pid in tree.processes(place.cgroup) if pid not in done]
+                here = home.places[key]  # elsewhere, once a version has been entered whose limits are counted otherwise
+                listed = [pid for pid in tree.processes(here.cgroup) if pid not in done]
                 if not listed:
                     whole = True
                     break
                 if number == _RUNNING:
-                    tree.freeze(place.cgroup, _STOPPED_S)
+                    tree.freeze(here.cgroup, _STOPPED_S)
                     continue
                 found = dict(self._look(listed))
                 done.update(pid for pid in listed if pid not in found)
@@ -114,7 +116,7 @@ class Sorter:
                         withdrawn[pid] = running
                     else:
                         target = self._enforcer.enter(home, ref)
-                    if target.cgroup == place.cgroup:
+                    if target.cgroup == here.cgroup:
                         done.add(pid)
                         stays = True
                     else:
@@ -124,11 +126,11 @@ class Sorter:
         finally:  # the next try finds what was moved where it is withdrawn already
             try:
                 if not frozen:  # nor by an agent that ended before it could thaw it
-                    tree.thaw(place.cgroup)
+                    tree.thaw(here.cgroup)
             finally:
                 if withdrawn:
                     self._withdraw(home, place, old, withdrawn)
-        if not stays and not tree.populated(place.cgroup):
+        if not stays and not tree.populated(home.places[key].cgroup):
             self._enforcer.leave(home, key)
         if returns and old.on_revoke == "freeze":
             self._tell(home, f"persona: {old.name} applies again; what was frozen goes on")

@@ -44,6 +44,7 @@ from tests.guest.fake_cgroups import FakeHierarchy
 from tests.guest.headless import headless
 
 OLD, NEW = PersonaRef("Old", 1), PersonaRef("New", 1)
+COUNTED = PersonaRef("Old", 2)  # for all sessions together
 SCOPE = "user.slice/user-1000.slice/session-1.scope"
 MANAGER = "user.slice/user-1000.slice/user@1000.service"
 SESSION = Session("s-1", Subject("alice", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0.0)
@@ -55,8 +56,16 @@ time.sleep(60)
 """
 
 
-def document(name: str, whitelist: list[str], on_revoke: str) -> Persona:
-    found = parse_document({"kind": "Persona", "name": name, "command_whitelist": whitelist, "on_revoke": on_revoke})
+def document(name: str, whitelist: list[str], on_revoke: str, per: str = "session") -> Persona:
+    found = parse_document(
+        {
+            "kind": "Persona",
+            "name": name,
+            "command_whitelist": whitelist,
+            "on_revoke": on_revoke,
+            "resource_limits": {"per": per},
+        }
+    )
     assert isinstance(found, Persona)
     return found
 
@@ -65,10 +74,14 @@ class Documents:
     """A fake store of personas."""
 
     def __init__(self, on_revoke: str) -> None:
-        self.known = {"Old": document("Old", ["**"], on_revoke), "New": document("New", ["/usr/bin/true"], on_revoke)}
+        self.known = {
+            OLD: document("Old", ["**"], on_revoke),
+            COUNTED: document("Old", ["**"], on_revoke, "persona"),
+            NEW: document("New", ["/usr/bin/true"], on_revoke),
+        }
 
     def get(self, ref: PersonaRef) -> Persona:
-        return self.known[ref.name]
+        return self.known[ref]
 
 
 class Site:
@@ -447,6 +460,53 @@ def test_what_comes_back_has_its_whole_grace_the_next_time(
     assert site.tree.read(cgroup, "cgroup.kill") == "0"
     site.run(0.4)
     assert site.tree.read(cgroup, "cgroup.kill") == "1\n"
+
+
+SHARED = "user.slice/persona-sessions.service/shared-Old/s-1"
+
+
+def counted(site: Site, pattern: str = "**") -> bool:
+    """The next version of Old applies now, which is counted for all sessions together."""
+    site.home.holding = None
+    holding = (Held(COUNTED, "p", Whitelist((parse_pattern(pattern),))),)
+    return site.sorter.follow(site.home, site.gated, holding, revoked=False)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Site:
+    """With what systemd makes for sessions that are not below their user's slice."""
+    site = Site(tmp_path, "kill")
+    site.tree.grow("user.slice/persona-sessions.service")
+    return site
+
+
+def test_a_version_that_is_counted_otherwise_keeps_its_place(house: Site, stubborn: subprocess.Popen[str]) -> None:
+    house.put(stubborn.pid)
+    assert counted(house)
+    assert house.tree.processes(SHARED) == [stubborn.pid]
+    assert [place.cgroup for place in house.home.places.values()] == [SHARED], "or nobody looks after its limits"
+
+
+def test_what_comes_along_to_a_place_counted_otherwise_is_looked_at_there(
+    house: Site, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = house.put(stubborn.pid)
+    processes = house.tree.processes
+    with subprocess.Popen(["/usr/bin/sleep", "10"]) as born:
+
+        def listed(cgroup: str) -> list[int]:
+            found = processes(cgroup)
+            if cgroup == place and not late:
+                late.append(born.pid)
+                house.tree.move(place, born.pid)  # after it was listed
+            return found
+
+        late: list[int] = []
+        monkeypatch.setattr(house.tree, "processes", listed)
+        assert counted(house, os.path.realpath(sys.executable))
+        assert processes(SHARED) == [stubborn.pid]
+        assert processes(f"{SCOPE}/-Old") == [born.pid]
+        assert born.wait(5) == -signal.SIGTERM
 
 
 def test_no_descriptor_is_held_for_what_is_to_end(tmp_path: Path, stubborn: subprocess.Popen[str]) -> None:
