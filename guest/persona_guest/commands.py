@@ -1,6 +1,7 @@
 """What ``persona-agent`` does besides running: it asks the agent that runs, or looks at the settings."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,14 @@ from persona.decisions import PersonaRef
 from persona.documents import Persona
 from persona.problems import PersonaError, Reason
 from persona_guest.advice import advice
+from persona_guest.enforce import plan as plans
+from persona_guest.enforce.cgroups import Cgroups
+from persona_guest.kernel.cgroup import Hierarchy
 from persona_guest.net import Net
 from persona_guest.settings import Settings
 from persona_guest.shell.client import AgentError, Client
+
+log = logging.getLogger("persona.agent")
 
 
 def check_config(path: str, settings: Settings) -> int:
@@ -30,9 +36,27 @@ def release(settings: Settings) -> int:
     except AgentError as error:
         print(f"persona-agent: {error.message}", file=sys.stderr)
         if settings.paths.cgroup_root:  # what it bound must not outlive it
-            Net(Path(settings.paths.runtime_dir), settings.paths.cgroup_root, _no_documents).clear()
+            _unbind(Path(settings.paths.runtime_dir), settings.paths.cgroup_root)
         return 1
     return 0
+
+
+def _unbind(runtime: Path, cgroup_root: str) -> None:
+    """What a dead agent left goes, as far as it can: one thing that stays keeps no other."""
+    try:
+        Net(runtime, cgroup_root, _no_documents).clear()
+    except Exception as error:  # no nftables, no pyroute2: the cgroups go all the same
+        log.error("network: something stays: %s", error)
+    try:
+        steps = Cgroups(Hierarchy(cgroup_root)).reconcile({})
+    except (PersonaError, OSError) as error:
+        log.error("cgroups: something stays: %s", error)
+        return
+    for step in steps:  # not as one plan, whose undoing would freeze anew what was thawed
+        try:
+            plans.apply((step,))
+        except PersonaError as error:
+            log.error("cgroups: something stays: %s", error)
 
 
 def _no_documents(ref: PersonaRef) -> Persona:
