@@ -81,8 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = configuration.load(Path(arguments.config))
     except PersonaError as error:
-        print(f"persona-agent: {error.message}", file=sys.stderr)
-        return 1
+        if arguments.command != "release" or arguments.config != CONFIG:
+            print(f"persona-agent: {error.message}", file=sys.stderr)
+            return 1
+        # the package goes: what is bound must not stay for want of a file that can be read
+        print(f"persona-agent: {error.message}; the default paths are taken", file=sys.stderr)
+        settings = Settings()
     if arguments.command == "check-config":
         return commands.check_config(arguments.config, settings)
     if arguments.command == "release":
