@@ -207,7 +207,16 @@ class Enforcer:
         for home in self.homes.values():
             for place in home.places.values():
                 self._watch(place)
+                if not place.withdrawn and not place.managed:
+                    self._thaw(place)
         self.reconcile()
+
+    def _thaw(self, place: Place) -> None:
+        """An agent that ended while it looked through a place may have left it stopped."""
+        try:
+            self.tree.thaw(place.cgroup)
+        except OSError as error:
+            log.error("%s is not thawed: %s", place.cgroup, error)
 
     def wanted(self) -> dict[Place, Persona]:
         """Every place in use, and what it is under.  Raises ``PersonaError`` where a document is not here."""

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 from persona_guest.core.places import place_of
+from persona_guest.core.sessions import Session
 from persona_guest.enforce.cgroups import Cgroups
 from persona_guest.enforce.home import Home
 from persona_guest.enforcer import Enforcer
 from persona_guest.gate.identity import Image
+from persona_guest.gate.pending import Gated
 from persona_guest.loop import Loop
 from persona_guest.personas import Personas
 
-from persona.decisions import Denied, PersonaRef
+from persona.decisions import Denied, PersonaRef, Subject
 from persona.problems import Reason
 from tests.guest.fake_cgroups import FakeHierarchy
 
@@ -63,6 +65,20 @@ def enforcer(tree: FakeHierarchy, broker: Broker, tmp_path: Path) -> Enforcer:
     for ref in REFS:
         home.add(place_of("s-1", 1000, ref, SCOPE))
     return enforcer
+
+
+def test_an_agent_thaws_what_the_one_before_it_stopped_and_leaves_what_was_withdrawn(
+    enforcer: Enforcer, tree: FakeHierarchy, tmp_path: Path
+) -> None:
+    home = enforcer.homes.pop("s-1")
+    home.add(place_of("s-1", 1000, REFS[0], SCOPE, withdrawn=True))
+    home.save(tmp_path / "places")
+    for place in home.places.values():
+        tree.make(place.cgroup)
+        tree.freeze(place.cgroup)
+    session = Session("s-1", Subject("alice", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0.0)
+    enforcer.restore({"s-1": Gated(session, -1, 0, (), b"s-1")})
+    assert [place.cgroup for place in home.places.values() if tree.freezes(place.cgroup)] == [f"{SCOPE}/-One"]
 
 
 def test_with_the_last_document_that_was_missing_all_is_looked_after_at_once(
