@@ -110,6 +110,8 @@ class Ending:
             self._note(home, old, "killed", running)
 
     def _gone(self, home: Home, cgroup: str) -> None:
+        if self._enforcer.homes.get(home.session) is not home:
+            return  # the session has ended meanwhile: what is saved of it now would stay
         try:
             for key, place in list(home.places.items()):
                 if place.cgroup == cgroup and not self._enforcer.tree.populated(cgroup):

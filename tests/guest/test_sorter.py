@@ -97,7 +97,7 @@ class Site:
             directory / "places", lambda _session: OLD, lambda _place: None,
         )  # fmt: skip
         self.enforcer = enforcer
-        self.home = Home("s-1", 1000, SCOPE, Image(0, 0), OLD)
+        self.home = enforcer.homes["s-1"] = Home("s-1", 1000, SCOPE, Image(0, 0), OLD)
         self.gated = Gated(SESSION, -1, 0, (), b"s-1")
         self.records: list[Record] = []
         supervisor = cast(Supervisor, SimpleNamespace(sessions={"s-1": self.gated}))  # all that is asked of it
@@ -648,10 +648,24 @@ def test_a_place_that_cannot_be_left_ends_no_loop(tmp_path: Path, monkeypatch: p
     site.run(0.8)
 
 
+def test_nothing_is_kept_of_a_session_that_ended_in_its_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "GRACE_S", 0.1)
+    site = Site(tmp_path, "kill")
+    with subprocess.Popen(["/usr/bin/sleep", "60"]) as process:
+        site.put(process.pid)
+        assert site.follow()
+        process.wait(5)
+    Path(site.tree.path(f"{SCOPE}/-Old", "cgroup.procs")).write_text("")  # as the kernel would
+    kept = tmp_path / "places" / "s-1.json"
+    assert kept.exists()
+    site.enforcer.ended(SESSION)
+    site.run(0.8)
+    assert not kept.exists()
+
+
 def test_a_line_that_cannot_be_told_is_recorded_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(tmp_path, "kill")
     place = site.enforcer.enter(site.home, OLD)
-    site.enforcer.homes["s-1"] = site.home
     monkeypatch.setattr(site.tree, "processes", fails)
     site.notices.alarm(place, Reason.PIDS_LIMIT)
     site.notices.refused(Refusal("Old", 1000, "tcp 192.0.2.1:80"))
