@@ -45,6 +45,8 @@ class Follower:
         self._asking = 0
         self._waiting = False
         self._again = False
+        self._due: dict[str, tuple[tuple[Held, ...], bool]] = {}  # by session, the longest due first
+        self._coming = False  # the turn of the first of them
 
     def changed(self) -> None:
         """Something did; a question that is under way is asked again after its answer."""
@@ -89,6 +91,7 @@ class Follower:
         """The documents first, then, in a round of the loop of its own, what changes."""
         home = self._enforcer.homes.get(session)
         if home is not None and home.holding == holding and not revoked:
+            self._due.pop(session, None)
             return
         needed = {held.ref for held in holding}
         missing = len(needed)
@@ -101,12 +104,30 @@ class Follower:
                 self._later()
                 missing = -1
             elif missing == 0:
-                self._loop.deliver(lambda: self._follow(session, holding, revoked))
+                self._enqueue(session, holding, revoked)
 
         if not needed:
-            self._follow(session, holding, revoked)
+            self._enqueue(session, holding, revoked)
         for ref in needed:
             self._personas.ensure(ref, here)
+
+    def _enqueue(self, session: str, holding: tuple[Held, ...], revoked: bool) -> None:
+        """What was said of it before is void, and its turn stays: one that is tried again and again is not first."""
+        self._due[session] = holding, revoked
+        self._soon()
+
+    def _soon(self) -> None:
+        """One session a round: it may take a moment, and between two of them execs are answered."""
+        if self._due and not self._coming:
+            self._coming = True
+            self._loop.call_later(0, self._next)
+
+    def _next(self) -> None:
+        self._coming = False
+        if self._due:
+            session = next(iter(self._due))
+            self._follow(session, *self._due.pop(session))
+        self._soon()
 
     def _follow(self, session: str, holding: tuple[Held, ...], revoked: bool) -> None:
         home, gated = self._enforcer.homes.get(session), self._supervisor.sessions.get(session)

@@ -7,6 +7,7 @@ says.
 import contextlib
 import errno
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from persona.decisions import PersonaRef
@@ -28,7 +29,7 @@ log = logging.getLogger("persona.enforce")
 
 _PASSES = 8  # what is moved may have children meanwhile
 _RUNNING = 3  # of the passes, so many before what is looked at is stopped for it
-_STOPPED_S = 0.25  # that takes a millisecond; what waits for the gate's own answer starts nothing and cannot be
+_STOPPED_S = 0.25  # of a session; that takes a millisecond, but what waits for the gate's own answer cannot be stopped
 _CGROUPS_MAX = 2048  # of a service manager, which has a hundred, and so many processes
 _PIDS_MAX = 65536
 
@@ -56,10 +57,12 @@ class Sorter:
         self._tell = tell
         self._note = note
         self._ending = Ending(loop, enforcer, tell, note)
+        self._patience_s = 0.0  # what is left of _STOPPED_S: the loop and the guard wait for all places together
 
     def follow(self, home: Home, gated: Gated, holding: tuple[Held, ...], revoked: bool) -> bool:
         """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
         home.base = holding[0].ref if holding else NOBODY
+        self._patience_s = _STOPPED_S
         home.holding = None  # until all of it is done: from the middle, the way back is one to follow too
         outer = self._guard.enter(gated.session)  # what its processes call themselves is in their own memory
         try:
@@ -103,7 +106,7 @@ class Sorter:
                     whole = True
                     break
                 if number == _RUNNING:
-                    tree.freeze(here.cgroup, _STOPPED_S)
+                    self._stop(here.cgroup)
                     continue
                 found = dict(self._look(listed))
                 done.update(pid for pid in listed if pid not in found)
@@ -135,6 +138,11 @@ class Sorter:
         if returns and old.on_revoke == "freeze":
             self._tell(home, f"persona: {old.name} applies again; what was frozen goes on")
         return whole
+
+    def _stop(self, cgroup: str) -> None:
+        began = time.monotonic()
+        self._enforcer.tree.freeze(cgroup, self._patience_s)
+        self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
 
     @staticmethod
     def _target(running: Running, home: Home, old: Persona, pairs: Pairs, shells: Shells) -> PersonaRef | None:

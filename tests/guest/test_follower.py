@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from persona_guest import follower as module
+from persona_guest.core.following import Held
 from persona_guest.enforce.home import Home
 from persona_guest.follower import Follower
 from persona_guest.gate.identity import Image
@@ -14,6 +15,7 @@ from persona_guest.loop import Loop
 from persona_guest.personas import Personas
 
 from persona.decisions import Denied, PersonaRef
+from persona.patterns import Whitelist, parse_pattern
 from persona.problems import Reason
 
 ANSWER = {
@@ -43,7 +45,7 @@ class Site:
             "version": ref.version,
             "document": {**DOCUMENT, "name": ref.name},
         }
-        homes = {f"s-{number}": Home(f"s-{number}", 1000, "x", Image(1, 2)) for number in range(5)}
+        self.homes = homes = {f"s-{number}": Home(f"s-{number}", 1000, "x", Image(1, 2)) for number in range(5)}
 
         def current(sessions: list[str], done: Callable[[Any], None]) -> None:
             self.asked.append(sessions)
@@ -53,8 +55,11 @@ class Site:
             self.fetched.append(ref)
             done(self.documents(ref))
 
+        self.meanwhile: Callable[[str], None] = lambda _session: None
+
         def follow(home: Home, _gated: object, _holding: object, _revoked: bool) -> bool:
             self.followed.append(home.session)
+            self.meanwhile(home.session)
             return True
 
         self.follower = Follower(
@@ -86,6 +91,41 @@ def test_one_question_for_all_and_the_documents_before_anything_moves(site: Site
     assert len(site.fetched) == 2
     assert site.followed == site.asked[0]
     assert set(site.based.values()) == {PersonaRef("P", 1)}
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_between_two_sessions_others_have_their_turn(site: Site, held: bool) -> None:
+    if not held:
+        for_all = {"personas": [], "others": [], "revoked": True}
+        site.answers = lambda done: done({"sessions": dict.fromkeys(ANSWER["sessions"], for_all)})
+    site.meanwhile = lambda _session: site.loop.deliver(lambda: site.followed.append("an exec"))
+    site.follower.changed()
+    site.run(0.1)
+    assert site.followed == [name for number in range(5) for name in (f"s-{number}", "an exec")]
+
+
+def test_one_that_is_tried_again_and_again_is_not_first_again(site: Site) -> None:
+    def again(session: str) -> None:
+        if session == "s-0" and len(site.followed) < 12:
+            site.follower.changed()
+
+    site.meanwhile = again
+    site.follower.changed()
+    site.run(0.1)
+    assert site.followed[:6] == ["s-0", "s-1", "s-2", "s-3", "s-4", "s-0"]
+
+
+def test_what_was_said_before_is_void(site: Site) -> None:
+    def away(_session: str) -> None:
+        for home in site.homes.values():
+            home.holding = holding  # as what was asked for meanwhile will say
+        site.follower.changed()
+
+    holding = (Held(PersonaRef("P", 1), "p", Whitelist((parse_pattern("**"),))),)
+    site.meanwhile = away
+    site.follower.changed()
+    site.run(0.1)
+    assert site.followed == ["s-0"]
 
 
 def test_events_while_a_question_is_under_way_make_one_more(site: Site) -> None:

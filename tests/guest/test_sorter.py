@@ -400,6 +400,29 @@ def test_what_cannot_be_stopped_is_tried_again(
     assert site.home.holding is None
 
 
+def test_what_cannot_be_stopped_is_waited_for_once(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, "kill")
+    for withdrawn in (False, True):
+        site.put(stubborn.pid, withdrawn=withdrawn)
+    waits: list[float] = []
+    freeze, read = site.tree.freeze, site.tree.read
+
+    def frozen(cgroup: str, within_s: float = 0.0) -> None:
+        waits.append(within_s)
+        freeze(cgroup, within_s)
+
+    monkeypatch.setattr(site.tree, "freeze", frozen)
+    monkeypatch.setattr(site.tree, "processes", lambda _cgroup: [NO_PID + time.monotonic_ns() % 10**6])
+    monkeypatch.setattr(
+        site.tree, "read", lambda cgroup, file: "frozen 0" if file == "cgroup.events" else read(cgroup, file)
+    )
+    for _ in range(2):
+        assert not site.follow()
+    assert waits == [0.25, 0.0] * 2
+
+
 def test_what_few_looks_find_is_not_stopped(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
