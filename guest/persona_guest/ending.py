@@ -7,6 +7,7 @@ what may stay lives beside it.
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import time
@@ -36,9 +37,20 @@ Noted = Callable[[Home, Persona, str, Running], None]
 class _Notice:
     """To what lives in a cgroup under ``persona``: at ``due`` (monotonic seconds) all of it ends."""
 
+    cgroup: str
     persona: str
     due: float
     timer: Timer
+
+
+@dataclass(eq=False, slots=True)
+class _Some:
+    """The same to some of what lives there, by when they ``started``."""
+
+    cgroup: str
+    persona: str
+    due: float
+    started: dict[int, int]
 
 
 class Ending:
@@ -50,11 +62,11 @@ class Ending:
         self._tell = tell
         self._note = note
         self._notices: dict[str, _Notice] = {}  # by cgroup; what comes into it later postpones nothing
+        self._some: list[_Some] = []
 
-    def under(self, cgroup: str) -> str | None:
-        """The name of the persona under which a cgroup was asked to end, while its grace lasts."""
-        notice = self._notices.get(cgroup)
-        return notice.persona if notice is not None else None
+    def under_way(self, cgroup: str) -> bool:
+        """Whether all of a cgroup was asked to end, and its grace lasts."""
+        return cgroup in self._notices
 
     def all_of(self, home: Home, old: Persona, cgroup: str, rest: dict[int, Running]) -> None:
         """Asks them to end, and ends all of their cgroup when the grace of those that were asked first is over."""
@@ -62,7 +74,7 @@ class Ending:
         notice = self._notices.get(cgroup)
         if notice is None:
             timer = self._loop.call_later(GRACE_S, lambda: self._over(home, cgroup))
-            notice = self._notices[cgroup] = _Notice(old.name, now + GRACE_S, timer)
+            notice = self._notices[cgroup] = _Notice(cgroup, old.name, now + GRACE_S, timer)
         self._ask(home, old, rest, notice.due - now)
 
     def void(self, cgroup: str) -> None:
@@ -71,10 +83,21 @@ class Ending:
         if notice is not None:
             notice.timer.cancel()
 
-    def each(self, home: Home, old: Persona, rest: dict[int, Running], started: dict[int, int]) -> None:
+    def each(self, home: Home, old: Persona, cgroup: str, rest: dict[int, Running], started: dict[int, int]) -> None:
         """The same for some of a cgroup, by when they ``started``: descriptors for all might be too many."""
-        self._loop.call_later(GRACE_S, lambda: self._over_each(started))
+        some = _Some(cgroup, old.name, time.monotonic() + GRACE_S, started)
+        self._some.append(some)
+        self._loop.call_later(GRACE_S, lambda: self._over_each(some))
         self._ask(home, old, rest, GRACE_S)
+
+    def returned(self, cgroup: str, persona: str) -> None:
+        """A cgroup is under ``persona`` again: whoever was asked to end there since it was may stay."""
+        notice = self._notices.get(cgroup)
+        asked = [one for one in (*self._some, notice) if one is not None and one.cgroup == cgroup]
+        since = min((one.due for one in asked if one.persona == persona), default=math.inf)
+        self._some = [one for one in self._some if one.cgroup != cgroup or one.due < since]
+        if notice is not None and notice.due >= since:
+            self.void(cgroup)
 
     def _over(self, home: Home, cgroup: str) -> None:
         try:
@@ -88,17 +111,22 @@ class Ending:
         del self._notices[cgroup]
         self._loop.call_later(0.5, lambda: self._gone(home, cgroup))
 
-    def _over_each(self, started: dict[int, int]) -> None:
+    def _over_each(self, some: _Some) -> None:
+        if some not in self._some:
+            return
         left: dict[int, int] = {}
-        for pid, at in started.items():
+        for pid, at in some.started.items():
             try:
                 _signal(pid, signal.SIGKILL, at)
             except OSError as error:
                 if error.errno not in _ENDED:
                     log.error("process %d does not end yet: %s", pid, error)
                     left[pid] = at
+        some.started = left
         if left:
-            self._loop.call_later(AGAIN_S, lambda: self._over_each(left))
+            self._loop.call_later(AGAIN_S, lambda: self._over_each(some))
+        else:
+            self._some.remove(some)
 
     def _ask(self, home: Home, old: Persona, rest: dict[int, Running], seconds: float) -> None:
         names = names_of(rest) or "all of the service manager"

@@ -155,7 +155,7 @@ class Sorter:
         """``place`` is where it was: perhaps withdrawn already, by an agent that ended before it ended this."""
         cgroup = self._enforcer.enter(home, place.persona, withdrawn=True).cgroup
         if old.on_revoke == "kill":
-            if not place.withdrawn or self._ending.under(cgroup) is None:
+            if not place.withdrawn or not self._ending.under_way(cgroup):
                 self._ending.all_of(home, old, cgroup, rest)
         elif old.on_revoke == "freeze":
             if place.withdrawn and self._enforcer.tree.freezes(cgroup):
@@ -174,8 +174,7 @@ class Sorter:
         if place.persona == home.base:
             return
         old = self._enforcer.document(place.persona)
-        if self._ending.under(place.cgroup) == home.base.name:
-            self._ending.void(place.cgroup)
+        self._ending.returned(place.cgroup, home.base.name)
         rest: dict[int, Running] = {}
         whole = True
         if old.on_revoke == "kill":  # looked at before the base is another: what fails here is tried again
@@ -193,7 +192,7 @@ class Sorter:
                 if not whole:
                     self._ending.all_of(home, old, place.cgroup, rest)
                 elif rest:
-                    self._ending.each(home, old, rest, began)
+                    self._ending.each(home, old, place.cgroup, rest, began)
 
     def _below(self, cgroup: str) -> tuple[list[int], bool]:
         """The processes of a service manager, and whether these are all: its user makes as many cgroups as he likes."""

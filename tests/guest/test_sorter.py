@@ -621,6 +621,47 @@ def test_a_service_manager_that_cannot_be_looked_through_ends(
     assert len(site.records) == len(site.told)
 
 
+def comes_back(site: Site) -> bool:
+    again = (Held(OLD, "p", Whitelist((parse_pattern("**"),))),)
+    return site.sorter.follow(site.home, site.gated, again, revoked=False)
+
+
+def test_what_a_service_manager_runs_stays_where_its_base_comes_back(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "GRACE_S", 0.3)
+    site = Site(tmp_path, "kill")
+    site.serve(stubborn.pid)
+    assert site.follow()
+    assert comes_back(site)
+    assert len(site.told) == 1
+    site.run(0.6)
+    assert stubborn.poll() is None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_only_what_was_asked_to_end_since_a_base_was_there_stays(
+    tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    monkeypatch.setattr(ending, "GRACE_S", 0.3)
+    site = Site(tmp_path, "kill")
+    site.serve(stubborn.pid)
+    asked = site.sorter._ending
+    with subprocess.Popen(["/usr/bin/sleep", "10"]) as spared:
+        for name, pid in (("New", stubborn.pid), ("Old", spared.pid), ("Third", spared.pid)):
+            old = document(name, ["**"], "kill")
+            if whole and name == "Third":
+                asked.all_of(site.home, old, MANAGER, {})
+            else:
+                asked.each(site.home, old, MANAGER, {}, dict(ending.started([pid])))
+        asked.returned(MANAGER, "Old")
+        site.run(0.6)
+        assert stubborn.wait(5) == -signal.SIGKILL
+        assert spared.poll() is None
+        spared.kill()
+    assert site.tree.read(MANAGER, "cgroup.kill") == "0"
+
+
 # --- errors in the loop's own time -----------------------------------------------------------------
 
 
