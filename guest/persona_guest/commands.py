@@ -48,15 +48,9 @@ def _unbind(runtime: Path, cgroup_root: str) -> None:
     except Exception as error:  # no nftables, no pyroute2: the cgroups go all the same
         log.error("network: something stays: %s", error)
     try:
-        steps = Cgroups(Hierarchy(cgroup_root)).reconcile({})
+        plans.apply_each("cgroups", Cgroups(Hierarchy(cgroup_root)).reconcile({}))
     except (PersonaError, OSError) as error:
         log.error("cgroups: something stays: %s", error)
-        return
-    for step in steps:  # not as one plan, whose undoing would freeze anew what was thawed
-        try:
-            plans.apply((step,))
-        except PersonaError as error:
-            log.error("cgroups: something stays: %s", error)
 
 
 def _no_documents(ref: PersonaRef) -> Persona:

@@ -273,7 +273,7 @@ class Enforcer:
         self.homes.clear()
         for facility in reversed(self._facilities):
             try:
-                plans.apply(facility.reconcile({}))
+                plans.apply_each(facility.name, facility.reconcile({}))
             except (PersonaError, OSError) as error:
                 log.error("%s: something stays: %s", facility.name, error)
         for path in self._directory.glob("*.json"):

@@ -75,6 +75,6 @@ class Net:
         self.bases.release()
         for facility in reversed(self.facilities):
             try:
-                plans.apply(facility.reconcile({}))
+                plans.apply_each(facility.name, facility.reconcile({}))
             except (PersonaError, OSError) as error:
                 log.error("%s: something stays: %s", facility.name, error)

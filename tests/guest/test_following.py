@@ -15,7 +15,7 @@ from persona_guest.core.places import MANAGED, Place, place_of
 from persona_guest.enforce import home as homes
 from persona_guest.enforce.alarms import Alarms
 from persona_guest.enforce.home import Home
-from persona_guest.enforce.plan import PlanError, apply, undo
+from persona_guest.enforce.plan import PlanError, apply, apply_each, undo
 from persona_guest.gate.identity import Identifier, Image
 from persona_guest.gate.running import look
 from persona_guest.loop import Loop
@@ -247,6 +247,13 @@ def test_a_plan_that_fails_is_undone_in_reverse_and_says_all_that_failed() -> No
         apply((Step("a", log), Step("b", log, ("undo",)), Step("c", log, ("apply",)), Step("d", log)))
     assert log == ["apply a", "apply b", "apply c", "undo b", "undo a"]
     assert caught.value.message == '{"op": "c"}: apply failed; undoing it: {"op": "b"}: undo failed'
+
+
+def test_what_is_to_go_goes_whatever_stays(caplog: pytest.LogCaptureFixture) -> None:
+    log: list[str] = []
+    apply_each("cgroups", (Step("a", log), Step("b", log, ("apply",)), Step("c", log)))
+    assert log == ["apply a", "apply b", "apply c"]
+    assert "cgroups: something stays" in caplog.text
 
 
 def test_undoing_goes_on_after_a_failure_and_raises_once() -> None:

@@ -55,6 +55,15 @@ def apply(plan: Plan) -> None:
             raise PlanError("; undoing it: ".join(failures)) from error
 
 
+def apply_each(name: str, plan: Plan) -> None:
+    """What is to go, goes, as far as it can: one thing that stays keeps no other.  ``name`` is the facility's."""
+    for operation in plan:
+        try:
+            apply((operation,))
+        except PlanError as error:
+            log.error("%s: something stays: %s", name, error)
+
+
 def _brief(operation: Operation) -> dict[str, object]:
     """For the journal, at each login: what is within goes by its name; ``persona-agent plan`` shows all."""
     return {key: value for key, value in operation.describe().items() if not isinstance(value, dict)}
