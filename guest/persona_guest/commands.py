@@ -48,7 +48,8 @@ def _unbind(runtime: Path, cgroup_root: str) -> None:
     except Exception as error:  # no nftables, no pyroute2: the cgroups go all the same
         log.error("network: something stays: %s", error)
     try:
-        plans.apply_each("cgroups", Cgroups(Hierarchy(cgroup_root)).reconcile({}))
+        for failure in plans.apply_each(Cgroups(Hierarchy(cgroup_root)).reconcile({})):
+            log.error("cgroups: something stays: %s", failure)
     except (PersonaError, OSError) as error:
         log.error("cgroups: something stays: %s", error)
 

@@ -242,7 +242,7 @@ class Enforcer:
             return
         for facility in self._facilities:
             try:
-                plans.apply(facility.reconcile(wanted))
+                plans.apply(facility.reconcile(wanted))  # whole or not: a place without its limits must not be there
             except (PersonaError, OSError) as error:
                 log.error("%s: cannot be made so: %s", facility.name, error)
             except Exception:  # whatever a user leaves to be found: the agent answers the others
@@ -273,7 +273,8 @@ class Enforcer:
         self.homes.clear()
         for facility in reversed(self._facilities):
             try:
-                plans.apply_each(facility.name, facility.reconcile({}))
+                for failure in plans.apply_each(facility.reconcile({})):
+                    log.error("%s: something stays: %s", facility.name, failure)
             except (PersonaError, OSError) as error:
                 log.error("%s: something stays: %s", facility.name, error)
         for path in self._directory.glob("*.json"):

@@ -75,6 +75,7 @@ class Net:
         self.bases.release()
         for facility in reversed(self.facilities):
             try:
-                plans.apply_each(facility.name, facility.reconcile({}))
+                for failure in plans.apply_each(facility.reconcile({})):
+                    log.error("%s: something stays: %s", facility.name, failure)
             except (PersonaError, OSError) as error:
                 log.error("%s: something stays: %s", facility.name, error)

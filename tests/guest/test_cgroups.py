@@ -202,6 +202,21 @@ def test_reconciling_puts_right_and_clears_away(tree: FakeHierarchy, cgroups: Cg
     assert tree.read(SCOPE, "cgroup.subtree_control").split() == []
 
 
+def test_what_has_gone_keeps_nothing_else_from_being_looked_after(
+    tree: FakeHierarchy, cgroups: Cgroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager, here = place(MANAGER, session="s-2"), place()
+    wanted = {manager: persona(), here: persona()}
+    shutil.rmtree(tree.path(MANAGER))
+    apply(cgroups.reconcile(wanted))
+    assert tree.read(here.cgroup, "pids.max") == "64\n"
+    tree.write(here.cgroup, "pids.max", "max")
+    exists = tree.exists
+    monkeypatch.setattr(tree, "exists", lambda cgroup: cgroup == MANAGER or exists(cgroup))  # at first
+    apply(cgroups.reconcile(wanted))
+    assert tree.read(here.cgroup, "pids.max") == "64\n"
+
+
 def test_weights_are_those_of_the_heaviest(tree: FakeHierarchy, cgroups: Cgroups) -> None:
     heavy, light = place(name="Heavy"), place(name="Light")
     apply(cgroups.enter(light, persona(priority=10)))

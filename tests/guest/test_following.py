@@ -249,11 +249,10 @@ def test_a_plan_that_fails_is_undone_in_reverse_and_says_all_that_failed() -> No
     assert caught.value.message == '{"op": "c"}: apply failed; undoing it: {"op": "b"}: undo failed'
 
 
-def test_what_is_to_go_goes_whatever_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_of_some_plans_as_much_as_can_be_is_applied() -> None:
     log: list[str] = []
-    apply_each("cgroups", (Step("a", log), Step("b", log, ("apply",)), Step("c", log)))
+    assert apply_each((Step("a", log), Step("b", log, ("apply",)), Step("c", log))) == ['{"op": "b"}: apply failed']
     assert log == ["apply a", "apply b", "apply c"]
-    assert "cgroups: something stays" in caplog.text
 
 
 def test_undoing_goes_on_after_a_failure_and_raises_once() -> None:

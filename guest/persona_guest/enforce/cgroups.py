@@ -5,6 +5,7 @@ a session's scope and of its user's slice, and the limits of a user's service ma
 after at intervals (``reconcile``), and put back.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 
 from persona.documents import Persona
@@ -24,6 +25,8 @@ from persona_guest.enforce.interface import Wanted
 from persona_guest.enforce.plan import Operation, Plan
 from persona_guest.enforce.steps import Empty, HandOn, Make, Note, Remove, Set, TakeBack
 from persona_guest.kernel.cgroup import Hierarchy
+
+log = logging.getLogger("persona.enforce")
 
 _USERS = "user.slice"
 
@@ -117,7 +120,9 @@ class Cgroups:
                 except FileNotFoundError:
                     if setting.optional or setting.default:
                         continue
-                    message = f"{cgroup} has no {setting.file}: its unit does not delegate the controller"
+                    message = f"{cgroup} is gone"
+                    if self._tree.exists(cgroup):
+                        message = f"{cgroup} has no {setting.file}: its unit does not delegate the controller"
                     raise PersonaError(Reason.ENFORCEMENT_FAILED, message) from None
             if before != setting.value and not (new and setting.default):
                 yield Set(self._tree, cgroup, setting, before)
@@ -169,8 +174,11 @@ class Cgroups:
         """What is wanted is entered; what is ours and not wanted goes, its processes back to where they were."""
         steps: list[Operation] = []
         for place, persona in wanted.items():
-            if place.managed or self._in_house(place) or self._tree.exists(place.parent):
-                steps += self.enter(place, persona)
+            if self._in_house(place) or self._tree.exists(place.cgroup if place.managed else place.parent):
+                try:
+                    steps += self.enter(place, persona)
+                except PersonaError as error:  # it goes at this moment; the others are looked after
+                    log.warning("%s: %s", place.cgroup, error.message)
         keep = {place.cgroup for place in wanted}
         kept_above = {place.parent for place in wanted}
         for slice_ in self._tree.children(_USERS):

@@ -55,13 +55,15 @@ def apply(plan: Plan) -> None:
             raise PlanError("; undoing it: ".join(failures)) from error
 
 
-def apply_each(name: str, plan: Plan) -> None:
-    """What is to go, goes, as far as it can: one thing that stays keeps no other.  ``name`` is the facility's."""
+def apply_each(plan: Plan) -> list[str]:
+    """As much of it as can be, in order, whatever fails: one thing that cannot be keeps no other.  What failed."""
+    failures = []
     for operation in plan:
         try:
             apply((operation,))
         except PlanError as error:
-            log.error("%s: something stays: %s", name, error)
+            failures.append(error.message)
+    return failures
 
 
 def _brief(operation: Operation) -> dict[str, object]:
