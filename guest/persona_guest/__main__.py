@@ -163,7 +163,7 @@ def run(settings: Settings) -> int:
     enforcer = Enforcer(
         loop, tree, facilities, personas, runtime / "places", agent.base_of, lambda place: alarms.watch(place)
     )
-    notices = Notices(enforcer, supervisor, guard, recorder.add)
+    notices = Notices(loop, enforcer, supervisor, guard, recorder.add)
     alarms = Alarms(loop, tree, notices.alarm)
     sorter = Sorter(settings, loop, enforcer, identifier, guard, notices.tell, notices.note)
     follower = Follower(loop, enforcer, supervisor, questions, personas, sorter, agent.rebase)

@@ -17,19 +17,22 @@ from persona_guest.gate.guard import Guard
 from persona_guest.gate.running import Running
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.gate.terminal import tell
+from persona_guest.loop import Loop
 
 log = logging.getLogger("persona.enforce")
 
 _MANAGER = "systemd-user"  # the PAM service of users' service managers, which have no terminal
 _TRIED_MAX = 32  # processes of a session, until one has a terminal
+_AGAIN_S = 0.1
 
 
 class Notices:
     """Says it in one line, and records it."""
 
     def __init__(
-        self, enforcer: Enforcer, supervisor: Supervisor, guard: Guard, record: Callable[[Record], None]
+        self, loop: Loop, enforcer: Enforcer, supervisor: Supervisor, guard: Guard, record: Callable[[Record], None]
     ) -> None:
+        self._loop = loop
         self._enforcer = enforcer
         self._supervisor = supervisor
         self._guard = guard
@@ -39,8 +42,18 @@ class Notices:
         """One line to the session's user, through the first process of it that has a terminal or pipe.
 
         What a process has as its standard error may hang: the caller stands between the guard's enter and leave.
-        Where it cannot be told, the record has it.
+        A terminal that another one is just writing to takes nothing: once more then, and the record has it anyway.
         """
+        if not self._told(home, line):
+            self._loop.call_later(_AGAIN_S, lambda: self._tell_again(home, line))
+
+    def _tell_again(self, home: Home, line: str) -> None:
+        gated = self._supervisor.sessions.get(home.session)
+        if gated is not None:
+            with self._guard.watching(gated.session):
+                self._told(home, line)
+
+    def _told(self, home: Home, line: str) -> bool:
         try:
             pids = [
                 pid
@@ -50,8 +63,8 @@ class Notices:
             ]
         except OSError as error:
             log.warning("session %s is not told: %s", home.session, error)
-            return
-        any(tell(pid, printable(line)) for pid in sorted(pids)[:_TRIED_MAX])
+            return False
+        return any(tell(pid, printable(line)) for pid in sorted(pids)[:_TRIED_MAX])
 
     def alarm(self, place: Place, reason: Reason) -> None:
         """A place ran into a limit."""

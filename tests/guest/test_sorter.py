@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,7 +103,7 @@ class Site:
         self.gated = Gated(SESSION, -1, 0, (), b"s-1")
         self.records: list[Record] = []
         supervisor = cast(Supervisor, SimpleNamespace(sessions={"s-1": self.gated}))  # all that is asked of it
-        self.notices = notices = Notices(enforcer, supervisor, Guard(lambda: None), self.records.append)
+        self.notices = notices = Notices(self.loop, enforcer, supervisor, Guard(lambda: None), self.records.append)
         self.sorter = Sorter(
             Settings(), self.loop, enforcer, Identifier(Gate()), Guard(lambda: None),
             lambda _home, line: self.told.append(line), notices.note,
@@ -734,3 +736,28 @@ def test_a_line_that_cannot_be_told_is_recorded_all_the_same(tmp_path: Path, mon
     site.notices.alarm(place, Reason.PIDS_LIMIT)
     site.notices.refused(Refusal("Old", 1000, "tcp 192.0.2.1:80"))
     assert [record.reason for record in site.records] == [Reason.PIDS_LIMIT, Reason.NETWORK_REFUSED]
+
+
+def test_a_terminal_that_is_just_written_to_is_told_once_more(tmp_path: Path) -> None:
+    site = Site(tmp_path, "finish")
+    master, slave = pty.openpty()
+    seen: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # until nobody has the other end any more
+            while True:
+                seen.append(os.read(master, 65536))
+
+    busy = [sys.executable, "-c", "import os, time; os.write(2, bytes(100_000)); time.sleep(10)"]
+    with subprocess.Popen(busy, stderr=slave) as writer:
+        os.close(slave)
+        site.put(writer.pid)
+        time.sleep(0.3)  # it waits in its write, since nobody reads
+        site.notices.tell(site.home, "persona: heard")
+        reader = threading.Thread(target=read)
+        reader.start()
+        site.run(0.5)
+        writer.kill()
+    reader.join(10)
+    os.close(master)
+    assert b"persona: heard\r\n" in b"".join(seen)
