@@ -760,4 +760,4 @@ def test_a_terminal_that_is_just_written_to_is_told_once_more(tmp_path: Path) ->
         writer.kill()
     reader.join(10)
     os.close(master)
-    assert b"persona: heard\r\n" in b"".join(seen)
+    assert b"persona: heard" in b"".join(seen)
