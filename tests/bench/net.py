@@ -26,7 +26,7 @@ PERSONAS = 1000
 ROUNDS = 41  # short and in turn: the machine has other work
 SETTLE_S = 0.02
 CHANGES = 50
-RULES = [f"10.{number}.0.0/16:tcp/5432" for number in range(30, 36)] + ["dns", "icmp", "any:tcp/443", "any:udp/443"]
+RULES = [f"10.{number}.0.0/16:tcp/5432" for number in range(30, 36)] + ["dns", "icmp", "any:tcp/443-444", "any:udp/443"]
 
 SERVER = """
 import socket, threading
@@ -37,6 +37,14 @@ def echo():
     while True:
         datagrams.sendto(*datagrams.recvfrom(64))
 threading.Thread(target=echo, daemon=True).start()
+sink = socket.create_server(("0.0.0.0", 444))
+def swallow():
+    while True:
+        with sink.accept()[0] as sock:
+            while sock.recv(1 << 20):
+                pass
+            sock.send(b"x")
+threading.Thread(target=swallow, daemon=True).start()
 print("ready", flush=True)
 while True:
     listening.accept()[0].close()
@@ -55,9 +63,15 @@ def trips():
     for _ in range(500):
         datagrams.send(b"x")
         datagrams.recv(8)
+def stream():
+    with socket.create_connection(("{FAR4}", 444)) as sock:
+        for _ in range(256):
+            sock.sendall(bytes(65536))
+        sock.shutdown(socket.SHUT_WR)
+        sock.recv(1)
 print("ready", flush=True)
 for line in sys.stdin:
-    work = connects if line.strip() == "connects" else trips
+    work = dict(connects=connects, trips=trips, stream=stream)[line.strip()]
     began = time.perf_counter()
     work()
     print(time.perf_counter() - began, flush=True)
@@ -137,11 +151,15 @@ def update(world: World, network: Network, wanted: dict[Place, Persona]) -> Row:
 
 
 def packets(world: World) -> list[Row]:
-    """Connections, and round trips of a datagram, by a bound program: with the table and without."""
+    """Connections, round trips of a datagram and MiB of a stream, by a bound program: with the table and without."""
     found = []
     mine = place(world, 7).cgroup
     with running(world, SERVER, world.far), running(world, CLIENT, world.near, mine) as client:
-        for name, word, unit in (("net.packet_ratio", "connects", 100), ("net.datagram_ratio", "trips", 500)):
+        for name, word, unit in (
+            ("net.packet_ratio", "connects", 100),
+            ("net.datagram_ratio", "trips", 500),
+            ("net.stream_ratio", "stream", 16),
+        ):
 
             def bound(word: str = word) -> float:
                 world.near_run("nft", "add", "table", "inet", "persona", "{ }")
