@@ -15,6 +15,7 @@ from tests.guest import netns
 from tests.guest.apt_root import AptRoot
 from tests.guest.netns import FAR4, FAR6, OTHER4, OTHER6, World
 from tests.guest.nft_world import number
+from tests.guest.sorter_site import STUBBORN
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -88,3 +89,15 @@ def bases() -> dict[int, Persona]:
 @pytest.fixture
 def network(world: World, table: Table, bases: dict[int, Persona]) -> Network:
     return Network(table, number, str(world.root), bases)
+
+
+@pytest.fixture
+def stubborn() -> Iterator[subprocess.Popen[str]]:
+    """Ends by SIGKILL only."""
+    process = subprocess.Popen([sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
