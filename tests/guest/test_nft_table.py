@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from persona_guest.core.following import NOBODYS
 from persona_guest.core.places import Place, slice_of
-from persona_guest.core.ruleset import access
+from persona_guest.core.ruleset import access, text
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.nft import Network, Outside
 from persona_guest.enforce.plan import PlanError
@@ -19,6 +19,7 @@ from persona_guest.net import KINDS, WAY
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona
+from persona.network import parse_via
 from tests.guest import netns
 from tests.guest.netns import FAR4, World
 from tests.guest.nft_world import CUT, REFUSED, RULES, UID, enter, listed, number, persona, place, under
@@ -32,13 +33,27 @@ def test_the_plan_says_what_it_will_do(world: World, network: Network) -> None:
     rules = step["rules"]
     assert isinstance(rules, dict)
     out, into = rules.values()
-    assert out[0] == "meta l4proto tcp th dport 5432 ip daddr 10.20.0.0/16 accept"
-    assert out[1] == "meta l4proto udp ct direction reply th sport 53 accept"
+    assert out[0] == "meta l4proto udp ct direction reply th sport 53 accept"
+    assert out[1] == "meta l4proto tcp th dport 5432 ip daddr 10.20.0.0/16 accept"
     assert out[-1] == "reject with icmpx admin-prohibited"
     assert into[0] == "meta l4proto udp th dport 53 accept"
     assert network.enter(where, persona()) != ()
     plans.apply(network.enter(where, persona()))
     assert network.enter(where, persona()) == ()
+
+
+def test_what_most_packets_are_about_is_asked_first(world: World, network: Network) -> None:
+    rules = "10.20.0.0/16:tcp/5432", "dns", "any:udp/443", "icmp", "any:tcp/443-444"
+    first = ["tcp th dport 443-444", "udp th dport 443", "icmp", "ipv6-icmp", "tcp th dport 5432 ip daddr 10.20.0.0/16"]
+    chain = access(persona(*rules), {}).out
+    assert [text(rule) for rule in chain.rules[:5]] == [f"meta l4proto {match} accept" for match in first]
+
+
+def test_rules_keep_their_order_where_one_names_a_way(world: World, network: Network) -> None:
+    given = persona("10.20.0.0/16:tcp/5432", "any:tcp/5432 via dev e1")
+    chain = access(given, {parse_via("dev e1"): 1}).out
+    assert "10.20.0.0/16" in text(chain.rules[0])
+    assert "meta mark set" in text(chain.rules[1])
 
 
 def test_undo_puts_back_what_was(world: World, network: Network) -> None:

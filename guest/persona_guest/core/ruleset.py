@@ -24,6 +24,7 @@ MARK_MASK = 0xFF << MARK_SHIFT  # the low bits of a mark are other programs'
 MARKS_MAX = 255
 ICMP, TCP, UDP, ICMPV6, UDPLITE = 1, 6, 17, 58, 136
 _NAMES = {ICMP: "icmp", TCP: "tcp", UDP: "udp", ICMPV6: "ipv6-icmp", UDPLITE: "udplite"}
+_USUAL = (TCP, UDP)
 _DNS = 53
 # Where a local stub may listen: systemd-resolved(8); resolv.conf names the others.
 STUBS = ("127.0.0.53", "127.0.0.54")
@@ -264,6 +265,9 @@ def access(persona: Persona, marks: Mapping[Via, int]) -> Access:
             family = _family(rule)
             out += [(*family, *match, *mark, ACCEPT) for match in _matches(rule, "daddr", "dport")]
             into += [(*match, ACCEPT) for match in _datagrams(rule)]
+    if not marks:  # then it is all one which rule lets a packet through
+        out.sort(key=_rarity)
+    into.sort(key=_rarity)
     signs = f"{persona.name} {[text(rule) for rule in out]} {[text(rule) for rule in into]}"
     name = f"{persona.name}.{hashlib.sha256(signs.encode()).hexdigest()[:12]}"
     noted: list[Rule] = [(Count(name),), (Log(persona.name),)]
@@ -273,6 +277,13 @@ def access(persona: Persona, marks: Mapping[Via, int]) -> Access:
         Chain(f"{name}/in", (*into, *noted, (Verdict("refuse"),))),
         frozenset(rule.via for rule in persona.network_access if rule.via is not None),
     )
+
+
+def _rarity(rule: Rule) -> tuple[bool, int]:
+    """Sorts first what most packets are about and what asks them least: any address, and TCP before UDP."""
+    protocols = [item.number for item in rule if isinstance(item, Protocol)]
+    addressed = any(isinstance(item, Address | Resolver) for item in rule)
+    return addressed, _USUAL.index(protocols[0]) if protocols and protocols[0] in _USUAL else len(_USUAL)
 
 
 def _family(rule: NetworkRule) -> Rule:
