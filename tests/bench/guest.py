@@ -1,8 +1,10 @@
 """What needs a real guest: the cost of a login, and how soon a change is felt in a live session."""
 
+import json
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from persona_broker.store.sqlite import Store
@@ -15,6 +17,7 @@ from tests.guest_vm.site import ROOT, Broker, await_connected, site
 LOGINS = 50
 CHANGES = 50
 SPAWNS, ROUNDS = 200, 5
+NETWORK_ROUNDS = 101
 
 
 def layer(machine: Machine, command: str) -> None:
@@ -120,13 +123,26 @@ def kernel(machine: Machine, broker: Broker) -> list[Row]:
     return rows
 
 
+def network(machine: Machine) -> list[Row]:
+    """``net.*`` in the guest, by its own kernel, with the code that is installed there."""
+    names = ["tests/bench/net.py", "tests/bench/row.py", "tests/guest/netns.py", "tests/guest/netprobe.py"]
+    with tempfile.NamedTemporaryFile(suffix=".tar") as archive:
+        subprocess.run(["tar", "-cf", archive.name, "-C", str(ROOT), *names], check=True, timeout=60)
+        machine.put(Path(archive.name), to="/root/bench.tar")
+    run = f"python3 -m tests.bench.net {NETWORK_ROUNDS}"
+    text = machine.must(f"mkdir -p bench && cd bench && tar -xf ../bench.tar && {run}", timeout=1200)
+    found = [Row(**row) for row in json.loads(text)]
+    return [replace(row, name=row.name.replace("net.", "net.guest_")) for row in found]
+
+
 def rows(directory: Path | None = None) -> list[Row]:
-    """login.*, revoke.*, cgroup.*, exec.*, follow.*, *kernel*"""
+    """login.*, revoke.*, cgroup.*, exec.*, follow.*, net.guest_*, *kernel*"""
     with site(directory) as (machine, broker):
         machine.must("loginctl terminate-user alice || true")
         return [
             login_ratio(machine),
             revoke(machine, broker),
             *limits.rows(machine, broker),
+            *network(machine),
             *kernel(machine, broker),
         ]
