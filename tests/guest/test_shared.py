@@ -175,8 +175,17 @@ def test_a_descriptor_whose_closing_waits_for_its_sender_delays_nobody(served: S
                 full.send(bytes(1 << 16))
         full.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
         with served.connect() as other, served.connect() as mine:  # now: neither may last longer than 8 s
+            held, closed = threading.Event(), threading.Event()
+
+            def hold() -> None:
+                held.set()
+                closed.wait(20)
+
+            served.loop.deliver(hold)  # or its copy might be closed before ours, which then waits
+            assert held.wait(5)
             socket.send_fds(mine, [b'{"op": "now"}'], [full.fileno()])
             os.close(full.detach())  # the copy that was sent is the last
+            closed.set()
             began = time.monotonic()
             assert ask(other, "now") == {"ok": True}
             assert time.monotonic() - began < 4  # and not 30
