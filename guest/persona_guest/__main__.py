@@ -26,11 +26,13 @@ from persona_guest.broker_client.recorder import Recorder
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.sessions import Session
 from persona_guest.dependencies import Again, Dependencies, Done, Looker
+from persona_guest.door import Door
 from persona_guest.enforce.alarms import Alarms
 from persona_guest.enforce.cgroups import Cgroups
 from persona_guest.enforce.interface import Facility
 from persona_guest.enforcer import Enforcer
 from persona_guest.follower import Follower
+from persona_guest.gate.fallback import Fallback
 from persona_guest.gate.guard import Guard
 from persona_guest.gate.identity import Identifier
 from persona_guest.gate.inflight import InFlight
@@ -52,6 +54,8 @@ from persona_guest.net import Net
 from persona_guest.notices import Notices
 from persona_guest.personas import Personas
 from persona_guest.questions import Questions
+from persona_guest.records import Logins, Stops
+from persona_guest.sessions import Sessions
 from persona_guest.settings import Mode, Settings
 from persona_guest.sorter import Sorter
 from persona_guest.users import Users
@@ -108,7 +112,7 @@ def run(settings: Settings) -> int:
     runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
     gate_state.write(settings)  # first: should this agent not come up, logins meet the mode that was asked for
     loop = Loop()
-    keeping = Keeping(loop, str(runtime / "standby.sock"), lambda: [(_INFLIGHT, inflight.fd), *agent.listeners()])
+    keeping = Keeping(loop, str(runtime / "standby.sock"), lambda: [(_INFLIGHT, inflight.fd), *sessions.listeners()])
     kept = _take_kept(keeping)
     inflight = _take_inflight(kept, keeping)
     leases = LeaseBook(settings.broker.grace_s)
@@ -142,12 +146,18 @@ def run(settings: Settings) -> int:
         questions.decide(request, lambda decision: backed(decision, done, request, again))
 
     def ended(session: Session) -> None:
-        agent.ended(session)
+        door.ended(session)
+        sessions.ended(session)
         enforcer.ended(session)
 
-    last_word = LastWord(settings, loop, lambda event: agent.stopped(event))
+    last_word = LastWord(settings, loop, lambda event: stops(event))
     supervisor = Supervisor(settings, loop, identifier, leases, inflight, guard, last_word, ask, recorder.add, ended)
-    agent = Agent(settings, supervisor, last_word, leases, questions, keeping, recorder.add, personas)
+    stops = Stops(recorder.add, supervisor)
+    note = Logins(recorder.add, complain=settings.mode is Mode.COMPLAIN)
+    sessions = Sessions(runtime / "sessions", supervisor, keeping, questions.closed, note)
+    fallback = Fallback(settings, last_word)
+    agent = Agent(settings, supervisor, sessions, last_word, fallback, leases, questions, keeping)
+    door = Door(settings, supervisor, sessions, last_word, fallback, leases, questions, personas, note, agent.greeting)
     tree = Hierarchy(settings.paths.cgroup_root)
     net = None
     try:
@@ -161,16 +171,16 @@ def run(settings: Settings) -> int:
     facilities: list[Facility] = [Cgroups(tree)] if tree.root else []
     facilities += net.facilities if net is not None else ()
     enforcer = Enforcer(
-        loop, tree, facilities, personas, runtime / "places", agent.base_of, lambda place: alarms.watch(place)
+        loop, tree, facilities, personas, runtime / "places", sessions.base_of, lambda place: alarms.watch(place)
     )
     notices = Notices(loop, enforcer, supervisor, guard, recorder.add)
     alarms = Alarms(loop, tree, notices.alarm)
     sorter = Sorter(settings, loop, enforcer, identifier, guard, notices.tell, notices.note)
-    follower = Follower(loop, enforcer, supervisor, questions, personas, sorter, agent.rebase)
+    follower = Follower(loop, enforcer, supervisor, questions, personas, sorter, sessions.rebase)
     enforcing = bool(facilities) and settings.mode is Mode.ENFORCE
     if enforcing:
         supervisor.place = enforcer.place
-        agent.began = follower.began
+        door.began = follower.began
 
     def unbind() -> None:
         if net is not None:
@@ -184,15 +194,15 @@ def run(settings: Settings) -> int:
         gate_state.remove(settings)
         loop.call_every(1.0, lambda: None if supervisor.sessions else loop.stop())
 
-    users = Users(agent, identifier, guard, release, Bounds(loop, enforcer), backed)
-    pam = PamSocket(loop, runtime / "pam.sock", agent, root=os.geteuid())
+    users = Users(agent, door, identifier, guard, release, Bounds(loop, enforcer), backed)
+    pam = PamSocket(loop, runtime / "pam.sock", door, root=os.geteuid())
     socket = UserSocket(loop, runtime / "agent.sock", users.handle, caller_of)
-    agent.restore(kept)
+    sessions.restore(kept)
     if enforcing and net is not None:
         net.warm()
         net.resolvers.refresh()
         net.bases.restore({name: gated.session.uid for name, gated in supervisor.sessions.items()})
-        agent.bases = net.bases
+        sessions.bases = net.bases
         enforcer.restore(supervisor.sessions)
         loop.call_every(_LOOK_AFTER_S, enforcer.reconcile)
         net.watch(loop, enforcer.reconcile, notices.refused)
@@ -212,7 +222,7 @@ def run(settings: Settings) -> int:
     stream = Stream(settings.broker, lambda event: loop.deliver(lambda: heard(event)))
     health = Reporter(settings.broker, Watch(settings.gate.uid_min, agent.layers))
     loop.call_every(1.0, lambda: identifier.refresh(time.monotonic()))
-    loop.call_every(5.0, agent.announce_again)
+    loop.call_every(5.0, door.announce_again)
     loop.call_every(10.0, last_word.check)
     loop.call_every(1.0, dependencies.refresh)
     loop.call_every(0.25, lambda: link.sweep(time.monotonic()))

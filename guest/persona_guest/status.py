@@ -46,7 +46,7 @@ def _current(agent: Agent, gated: Gated | None) -> tuple[PersonaRef | None, str 
     last = gated.last
     if last is not None and last.generation == agent.leases.generation:
         return last.persona, last.policy
-    base = agent.base.get(gated.session.id)
+    base = agent.sessions.base.get(gated.session.id)
     return (base.persona, base.policy) if base is not None and base.persona is not None else (None, None)
 
 

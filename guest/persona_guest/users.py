@@ -11,6 +11,7 @@ from persona_guest.agent import Agent
 from persona_guest.bounds import Bounds
 from persona_guest.core.admission import exemption
 from persona_guest.core.pam_wire import Caller
+from persona_guest.door import Door
 from persona_guest.gate import attempt as attempts
 from persona_guest.gate.attempt import Attempt
 from persona_guest.gate.guard import Guard
@@ -34,6 +35,7 @@ class Users:
     def __init__(
         self,
         agent: Agent,
+        door: Door,
         identifier: Identifier,
         guard: Guard,
         release: Callable[[], None],
@@ -41,6 +43,7 @@ class Users:
         backed: Backed,
     ) -> None:
         self._agent = agent
+        self._door = door
         self._bounds = bounds
         self._identifier = identifier
         self._guard = guard
@@ -181,14 +184,14 @@ class Users:
             return
         self._make_room(call)
         shell = _shell_of(caller, call.text("shell"))
-        self._opening[call.pid] = call.uid, self._agent.open_from_shell(caller._replace(shell=shell), call.pid, answer)
+        self._opening[call.pid] = call.uid, self._door.open_from_shell(caller._replace(shell=shell), call.pid, answer)
 
     def _listener(self, call: Call, answer: Answer) -> None:
         call.only()
         _, session = self._opening.pop(call.pid, (0, None))
         if session is None or len(call.fds) != 1:
             raise PersonaError(Reason.SESSION_UNKNOWN, "expected one descriptor, after 'gate'")
-        self._agent.listener_from_shell(session, os.dup(call.fds[0]))
+        self._door.listener_from_shell(session, os.dup(call.fds[0]))
         answer({"ok": True, "session": session})
 
     def _release_all(self, call: Call, answer: Answer) -> None:
@@ -203,7 +206,7 @@ class Users:
         for pid, (_, session) in list(self._opening.items()):
             if pid == call.pid or not os.path.exists(f"/proc/{pid}"):
                 del self._opening[pid]
-                self._agent.abandoned(session)
+                self._door.abandoned(session)
         if sum(uid == call.uid for uid, _ in self._opening.values()) >= _OPENING_MAX:
             raise PersonaError(Reason.AGENT_OVERLOADED, "too many logins of this user begin at once")
 

@@ -11,7 +11,7 @@ from persona_guest.ipc.pam_socket import PamSocket, Reply
 from persona_guest.loop import Loop
 
 
-class FakeAgent:
+class FakeDoor:
     """Gates everybody ``at_once``, or a moment later, as after a question to the broker."""
 
     def __init__(self, loop: Loop, *, at_once: bool) -> None:
@@ -52,8 +52,8 @@ def asking(path: Path) -> socket.socket:
 @pytest.mark.parametrize("goes_after_s", [0.0, 0.03, 0.1])
 def test_a_module_that_goes_away_leaves_no_session(tmp_path: Path, at_once: bool, goes_after_s: float) -> None:
     loop = Loop()
-    agent = FakeAgent(loop, at_once=at_once)
-    served = PamSocket(loop, tmp_path / "sock", agent, root=os.geteuid())
+    door = FakeDoor(loop, at_once=at_once)
+    served = PamSocket(loop, tmp_path / "sock", door, root=os.geteuid())
     module = asking(tmp_path / "sock")
     if goes_after_s:
         loop.call_later(goes_after_s, module.close)
@@ -61,6 +61,6 @@ def test_a_module_that_goes_away_leaves_no_session(tmp_path: Path, at_once: bool
         module.close()
     loop.call_later(0.2, loop.stop)
     loop.run()
-    assert agent.events == ["open", "abandoned s-1"]
+    assert door.events == ["open", "abandoned s-1"]
     served.close()
-    assert agent.events == ["open", "abandoned s-1"]
+    assert door.events == ["open", "abandoned s-1"]

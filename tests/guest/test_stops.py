@@ -1,16 +1,13 @@
 """What the kernel stops outside of every session is recorded under a name, and no flood of it asks for that name."""
 
-import dataclasses
 import pwd
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from persona_guest.accounts import Names
-from persona_guest.agent import Agent
 from persona_guest.kernel.layer_abi import Event
-from persona_guest.settings import Paths, Settings
+from persona_guest.records import Stops
 
 from persona.problems import Reason
 
@@ -20,9 +17,7 @@ def stop(uid: int) -> Event:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_user_s_name_is_looked_up_once_for_all_his_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
+def test_a_user_s_name_is_looked_up_once_for_all_his_stops(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     asked: list[int] = []
 
     def getpwuid(uid: int) -> Any:
@@ -34,10 +29,9 @@ def test_a_user_s_name_is_looked_up_once_for_all_his_stops(
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
     supervisor = Mock(sessions={}, find=Mock(return_value=None))
     records: list[Any] = []
-    settings = dataclasses.replace(Settings(), paths=Paths(runtime_dir=str(tmp_path)))
-    agent = Agent(settings, supervisor, Mock(), Mock(), Mock(), Mock(), records.append, Mock())
+    stops = Stops(records.append, supervisor)
     for uid in (5, 6, 5, 5, 6):
-        agent.stopped(stop(uid))
+        stops(stop(uid))
     assert asked == []  # not in the loop's thread
     named = ["user5", "user6"] if known else ["5", "6"]
     assert [record().user for record in records] == [named[uid - 5] for uid in (5, 6, 5, 5, 6)]

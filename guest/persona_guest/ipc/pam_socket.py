@@ -24,7 +24,7 @@ class Reply(Protocol):
 
 
 class Peer(Protocol):
-    """What the agent does with each packet; ``reply`` may be called later, once."""
+    """What is done with each packet; ``reply`` may be called later, once."""
 
     def account(self, caller: Caller, pid: int, reply: Reply) -> None:
         """May this user log in?"""
@@ -62,11 +62,11 @@ def listen(path: Path, mode: int) -> socket.socket:
 
 
 class PamSocket:
-    """Serves the binary protocol for ``agent``; ``root`` is the only uid that may speak it."""
+    """Serves the binary protocol for ``door``; ``root`` is the only uid that may speak it."""
 
-    def __init__(self, loop: Loop, path: Path, agent: Peer, root: int = 0) -> None:
+    def __init__(self, loop: Loop, path: Path, door: Peer, root: int = 0) -> None:
         self._loop = loop
-        self._agent = agent
+        self._door = door
         self._root = root
         self._server = listen(path, 0o600)
         self._open: set[_Conversation] = set()
@@ -89,7 +89,7 @@ class PamSocket:
         if uid != self._root or len(self._open) >= _CONNECTIONS_MAX:
             connection.close()
             return
-        self._open.add(_Conversation(self._loop, connection, pid, self._agent, self._open.discard))
+        self._open.add(_Conversation(self._loop, connection, pid, self._door, self._open.discard))
 
 
 class _Conversation:
@@ -98,13 +98,13 @@ class _Conversation:
         loop: Loop,
         connection: socket.socket,
         pid: int,
-        agent: Peer,
+        door: Peer,
         ended: Callable[["_Conversation"], None],
     ) -> None:
         self._loop = loop
         self._connection = connection
         self._pid = pid
-        self._agent = agent
+        self._door = door
         self._ended = ended
         self._session: str | None = None  # opened, its listener still to come
         self._deadline: Timer = loop.call_later(_DEADLINE_S, self.end)
@@ -117,7 +117,7 @@ class _Conversation:
         self._loop.unwatch(self._connection.fileno())
         self._connection.close()
         if self._session is not None:
-            self._agent.abandoned(self._session)
+            self._door.abandoned(self._session)
             self._session = None
         self._ended(self)
 
@@ -157,23 +157,23 @@ class _Conversation:
             if self._session is not None:
                 raise WireError(f"{op.name} in the middle of a conversation")
             if op is Op.ACCOUNT:
-                self._agent.account(caller, self._pid, self._reply)
+                self._door.account(caller, self._pid, self._reply)
             else:
-                self._opened(self._agent.open(caller, self._pid, self._reply))
+                self._opened(self._door.open(caller, self._pid, self._reply))
             return
         session, self._session = self._session, None
         if session is None:
             raise WireError(f"{op.name} without OPEN")
         if op is Op.PRESENT:
-            self._agent.present(self._pid, session, self._reply)
+            self._door.present(self._pid, session, self._reply)
         elif len(fds) == 1:
-            self._agent.listener(session, os.dup(fds[0]), self._reply)
+            self._door.listener(session, os.dup(fds[0]), self._reply)
         else:
-            self._agent.abandoned(session)
+            self._door.abandoned(session)
             raise WireError("LISTENER wants exactly one descriptor")
 
     def _opened(self, session: str | None) -> None:
         if session is not None and self._connection.fileno() < 0:  # the module was gone when the answer came
-            self._agent.abandoned(session)
+            self._door.abandoned(session)
         else:
             self._session = session
