@@ -13,10 +13,12 @@ from persona.health import vm_health_mapping
 from persona.network import NetworkRule, parse_rule
 from persona.parsing import Bad, DocumentError, Finding, Reader, integer, one_of, text
 from persona.patterns import WHITELIST_MAX, Whitelist, check_whitelist, parse_pattern
-from persona.quantities import parse_bytes, parse_cpu
+from persona.quantities import bytes_from, parse_cpu
 from persona.schema import NAME, PERSONA, POLICY, fields
 
 DESCRIPTION_MAX = 1000
+_MEMORY_LEAST = 4 << 20  # below it not even a shell starts
+_RATE_LEAST = 4096  # a page a second
 _GLOB = re.compile(r"[A-Za-z0-9._*?-]{1,64}", re.ASCII)
 _SUBJECT = re.compile(r"\*|[A-Za-z_][A-Za-z0-9_.-]{0,63}\$?", re.ASCII)
 _USER = re.compile(NAME)
@@ -100,10 +102,10 @@ def _persona(reader: Reader) -> Persona:
         command_whitelist=_whitelist(reader, "command_whitelist"),
         resource_limits=ResourceLimits(
             cpu_percent=limits.read("cpu", parse_cpu, None),
-            memory_bytes=limits.read("memory", parse_bytes, None),
+            memory_bytes=limits.read("memory", bytes_from(_MEMORY_LEAST), None),
             disk_io=DiskIo(
-                disk.read("read_bps", parse_bytes, None),
-                disk.read("write_bps", parse_bytes, None),
+                disk.read("read_bps", bytes_from(_RATE_LEAST), None),
+                disk.read("write_bps", bytes_from(_RATE_LEAST), None),
                 disk.read("read_iops", iops, None),
                 disk.read("write_iops", iops, None),
             ),

@@ -11,13 +11,14 @@ from typing import Any
 
 from persona import codec
 from persona.parsing import Bad, Reader, number, one_of
-from persona.quantities import parse_bytes
+from persona.quantities import bytes_from
 
 RESOURCES = ("cpu", "memory", "io")  # what the kernel has pressure figures of
 LAYERS = ("seccomp", "bpf", "verify", "landlock")
 MOUNTS_MAX = 128
 UNITS_MAX = 64
 LAYERS_MAX = 16
+_SPACE_LEAST = 1 << 20  # as a bound, bytes; less is always there
 _PERCENT_FREE_MAX = 90.0  # its re-entry lies between it and 100
 
 
@@ -173,7 +174,7 @@ def _amount(value: Any) -> tuple[float, bool]:
             raise Bad(f"{value!r} is out of range", f"above 0 % and at most {_PERCENT_FREE_MAX:g} %")
         return percent, True
     try:
-        return float(parse_bytes(value)), False
+        return float(bytes_from(_SPACE_LEAST)(value)), False
     except Bad as error:
         raise Bad(error.message, 'a share like "10%", or bytes like 2GiB') from None
 

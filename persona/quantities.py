@@ -1,12 +1,14 @@
 """Amounts as people write them: ``150%``, ``2GiB``, ``50MB``."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from persona.parsing import Bad
 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B|)", re.ASCII)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_CORES_MAX = 64  # without a percent sign: more of them, and it was forgotten
 
 
 def parse_bytes(value: Any) -> int:
@@ -23,17 +25,26 @@ def parse_bytes(value: Any) -> int:
     return size
 
 
+def bytes_from(least: int) -> Callable[[Any], int]:
+    """``parse_bytes`` for what makes no sense below ``least``: most likely a unit was forgotten."""
+
+    def parse(value: Any) -> int:
+        size = parse_bytes(value)
+        if size < least:
+            raise Bad(f"{value!r} is out of range: at least {least} bytes", "write the unit: 512MiB, not 512")
+        return size
+
+    return parse
+
+
 def parse_cpu(value: Any) -> float:
     """CPU in percent of one core: ``"150%"`` or cores, ``1.5`` and ``"1.5"``, both 150.0."""
-    number: float | None = None
-    if type(value) in (int, float):
-        number = float(value) * 100
-    elif isinstance(value, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", value.strip(), re.ASCII)
-        if match is not None:
-            number = float(match[1]) * (1 if match[2] else 100)
-    if number is None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%?)", str(value).strip(), re.ASCII)
+    if type(value) not in (int, float, str) or match is None:
         raise Bad(f"expected an amount of CPU, not {value!r}", 'like "150%" or 1.5 (cores)')
+    if not match[2] and float(match[1]) > _CORES_MAX:
+        raise Bad(f"{value!r} is out of range: at most {_CORES_MAX} cores", f'for percent of one core "{match[1]}%"')
+    number = float(match[1]) * (1 if match[2] else 100)
     if not 1 <= number <= 102_400:
         raise Bad(f"{value!r} is out of range: 1 % of a core to 1024 cores")
     return number

@@ -71,6 +71,7 @@ def test_the_canonical_form_reads_back(asked: dict[str, Any]) -> None:
         ({"memory_available_above": -1}, "memory_available_above"),
         ({"pressure_below": {"gpu": 1}}, "pressure_below.gpu"),
         ({"pressure_below": {"cpu": 0}}, "pressure_below.cpu"),
+        ({"memory_available_above": 5}, "memory_available_above"),
         ({"pressure_below": 7}, "pressure_below"),
         ({"errors_below": "3"}, "errors_below"),
         ({"errors_below": True}, "errors_below"),
