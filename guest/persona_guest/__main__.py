@@ -4,6 +4,7 @@ Exit codes: 0 ended as asked, 1 could not start, 2 usage.
 """
 
 import argparse
+import fcntl
 import gc
 import logging
 import os
@@ -82,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="plan: machine-readable")
     arguments = parser.parse_args(argv)
+    if arguments.config != CONFIG and not Path(arguments.config).exists():
+        print(f"persona-agent: {arguments.config}: No such file or directory", file=sys.stderr)
+        return 1
     try:
         settings = configuration.load(Path(arguments.config))
     except PersonaError as error:
@@ -109,7 +113,12 @@ def run(settings: Settings) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     threading.excepthook = _die
     runtime = Path(settings.paths.runtime_dir)
-    runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = _alone(runtime)
+    except OSError as error:
+        print(f"persona-agent: {error}", file=sys.stderr)
+        return 1
     gate_state.write(settings)  # first: should this agent not come up, logins meet the mode that was asked for
     loop = Loop()
     keeping = Keeping(loop, str(runtime / "standby.sock"), lambda: [(_INFLIGHT, inflight.fd), *sessions.listeners()])
@@ -143,7 +152,9 @@ def run(settings: Settings) -> int:
         def again() -> None:  # after an installation, which took its time; not a second one
             questions.decide(request, lambda decision: backed(decision, done, request))
 
-        questions.decide(request, lambda decision: backed(decision, done, request, again))
+        # what comes before any terminal waits for no installation: it is the session's own, whatever the persona says
+        waits = None if settings.gate.is_plumbing(request.program.path) else again
+        questions.decide(request, lambda decision: backed(decision, done, request, waits))
 
     def ended(session: Session) -> None:
         door.ended(session)
@@ -248,7 +259,19 @@ def run(settings: Settings) -> int:
     recorder.close()
     journal.flush()
     keeping.close()  # last: from here on the standby answers
+    os.close(lock)
     return 0
+
+
+def _alone(runtime: Path) -> int:
+    """Locks the directory for as long as the descriptor is open.  Raises ``OSError``, also where an agent has it."""
+    lock = os.open(runtime / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OSError(f"an agent runs already with {runtime}; 'persona status' asks it") from None
+    return lock
 
 
 def _die(failure: threading.ExceptHookArgs) -> None:

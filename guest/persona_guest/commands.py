@@ -2,19 +2,21 @@
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona
-from persona.problems import PersonaError, Reason
+from persona.problems import Fault, PersonaError, Reason
 from persona_guest.advice import advice
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.cgroups import Cgroups
 from persona_guest.kernel.cgroup import Hierarchy
 from persona_guest.net import Net
-from persona_guest.settings import Settings
+from persona_guest.settings import Mode, Settings
 from persona_guest.shell.client import AgentError, Client
 
 log = logging.getLogger("persona.agent")
@@ -23,9 +25,20 @@ log = logging.getLogger("persona.agent")
 def check_config(path: str, settings: Settings) -> int:
     """Says what was understood of ``path``, and what in sshd's settings goes past the gate."""
     print(f"{path}: mode {settings.mode}, VM {settings.vm.name}")
-    for line in advice():
+    for line in (*_missing(settings), *advice()):
         print(f"note: {line}")
     return 0
+
+
+def _missing(settings: Settings) -> Iterator[str]:
+    if not settings.broker.url or not settings.broker.events_url:
+        what = "every command is denied" if settings.mode is Mode.ENFORCE else "nothing can be decided"
+        yield f"broker.url and broker.events_url: without both {what}"
+    try:
+        if os.stat(settings.broker.token_file).st_mode & 0o077:
+            yield f"{settings.broker.token_file}: others can read it; chmod 600"
+    except OSError as error:
+        yield f"{settings.broker.token_file}: {error.strerror}; 'persona-broker guest add' makes one"
 
 
 def release(settings: Settings) -> int:
@@ -35,6 +48,8 @@ def release(settings: Settings) -> int:
             client.call("release")
     except AgentError as error:
         print(f"persona-agent: {error.message}", file=sys.stderr)
+        if error.code == Fault.UNAUTHENTICATED:
+            return 1
         if settings.paths.cgroup_root:  # what it bound must not outlive it
             _unbind(Path(settings.paths.runtime_dir), settings.paths.cgroup_root)
         return 1
@@ -73,4 +88,6 @@ def plan(settings: Settings, *, as_json: bool) -> int:
         print(f"{place['persona']['name']} v{place['persona']['version']}: {place['cgroup']}")
     for step in answer["plan"]:
         print(json.dumps(step))
+    if not answer["plan"]:
+        print("nothing to change")
     return 0

@@ -130,7 +130,9 @@ class Ending:
 
     def _ask(self, home: Home, old: Persona, rest: dict[int, Running], seconds: float) -> None:
         names = names_of(rest) or "all of the service manager"
-        self._tell(home, f"persona: {old.name} no longer applies: {names} ends in {seconds:.0f} s")
+        self._tell(
+            home, f"persona: {old.name} no longer applies: {names} is asked to end, and killed after {seconds:.0f} s"
+        )
         for pid in rest:
             with contextlib.suppress(OSError):  # it ended meanwhile
                 _signal(pid, signal.SIGTERM)

@@ -9,6 +9,7 @@ import socket
 import tomllib
 from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -85,6 +86,10 @@ class Gate:
     # every container and sandbox, hence not the default.
     landlock_execute: tuple[str, ...] = ()
     require_kernel_layer: bool = False  # refuse sessions without it; not every kernel has it, hence not the default
+
+    def is_plumbing(self, path: str) -> bool:
+        """Whether ``plumbing`` names the program."""
+        return any(fnmatchcase(path, pattern) for pattern in self.plumbing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,12 @@ from persona_guest.core.places import HOUSE, Place, place_of
 from persona_guest.enforce.cgroups import Cgroups
 from persona_guest.enforce.plan import apply
 from persona_guest.settings import Paths, Settings
+from persona_guest.shell.client import AgentError
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona, ResourceLimits
 from persona.patterns import Whitelist
+from persona.problems import Fault
 from tests.guest.fake_cgroups import FakeHierarchy
 
 SLICE = "user.slice/user-1000.slice"
@@ -111,3 +113,16 @@ def test_release_needs_no_settings_that_can_be_read(
     assert agent.main(["plan"]) == 1
     assert agent.main(["--config", str(other), "release"]) == 1  # a trial's: not this machine's agent is meant
     assert len(asked) == 1
+
+
+def test_who_may_not_release_takes_nothing_away(
+    tree: FakeHierarchy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(_path: str) -> None:
+        raise AgentError(Fault.UNAUTHENTICATED, "only root")
+
+    monkeypatch.setattr(commands, "Client", refused)
+    assert release(tree, tmp_path) == 1
+    assert capsys.readouterr().err == "persona-agent: only root\n"
+    assert FakeNet.cleared == 0
+    assert tree.children(SCOPE) != []

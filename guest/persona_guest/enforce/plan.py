@@ -89,4 +89,5 @@ def _undo(operations: Iterable[Operation]) -> list[str]:
 
 
 def _failure(operation: Operation, error: Exception) -> str:
-    return f"{json.dumps(dict(operation.describe()))}: {error or type(error).__name__}"
+    """For a user's line too: what and where, without what is within."""
+    return f"{' '.join(map(str, _brief(operation).values()))}: {error or type(error).__name__}"

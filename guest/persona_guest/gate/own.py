@@ -4,7 +4,6 @@ Each is allowed whatever the personas say, and everything that it starts is deci
 """
 
 import os
-from fnmatch import fnmatchcase
 
 from persona_guest.gate.pending import Pending
 from persona_guest.kernel.task import Task
@@ -15,7 +14,7 @@ _ANCESTORS_MAX = 32
 
 def is_own(pending: Pending, gate: Gate, *, revoked: bool) -> bool:
     """Whether this exec is any of the three.  In a revoked session only the service still ends its own business."""
-    if not revoked and (is_login_shell(pending) or _is_plumbing(pending, gate.plumbing)):
+    if not revoked and (is_login_shell(pending) or _is_plumbing(pending, gate)):
         return True
     return _is_services_own(pending)
 
@@ -29,9 +28,9 @@ def is_login_shell(pending: Pending) -> bool:
     return not found.multicall or name == os.path.basename(pending.gated.session.shell)
 
 
-def _is_plumbing(pending: Pending, patterns: tuple[str, ...]) -> bool:
+def _is_plumbing(pending: Pending, gate: Gate) -> bool:
     found = pending.attempt.stages[0][0]
-    return found.trusted and any(fnmatchcase(found.program.path, pattern) for pattern in patterns)
+    return found.trusted and gate.is_plumbing(found.program.path)
 
 
 def _is_services_own(pending: Pending) -> bool:

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from persona.decisions import Program
 from persona_guest.core.following import Stage
@@ -47,7 +46,7 @@ class Running:
     def plumbing(self, settings: Settings) -> bool:
         """Whether it is the session's own machinery."""
         found = self.stages[-1][0]
-        return found.trusted and any(fnmatchcase(found.program.path, one) for one in settings.gate.plumbing)
+        return found.trusted and settings.gate.is_plumbing(found.program.path)
 
 
 # What runs there cannot be told: a program like any other that no whitelist can vouch for.

@@ -27,13 +27,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     arguments.trial_command = command
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
     except AgentError as error:
         if arguments.json:
             print(json.dumps({"ok": False, "code": error.code, "message": error.message}))
         else:
             print(f"persona: {error.message}", file=sys.stderr)
         return 3
+    except BrokenPipeError:  # whoever read it has read enough; what is left must not fail at the exit again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return 130
 
