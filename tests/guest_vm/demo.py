@@ -125,6 +125,15 @@ def tell(machine: Machine, broker: Broker) -> Story:
 
 def main(words: list[str]) -> int:
     """Brings the lab up, tells the story, leaves the lab running unless told otherwise; 1 where it went otherwise."""
+    try:
+        with lab.alone():
+            return _play(stop="--stop" in words)
+    except lab.BusyError as busy:
+        print(busy, file=sys.stderr)
+        return 1
+
+
+def _play(*, stop: bool) -> int:
     machine, broker = lab.start()
     try:
         story = tell(machine, broker)
@@ -132,7 +141,7 @@ def main(words: list[str]) -> int:
         lab.stop()
         raise
     say(f"{story.scenes - len(story.wrong)} of {story.scenes} scenes came out as they should")
-    if "--stop" in words:
+    if stop:
         lab.stop()
     else:
         print(lab.how_to(machine))
