@@ -48,7 +48,7 @@ def decided(report: Report | None, age: float = 0, vm: str = "vm-1", **asked: An
     [
         ({"disk_free_above": "10%"}, {"disks": {"/": Space(100, 50), "/srv": Space(100, 9)}}, "/srv has 9 % free"),
         ({"disk_free_above": "10%"}, {"disks": {"/": Space(100, 10)}}, "above 10 %, again above 11 %"),
-        ({"disk_free_above": 60}, {}, "/srv has 40 B free, the policy holds above 60 B"),
+        ({"disk_free_above": "2MiB"}, {}, "/srv has 40 B free, the policy holds above 2 MiB"),
         ({"disk_free_above": "1%"}, {"disks": {}}, "its disk free is not known"),
         ({"disk_free_above": "1%"}, {"disks": {"/": Space(0, 0)}}, "/ has 0 % free"),
         ({"memory_available_above": "1.5GiB"}, {}, "memory has 1 GiB available"),
