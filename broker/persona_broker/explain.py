@@ -8,6 +8,9 @@ from persona.decisions import Decision, Program, Request, Subject
 from persona_broker.policy.engine import Entry, Snapshot
 from persona_broker.policy.outlook import Sample, Unhealthy, World, latch, look, thresholds
 
+# The guest's gate.secure_path, usr-merged.
+_SECURE_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin")
+
 
 @dataclass(frozen=True, slots=True)
 class Considered:
@@ -27,11 +30,15 @@ class Explanation:
 
 
 def program_named(word: str) -> Program:
-    """A program as a guest would identify it, were it where its name says; usr-merge as in Debian 12."""
+    """A program as a guest would identify it, were it where its name says; usr-merge as in Debian 12.
+
+    It has a name only in the directories where guests look for names.
+    """
     if word.startswith("/"):
         for old in ("/bin/", "/sbin/", "/lib/"):
             word = "/usr" + word if word.startswith(old) else word
-        return Program(word, (os.path.basename(word),), (word,))
+        directory, name = os.path.split(word)
+        return Program(word, (name,) if directory in _SECURE_PATH else (), (word,))
     return Program(f"/usr/bin/{word}", (word,), (f"/usr/bin/{word}",))
 
 

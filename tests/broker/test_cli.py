@@ -111,6 +111,8 @@ def test_explain(cli: Broker) -> None:
     assert "AnalystOnBusyHost: its persona does not allow this command" in done.stdout
     assert explain("cpu=50", "ls", user="bob").stdout.startswith("denied, no_matching_policy: no policy names bob")
     assert explain("cpu=many", "ls").returncode == 1
+    assert explain("cpu=50", "/bin/git", "log").returncode == 0
+    assert explain("cpu=50", "/home/alice/git", "log").stdout.startswith("denied, no_matching_policy")
 
 
 def test_tokens_are_private_and_kept_as_hashes(cli: Broker, tmp_path: Path) -> None:
