@@ -79,11 +79,11 @@ def check(arguments: argparse.Namespace, _settings: Settings) -> int:
             }
             for p in loaded.problems
         ]
-        print(json.dumps({"documents": len(loaded.documents), "problems": problems}))
+        print(json.dumps({"documents": loaded.count, "problems": problems}))
     else:
         for problem in loaded.problems:
             print(problem)
-        print(f"{_plural(len(loaded.documents), 'document')}, {_plural(len(loaded.problems), 'problem')}")
+        print(f"{_plural(loaded.count, 'document')}, {_plural(len(loaded.problems), 'problem')}")
     return 1 if loaded.problems else 0
 
 

@@ -19,21 +19,24 @@ Lines = dict[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A finding with its place."""
+    """A finding with its place; no line where it is about the whole file."""
 
     file: str
-    line: int
+    line: int | None
     finding: Finding
 
     def __str__(self) -> str:
+        if self.line is None:
+            return f"{self.file}: {self.finding.message}"
         return f"{self.file}:{self.line}: {self.finding}"
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The documents that could be read, in order, and everything that is wrong with any."""
+    """The documents that could be read, in order, how many there are, and everything that is wrong with any."""
 
     documents: tuple[Document, ...]
+    count: int
     problems: tuple[Located, ...]
 
 
@@ -41,13 +44,15 @@ def load(paths: Iterable[Path]) -> Loaded:
     """Reads files, and directories' ``*.yaml``, ``*.yml`` and ``*.json`` in order of their names."""
     found: list[tuple[Document, str, Lines]] = []
     problems: list[Located] = []
-    for file in _files(paths, problems):
+    count = 0
+    files = _files(paths, problems)
+    for file in files:
         try:
             text = _read(file)
             nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
         except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
             said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            problems.append(Located(str(file), 1, Finding("", said)))
+            problems.append(Located(str(file), None, Finding("", said)))
             continue
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
@@ -57,6 +62,7 @@ def load(paths: Iterable[Path]) -> Loaded:
                 problem = f"{problem}, {getattr(error, 'context', '')} that began in line {began.line + 1}"
             problems.append(Located(str(file), mark.line + 1 if mark else 1, Finding("", problem)))
             continue
+        count += len(nodes)
         for node in nodes:
             lines: Lines = {}
             try:
@@ -67,7 +73,9 @@ def load(paths: Iterable[Path]) -> Loaded:
     for document, finding in check_set(document for document, _, _ in found):
         _, where, lines = next(item for item in reversed(found) if item[0] is document)
         problems.append(Located(where, _line(finding.path, lines), finding))
-    return Loaded(tuple(document for document, _, _ in found), tuple(problems))
+    order = {str(file): index for index, file in enumerate(files, 1)}
+    problems.sort(key=lambda problem: (order.get(problem.file, 0), problem.line or 0))
+    return Loaded(tuple(document for document, _, _ in found), count, tuple(problems))
 
 
 def _files(paths: Iterable[Path], problems: list[Located]) -> list[Path]:
@@ -77,7 +85,7 @@ def _files(paths: Iterable[Path], problems: list[Located]) -> list[Path]:
             inside = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
             files += inside
             if not inside:
-                problems.append(Located(str(path), 1, Finding("", f"no {', '.join(_SUFFIXES)} file inside")))
+                problems.append(Located(str(path), None, Finding("", f"no {', '.join(_SUFFIXES)} file inside")))
         else:
             files.append(path)
     return files

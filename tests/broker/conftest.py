@@ -90,6 +90,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
+@pytest.fixture
+def cli(tmp_path: Path) -> Broker:
+    """Nothing serves; an empty directory with no record yet."""
+    return Broker(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """The examples applied, CPU load at 30 %."""
