@@ -73,8 +73,10 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command("check", commands.check, "validate persona and policy files")
     check.add_argument("files", nargs="+", type=Path)
-    apply = command("apply", commands.apply, "validate files and make them the set that is decided from")
+    whole = "the documents given become the whole set: what is not given is removed"
+    apply = command("apply", commands.apply, f"validate files and decide from them; {whole}")
     apply.add_argument("files", nargs="+", type=Path)
+    apply.add_argument("--allow-empty", action="store_true", help="also no documents at all: everything is removed")
     apply.add_argument("--dry-run", action="store_true", help="only say what would change")
 
     explain = command("explain", commands.explain, "say what would be decided, and why")
@@ -128,7 +130,9 @@ def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
     configuration.check(settings)
     store = commands.store_of(settings)
     if arguments.apply:
-        store.apply(commands.documents_of(arguments.apply))
+        documents = commands.documents_of(arguments.apply)
+        commands.refuse_empty(documents, arguments.apply, store)
+        store.apply(documents)
     if arguments.guest:
         if arguments.guest_token_file is None:
             raise PersonaError(Fault.BAD_REQUEST, "--guest wants --guest-token-file")

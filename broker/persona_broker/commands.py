@@ -63,6 +63,17 @@ def documents_of(paths: list[Path]) -> "Sequence[Document]":
     return loaded.documents
 
 
+def refuse_empty(documents: "Sequence[Document]", paths: list[Path], store: "Store") -> None:
+    """Raises ``PersonaError`` where there is nothing to become the whole set."""
+    if documents:
+        return
+    count = len(store.applied())
+    effect = f": this would remove all {_plural(count, 'document')}" if count else ""
+    files = ", ".join(map(str, paths))
+    fix = "'persona-broker apply --allow-empty' does it"
+    raise PersonaError(Fault.BAD_DOCUMENT, f"refused: no documents in {files}{effect}; {fix}")
+
+
 def check(arguments: argparse.Namespace, _settings: Settings) -> int:
     """``check FILES``: 0 nothing wrong, 1 problems, each with file, line, field and fix."""
     from persona_broker.files import load
@@ -93,6 +104,8 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
 
     documents = documents_of(arguments.files)
     store = store_of(settings)
+    if not arguments.allow_empty:
+        refuse_empty(documents, arguments.files, store)
     changes = compare(store.applied(), identities(documents)) if arguments.dry_run else store.apply(documents)
     lines = [
         f"{what}: {', '.join(names)}"

@@ -3,7 +3,31 @@
 import json
 from pathlib import Path
 
-from tests.broker.conftest import Broker
+import pytest
+
+from tests.broker.conftest import ROOT, Broker
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n"])
+def test_an_empty_set_removes_everything_only_where_that_is_meant(cli: Broker, tmp_path: Path, text: str) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text(text)
+    assert cli.run("apply", str(ROOT / "examples")).returncode == 0
+    for words in (("apply",), ("apply", "--dry-run"), ("serve", "--apply")):
+        done = cli.run(*words, str(empty))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"no documents in {empty}: this would remove all 8" in done.stderr
+        assert "--allow-empty" in done.stderr
+    assert cli.run("apply", str(ROOT / "examples")).stdout == "nothing changed\n"
+    assert "Policy deployment" in cli.run("apply", "--allow-empty", "--dry-run", str(empty)).stdout
+    assert cli.run("apply", "--allow-empty", str(empty)).stdout.startswith("removed: Persona AnalystOnBusyHost, ")
+    done = cli.run("apply", str(empty))
+    assert (done.returncode, "would remove" in done.stderr) == (1, False)
+
+
+def test_help_of_apply_says_that_the_rest_is_removed(cli: Broker) -> None:
+    text = " ".join(cli.run("apply", "--help").stdout.split())
+    assert "the documents given become the whole set: what is not given is removed" in text
 
 
 def test_check_counts_what_is_there_and_goes_by_lines(cli: Broker, tmp_path: Path) -> None:
