@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     init = command("init", commands.tls_init, "make ca.pem, broker.crt and broker.key", tls)
     init.add_argument("--dir", type=Path, default=Path("/etc/persona"))
     init.add_argument("--host", action="append", required=True, help="name or address that guests use; repeatable")
+    init.add_argument("--force", action="store_true", help="replace what is there: guests need the new ca.pem")
     init.add_argument("--user", help="who serves and so reads the key (default persona-broker, where there is one)")
     return parser
 

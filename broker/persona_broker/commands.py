@@ -289,10 +289,13 @@ def _record_line(guest: str, record: dict[str, Any]) -> str:
 
 
 def tls_init(arguments: argparse.Namespace, _settings: Settings) -> int:
-    """``tls init``: a new authority each time, which guests must be given."""
+    """``tls init``: a new authority each time, which guests must be given; one that is there is kept."""
     from persona_broker import tls
 
-    replaced = (arguments.dir / "ca.pem").exists()
+    there = [file for file in (arguments.dir / "ca.pem", arguments.dir / "ca.key") if file.exists()]
+    if there and not arguments.force:
+        effect = "guests that trust it would be cut off"
+        raise PersonaError(Fault.CONFLICT, f"{there[0]}: is there already, {effect}; --force replaces it")
     try:
         tls.make(arguments.dir, arguments.host)
     except subprocess.CalledProcessError as error:
@@ -304,6 +307,6 @@ def tls_init(arguments: argparse.Namespace, _settings: Settings) -> int:
             raise PersonaError(Fault.BAD_REQUEST, f"--user: there is no user {arguments.user!r}") from None
     files = [str(arguments.dir / name) for name in ("ca.pem", "broker.crt", "broker.key")]
     _say(arguments, files, "\n".join(files))
-    if replaced:
+    if there:
         print("persona-broker: ca.pem is a new one; guests trust this broker again when they have it", file=sys.stderr)
     return 0

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 DAYS = 825  # what TLS clients accept at most for a server
@@ -11,9 +12,18 @@ DAYS = 825  # what TLS clients accept at most for a server
 def make(directory: Path, hosts: list[str]) -> None:
     """Writes ca.pem, broker.crt and broker.key (0600).  Raises ``CalledProcessError``, ``OSError``.
 
-    The authority's own key is not kept: it signs this one certificate and is gone.
+    All of them or, where openssl refuses, none.  The authority's own key is not kept: it signs this one
+    certificate and is gone.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tls-", dir=directory) as scratch:
+        _make(Path(scratch), hosts)
+        for name in ("ca.pem", "broker.crt", "broker.key"):
+            (Path(scratch) / name).replace(directory / name)
+    (directory / "ca.key").unlink(missing_ok=True)  # of an authority that is no more
+
+
+def _make(directory: Path, hosts: list[str]) -> None:
     names = ",".join(f"IP:{host}" if _is_address(host) else f"DNS:{host}" for host in hosts)
     authority = directory / "ca.key"
     previous = os.umask(0o077)
@@ -35,8 +45,6 @@ def make(directory: Path, hosts: list[str]) -> None:
         )  # fmt: skip
     finally:
         os.umask(previous)
-        for name in ("ca.key", "ca.srl", "broker.csr"):
-            (directory / name).unlink(missing_ok=True)
     for name in ("ca.pem", "broker.crt"):
         (directory / name).chmod(0o644)
 

@@ -30,6 +30,28 @@ def test_help_of_apply_says_that_the_rest_is_removed(cli: Broker) -> None:
     assert "the documents given become the whole set: what is not given is removed" in text
 
 
+@pytest.mark.parametrize("name", ["ca.pem", "ca.key"])
+def test_an_authority_is_replaced_only_where_that_is_meant(cli: Broker, tmp_path: Path, name: str) -> None:
+    init = ("tls", "init", "--dir", str(tmp_path / "tls"), "--host", "127.0.0.1")
+    (tmp_path / "tls").mkdir()
+    (tmp_path / "tls" / name).write_text("as it was")
+    done = cli.run(*init)
+    assert done.returncode == 1
+    assert f"{tmp_path}/tls/{name}" in done.stderr
+    assert "--force" in done.stderr
+    assert [file.name for file in (tmp_path / "tls").iterdir()] == [name]
+    assert (tmp_path / "tls" / name).read_text() == "as it was"
+    assert cli.run(*init, "--force").returncode == 0
+    assert sorted(file.name for file in (tmp_path / "tls").iterdir()) == ["broker.crt", "broker.key", "ca.pem"]
+    assert "BEGIN CERTIFICATE" in (tmp_path / "tls" / "ca.pem").read_text()
+
+
+def test_an_authority_that_could_not_be_made_is_not_in_the_way(cli: Broker, tmp_path: Path) -> None:
+    assert cli.run("tls", "init", "--dir", str(tmp_path / "tls"), "--host", "a,b").returncode == 1
+    assert list((tmp_path / "tls").iterdir()) == []
+    assert cli.run("tls", "init", "--dir", str(tmp_path / "tls"), "--host", "a.example").returncode == 0
+
+
 def test_check_counts_what_is_there_and_goes_by_lines(cli: Broker, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "{kind: Policy, name: p, subjects: {users: [a]}, persona: Ghost}\n---\n"
