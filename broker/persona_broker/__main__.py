@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("add", commands.guest_add, "register a guest; prints its token once", guest)
     add.add_argument("name")
     add.add_argument("--token-file", type=Path, help="write the token there (0600) instead of printing it")
+    add.add_argument("--renew", action="store_true", help="one that is there: its old token is refused from now on")
     command("list", commands.guest_list, "names of all guests", guest)
     command("remove", commands.guest_remove, "its token is refused from now on", guest).add_argument("name")
 

@@ -165,14 +165,18 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def guest_add(arguments: argparse.Namespace, settings: Settings) -> int:
-    """``guest add NAME``: a new token, shown this once; an old one of that guest is refused from now on."""
+    """``guest add NAME``: a token, shown this once; with ``--renew`` an old one is refused from now on."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
         raise PersonaError(Fault.BAD_REQUEST, f"{arguments.name!r} is no VM name: letters, digits, '.', '_', '-'")
-    token = store_of(settings).add_guest(arguments.name)
+    store = store_of(settings)
+    if arguments.name in store.guests() and not arguments.renew:
+        fix = "--renew gives it another token, and the one it has is refused from then on"
+        raise PersonaError(Fault.CONFLICT, f"there is a guest {arguments.name!r} already; {fix}")
     if arguments.token_file:
         fd = os.open(arguments.token_file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        with open(fd, "w") as file:
+        with open(fd, "w") as file:  # before there is a token: none that cannot be written
             os.fchmod(fd, 0o600)  # it may have been there before
+            token = store.add_guest(arguments.name)
             file.truncate()
             file.write(token + "\n")
         _say(
@@ -181,6 +185,7 @@ def guest_add(arguments: argparse.Namespace, settings: Settings) -> int:
             f"{arguments.name} added",
         )
     else:
+        token = store.add_guest(arguments.name)
         _say(arguments, {"guest": arguments.name, "token": token}, token)
     return 0
 

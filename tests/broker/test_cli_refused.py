@@ -52,6 +52,20 @@ def test_an_authority_that_could_not_be_made_is_not_in_the_way(cli: Broker, tmp_
     assert cli.run("tls", "init", "--dir", str(tmp_path / "tls"), "--host", "a.example").returncode == 0
 
 
+def test_a_guest_gets_another_token_only_where_that_is_meant(cli: Broker, tmp_path: Path) -> None:
+    add = ("guest", "add", "vm-1", "--token-file", str(tmp_path / "t"))
+    assert cli.run("guest", "add", "vm-1", "--token-file", str(tmp_path / "no" / "t")).returncode == 3
+    assert cli.run(*add).returncode == 0  # what could not be written registered nobody
+    token = (tmp_path / "t").read_text()
+    done = cli.run(*add)
+    assert done.returncode == 1
+    assert "vm-1" in done.stderr
+    assert "--renew" in done.stderr
+    assert (tmp_path / "t").read_text() == token
+    assert cli.run(*add, "--renew").returncode == 0
+    assert (tmp_path / "t").read_text() not in ("", token)
+
+
 def test_check_counts_what_is_there_and_goes_by_lines(cli: Broker, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "{kind: Policy, name: p, subjects: {users: [a]}, persona: Ghost}\n---\n"
