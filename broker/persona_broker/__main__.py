@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.problems import Fault, PersonaError
-from persona_broker import commands, vm_health
+from persona_broker import commands, usage, vm_health
 from persona_broker import settings as configuration
 from persona_broker.settings import Settings
 
@@ -83,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--user", required=True)
     explain.add_argument("--group", action="append", default=[])
     explain.add_argument("--vm", required=True)
-    explain.add_argument("--load", default="", help="cpu=80,memory=40: percent")
-    explain.add_argument("--health", default="", help=vm_health.HELP)
-    explain.add_argument("--at", help="time, ISO 8601 with zone (default now)")
+    explain.add_argument("--load", type=usage.figures, help="cpu=80,memory=40: percent")
+    explain.add_argument("--health", type=vm_health.report_of, help=vm_health.HELP)
+    explain.add_argument("--at", type=usage.moment, help="time, ISO 8601 with zone (default now)")
     explain.add_argument("--files", nargs="+", type=Path, help="instead of the applied set")
     explain.add_argument("command", nargs="+", metavar="CMD")
 
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     load = top.add_parser("load", help="the host's load").add_subparsers(required=True)
     command("show", commands.load_show, "the last sample", load)
     setting = command("set", commands.load_set, "what the settable source reports (load_source = set)", load)
-    setting.add_argument("values", nargs="+", metavar="METRIC=PERCENT")
+    setting.add_argument("values", nargs="+", type=usage.figure, metavar="METRIC=PERCENT")
 
     health = command("health", vm_health.show, "what VMs last reported of themselves")
     health.add_argument("vm", nargs="?", help="only this one")
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
     records = top.add_parser("records", help="what guests decided").add_subparsers(required=True)
     tail = command("tail", commands.tail, "the newest records", records)
-    tail.add_argument("-n", type=int, default=20, metavar="COUNT")
+    tail.add_argument("-n", type=usage.count, default=20, metavar="COUNT")
     tail.add_argument("--follow", "-f", action="store_true")
 
     tls = top.add_parser("tls", help="certificates").add_subparsers(required=True)

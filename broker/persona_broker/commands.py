@@ -17,7 +17,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona.conditions import METRICS
 from persona.problems import Fault, PersonaError
 from persona_broker.settings import Settings
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from persona_broker.store.sqlite import Store
 
 
+NO_GUESTS = "no guests; 'persona-broker guest add NAME' registers one"
 _SERVICE_USER = "persona-broker"  # of the package's unit
 
 
@@ -127,15 +127,8 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     from persona_broker.policy.outlook import World
     from persona_broker.store.health import Reports
     from persona_broker.store.sqlite import make_snapshot
-    from persona_broker.vm_health import report_of
 
-    now = time.time()
-    if arguments.at:
-        try:
-            moment = datetime.fromisoformat(arguments.at)
-        except ValueError as error:
-            raise PersonaError(Fault.BAD_REQUEST, f"--at: {error}") from None
-        now = moment.timestamp()
+    now = arguments.at.timestamp() if arguments.at else time.time()
     if arguments.files:
         snapshot = make_snapshot((document, 0) for document in documents_of(arguments.files))
         world = world_of(snapshot, {}, now)
@@ -146,9 +139,9 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
         world = World(store.sample(), store.latches(), now, float(settings.load_max_age_s))
         reports = Reports(store).look(store.guests())
     if arguments.load:
-        world = world_of(snapshot, _load(arguments.load.split(",")), now)
+        world = world_of(snapshot, arguments.load, now)
     if arguments.health:
-        reports = {arguments.vm: Reported(now, report_of(arguments.health.split(",")), frozenset())}
+        reports = {arguments.vm: Reported(now, arguments.health, frozenset())}
     subject = Subject(arguments.user, tuple(arguments.group), arguments.vm)
     unhealthy = Ward(settings.health_max_age_s).look(snapshot.vm_conditions, reports, now)
     found = explain(snapshot, subject, tuple(arguments.command), world, unhealthy)
@@ -193,7 +186,7 @@ def guest_add(arguments: argparse.Namespace, settings: Settings) -> int:
 def guest_list(arguments: argparse.Namespace, settings: Settings) -> int:
     """``guest list``."""
     names = existing(settings).guests()
-    _say(arguments, names, "\n".join(names) or "no guests; 'persona-broker guest add NAME' registers one")
+    _say(arguments, names, "\n".join(names) or NO_GUESTS)
     return 0
 
 
@@ -205,23 +198,9 @@ def guest_remove(arguments: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def _load(values: list[str]) -> dict[str, float]:
-    found = {}
-    for value in values:
-        metric, _, number = value.partition("=")
-        try:
-            percent = float(number)
-        except ValueError:
-            percent = -1
-        if metric not in METRICS or not 0 <= percent <= 100:
-            raise PersonaError(Fault.BAD_REQUEST, f"{value!r}: expected {'|'.join(METRICS)}=0..100")
-        found[metric] = percent
-    return found
-
-
 def load_set(arguments: argparse.Namespace, settings: Settings) -> int:
     """``load set METRIC=PERCENT``: all that the settable source says; a metric left out is unknown."""
-    load = _load(arguments.values)
+    load = dict(arguments.values)
     store = store_of(settings)
     store.put_set_load(load)
     sample = store.sample()

@@ -3,15 +3,16 @@
 import argparse
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 from persona.health import LAYERS, RESOURCES, Report, Space, encode_report
 from persona.parsing import Bad
 from persona.problems import Fault, PersonaError
 from persona.quantities import parse_bytes
+from persona_broker import commands
 from persona_broker.policy.health import Ward, size
 from persona_broker.settings import Settings
 
@@ -19,23 +20,23 @@ HELP = "disk_free=8%%,errors=3,...: also memory_available, pressure.cpu, load, f
 _WHOLE = 1 << 40  # bytes of which a share is taken: enough to make any amount that is asked for
 
 
-def report_of(values: list[str]) -> Report:
-    """``disk_free=8%``, ``memory_available=1GiB``, ``pressure.io=30``, ...; what is left out is not known.
+def report_of(text: str) -> Report:
+    """``disk_free=8%,memory_available=1GiB,pressure.io=30,...``; what is left out is not known.
 
-    An amount of bytes is one of 1 TiB.  Raises ``PersonaError``.
+    An amount of bytes is one of 1 TiB.  Raises ``ArgumentTypeError``.
     """
     report = Report()
-    for value in values:
-        figure, _, text = value.partition("=")
+    for value in text.split(","):
+        figure, _, amount = value.partition("=")
         try:
-            report = _with(report, figure.strip(), text.strip())
-        except ValueError:
-            raise PersonaError(Fault.BAD_REQUEST, f"--health: {value!r}: {HELP.replace('%%', '%')}") from None
+            report = _with(report, figure.strip(), amount.strip())
+        except (ValueError, OverflowError):  # a share of infinity
+            raise argparse.ArgumentTypeError(f"{value!r}: {HELP.replace('%%', '%')}") from None
     return report
 
 
 def _with(report: Report, figure: str, text: str) -> Report:
-    """Raises ``ValueError``."""
+    """Raises ``ValueError``, ``OverflowError``."""
     if figure == "disk_free":
         return replace(report, disks={"/": _space(text)})
     if figure == "memory_available":
@@ -43,6 +44,8 @@ def _with(report: Report, figure: str, text: str) -> Report:
     if figure == "layers" and set(text.split("+")) <= set(LAYERS):
         return replace(report, layers=dict.fromkeys(text.split("+"), True))
     number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
     group, _, resource = figure.partition(".")
     if group == "pressure" and resource in RESOURCES:
         return replace(report, pressure={**report.pressure, resource: number})
@@ -68,12 +71,11 @@ def _space(text: str) -> Space:
 def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``health [VM]``: 0 every VM that policies ask it of is healthy, 1 not."""
     from persona_broker.store.health import Reports
-    from persona_broker.store.sqlite import Store
 
-    store, now = Store(Path(settings.db)), time.time()
+    store, now = commands.existing(settings), time.time()
     guests = [name for name in store.guests() if arguments.vm in (None, name)]
-    if not guests:
-        raise PersonaError(Fault.NOT_FOUND, f"there is no guest {arguments.vm!r}" if arguments.vm else "no guests yet")
+    if arguments.vm and not guests:
+        raise PersonaError(Fault.NOT_FOUND, f"there is no guest {arguments.vm!r}")
     reports = Reports(store).look(guests)
     unhealthy = Ward(settings.health_max_age_s).look(store.snapshot().vm_conditions, reports, now)
     items = []
@@ -90,6 +92,8 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
                 print(f"    {line}")
     if arguments.json:
         print(json.dumps(items))
+    elif not guests:
+        print(commands.NO_GUESTS)
     return 1 if any(item["unmet"] for item in items) else 0
 
 

@@ -15,12 +15,6 @@ import pytest
 
 from tests.broker.conftest import ROOT, Broker
 
-
-@pytest.fixture
-def cli(tmp_path: Path) -> Broker:
-    return Broker(tmp_path)
-
-
 BAD = """\
 kind: Persona
 name: DataAnalyst
@@ -110,7 +104,7 @@ def test_explain(cli: Broker) -> None:
     assert done.stdout.startswith("denied, load_exceeds_threshold")
     assert "AnalystOnBusyHost: its persona does not allow this command" in done.stdout
     assert explain("cpu=50", "ls", user="bob").stdout.startswith("denied, no_matching_policy: no policy names bob")
-    assert explain("cpu=many", "ls").returncode == 1
+    assert explain("cpu=many", "ls").returncode == 2
     assert explain("cpu=50", "/bin/git", "log").returncode == 0
     assert explain("cpu=50", "/home/alice/git", "log").stdout.startswith("denied, no_matching_policy")
 
@@ -233,7 +227,7 @@ def test_hours_by_the_clock_that_is_given(cli: Broker, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("guest", "list"), ("sessions", "list"), ("records", "tail"), ("load", "show"),
-                                   ("explain", "--user", "a", "--vm", "v", "--", "ls")])  # fmt: skip
+                                   ("health",), ("explain", "--user", "a", "--vm", "v", "--", "ls")])  # fmt: skip
 def test_what_only_reads_makes_no_record(cli: Broker, tmp_path: Path, words: tuple[str, ...]) -> None:
     absent = tmp_path / "nowhere" / "broker.db"
     done = cli.run("--db", str(absent), *words)

@@ -7,6 +7,8 @@ import pytest
 
 from tests.broker.conftest import ROOT, Broker
 
+EXPLAIN = ("explain", "--files", str(ROOT / "examples"), "--user", "alice", "--vm", "analytics-1")
+
 
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n"])
 def test_an_empty_set_removes_everything_only_where_that_is_meant(cli: Broker, tmp_path: Path, text: str) -> None:
@@ -64,6 +66,35 @@ def test_a_guest_gets_another_token_only_where_that_is_meant(cli: Broker, tmp_pa
     assert (tmp_path / "t").read_text() == token
     assert cli.run(*add, "--renew").returncode == 0
     assert (tmp_path / "t").read_text() not in ("", token)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("load", "set", "cpu=300"), "'cpu=300': expected cpu|memory"),
+        (("load", "set", "cpu=1", "disk=1"), "'disk=1': expected cpu|memory"),
+        ((*EXPLAIN, "--load", "cpu=abc", "--", "ls"), "--load: 'cpu=abc': expected cpu|memory"),
+        ((*EXPLAIN, "--load", "cpu=1,cpu=300", "--", "ls"), "--load: 'cpu=300': expected cpu|memory"),
+        ((*EXPLAIN, "--health", "x", "--", "ls"), "--health: 'x': disk_free=8%,"),
+        ((*EXPLAIN, "--at", "bogus", "--", "ls"), "--at: 'bogus': expected"),
+        ((*EXPLAIN, "--at", "2026-01-01", "--", "ls"), "--at: '2026-01-01': has no zone; 2026-01-01T00:00:00+00:00"),
+        (("records", "tail", "-n", "-1"), "-n: '-1': expected"),
+        (("records", "tail", "-n", "1" * 30), "expected"),
+    ],
+)
+def test_a_call_that_is_wrong_is_usage(cli: Broker, words: tuple[str, ...], why: str) -> None:
+    done = cli.run(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert why in done.stderr
+
+
+def test_no_guests_are_nothing_wrong(cli: Broker) -> None:
+    assert cli.run("apply", str(ROOT / "examples")).returncode == 0
+    done = cli.run("health")
+    assert (done.returncode, done.stdout.startswith("no guests")) == (0, True)
+    done = cli.run("health", "--json")
+    assert (done.returncode, done.stdout) == (0, "[]\n")
+    assert cli.run("health", "ghost").returncode == 1
 
 
 def test_check_counts_what_is_there_and_goes_by_lines(cli: Broker, tmp_path: Path) -> None:

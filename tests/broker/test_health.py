@@ -234,8 +234,21 @@ def test_who_is_no_guest_reports_nothing(broker: Broker) -> None:
         assert broker.call("POST", "/v1/health", body)[0] == 400
 
 
-@pytest.mark.parametrize("figures", ["disk_free", "disk_free=x", "pressure.gpu=1", "layers=magic", "errors=nan", "x=1"])
+@pytest.mark.parametrize(
+    "figures",
+    [
+        "",
+        "disk_free",
+        "disk_free=x",
+        "disk_free=inf%",
+        "pressure.gpu=1",
+        "layers=magic",
+        "errors=nan",
+        "load=nan",
+        "x=1",
+    ],
+)
 def test_what_if_figures_that_are_refused(broker: Broker, figures: str) -> None:
     done = broker.run("explain", "--user", "a", "--vm", "v", "--health", figures, "--", "ls")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "--health" in done.stderr
