@@ -85,7 +85,8 @@ def parse_document(value: object) -> Document:
     elif kind == "Policy":
         document = _policy(Reader(value, fields(POLICY), findings))
     else:
-        raise DocumentError([Finding("kind", "expected 'kind: Persona' or 'kind: Policy'")])
+        found = "" if kind is None else f", not {str(kind)[:80]!r}"
+        raise DocumentError([Finding("kind", f"expected 'kind: Persona' or 'kind: Policy'{found}")])
     if findings:
         raise DocumentError(findings)
     return document

@@ -246,18 +246,18 @@ def test_a_plan_that_fails_is_undone_in_reverse_and_says_all_that_failed() -> No
     with pytest.raises(PlanError) as caught:
         apply((Step("a", log), Step("b", log, ("undo",)), Step("c", log, ("apply",)), Step("d", log)))
     assert log == ["apply a", "apply b", "apply c", "undo b", "undo a"]
-    assert caught.value.message == '{"op": "c"}: apply failed; undoing it: {"op": "b"}: undo failed'
+    assert caught.value.message == "c: apply failed; undoing it: b: undo failed"
 
 
 def test_of_some_plans_as_much_as_can_be_is_applied() -> None:
     log: list[str] = []
-    assert apply_each((Step("a", log), Step("b", log, ("apply",)), Step("c", log))) == ['{"op": "b"}: apply failed']
+    assert apply_each((Step("a", log), Step("b", log, ("apply",)), Step("c", log))) == ["b: apply failed"]
     assert log == ["apply a", "apply b", "apply c"]
 
 
 def test_undoing_goes_on_after_a_failure_and_raises_once() -> None:
     log: list[str] = []
-    with pytest.raises(PlanError, match=r'"c"}: undo failed; \{"op": "a"}: undo failed'):
+    with pytest.raises(PlanError, match=r"c: undo failed; a: undo failed"):
         undo((Step("a", log, ("undo",)), Step("b", log), Step("c", log, ("undo",))))
     assert log == ["undo c", "undo b", "undo a"]
 

@@ -1,7 +1,8 @@
 """``persona``: what applies to me, what may I run, what would happen and why.
 
 Exit codes: 0 yes, 1 it would be denied, 2 usage, 3 the agent cannot be reached or has no answer (to ``list``
-and ``explain`` of who is in no gated session), 4 a trial could not be set up; ``try`` otherwise has the exit code of what it ran.
+and ``explain`` of who is in no gated session), 4 a trial could not be set up; ``try`` otherwise has the exit
+code of what it ran.
 """
 
 import argparse
