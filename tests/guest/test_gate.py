@@ -91,7 +91,8 @@ def test_long_command_lines(gated: Run) -> None:
 
 
 def test_a_script_of_five_hundred_starts(gated: Run) -> None:
-    assert gated("for i in $(seq 500); do /usr/bin/true || exit 1; done; echo done").stdout == "done\n"
+    done = gated("for i in $(seq 500); do /usr/bin/true || exit 1; done; echo done")
+    assert (done.stdout, done.stderr) == ("done\n", "")
 
 
 def test_two_hundred_at_once(gated: Run) -> None:
