@@ -8,19 +8,20 @@ from persona.parsing import Bad
 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B|)", re.ASCII)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+_BYTES_MAX = 1 << 60
 _CORES_MAX = 64  # without a percent sign: more of them, and it was forgotten
 
 
 def parse_bytes(value: Any) -> int:
     """Bytes: a number, or with a unit; KiB, MiB, ... and bare K, M, ... are powers of 1024, KB, MB, ... of 1000."""
-    if type(value) is int and value > 0:
+    if type(value) is int and 0 < value < _BYTES_MAX:
         return value
     match = _BYTES.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
         raise Bad(f"expected an amount of bytes, not {value!r}", "like 2GiB, 512MiB or 50MB")
     amount, prefix, suffix = match.groups()
     size = int(float(amount) * (1000 if suffix == "B" and prefix else 1024) ** _POWER[prefix])
-    if not 0 < size < 1 << 60:
+    if not 0 < size < _BYTES_MAX:
         raise Bad(f"{value!r} is out of range")
     return size
 

@@ -56,14 +56,14 @@ def check(settings: Settings) -> None:
         raise PersonaError(Fault.BAD_DOCUMENT, "health_max_age_s: expected 20 to 3600")
     if not 1 <= settings.workers <= WORKERS_MAX:
         raise PersonaError(Fault.BAD_DOCUMENT, f"workers: expected 1 to {WORKERS_MAX}")
-    for bind in (settings.bind, settings.events_bind):
+    for key, bind in (("bind", settings.bind), ("events_bind", settings.events_bind)):
         if bind.startswith("unix:/"):
             continue
         host, _, port = bind.rpartition(":")
         if not re.fullmatch(r"[0-9A-Za-z.-]*|\[[0-9A-Fa-f:.]+\]", host) or not re.fullmatch(r"\d{1,5}", port):
-            raise PersonaError(Fault.BAD_DOCUMENT, f"bind: {bind!r}: expected HOST:PORT or unix:/PATH")
+            raise PersonaError(Fault.BAD_DOCUMENT, f"{key}: {bind!r}: expected HOST:PORT or unix:/PATH")
         if settings.insecure_loopback and not _is_loopback(host.strip("[]")):
-            raise PersonaError(Fault.BAD_DOCUMENT, f"bind: {bind!r}: without TLS only 127.0.0.1 or [::1] is served")
+            raise PersonaError(Fault.BAD_DOCUMENT, f"{key}: {bind!r}: without TLS only loopback is served")
 
 
 def _is_loopback(host: str) -> bool:

@@ -72,6 +72,7 @@ BAD = [
     (changed(PERSONA, resource_limits={"cpu": "150"}), "resource_limits.cpu"),
     (changed(PERSONA, resource_limits={"cpu": True}), "resource_limits.cpu"),
     (changed(PERSONA, resource_limits={"memory": 512}), "resource_limits.memory"),
+    (changed(PERSONA, resource_limits={"memory": 10**30}), "resource_limits.memory"),
     (changed(PERSONA, resource_limits={"disk_io": {"write_bps": 20}}), "resource_limits.disk_io.write_bps"),
     (changed(PERSONA, resource_limits={"ram": 1}), "resource_limits.ram"),
     (changed(PERSONA, resource_limits={"disk_io": {"read_bps": -1}}), "resource_limits.disk_io.read_bps"),
