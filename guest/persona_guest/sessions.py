@@ -3,6 +3,7 @@
 Everything here runs in the loop's thread.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from persona.decisions import PersonaRef
-from persona.problems import Fault, PersonaError
+from persona.problems import Fault, PersonaError, Reason
 from persona_guest.bases import Bases
 from persona_guest.core.messages import printable
 from persona_guest.core.sessions import Session, from_json, to_json
@@ -75,8 +76,14 @@ class Sessions:
             os.close(fd)
             raise PersonaError(Fault.BAD_REQUEST, "that is no listener, or this user has too many sessions")
         path = self._directory / f"{session.id}.json"
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(to_json(session)))
+        try:
+            path.touch(mode=0o600)
+            path.write_text(json.dumps(to_json(session)))
+        except OSError as error:  # a full /run: a listener that stayed open here would hang every exec of the session
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise PersonaError(Reason.ENFORCEMENT_FAILED, f"{path}: {error.strerror}") from error
         self._keeping.keep(session.id, fd)
         self._supervisor.add(session, fd, fresh=True)
         log.info("session %s of %s gated (%s)", session.id, printable(session.subject.user), session.service)

@@ -1,5 +1,6 @@
 """Who is let in: every answer of the broker's, and its absence, met by the door in both modes."""
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -257,6 +258,28 @@ def test_what_is_no_listener_ends_what_had_begun(site: Site) -> None:
     os.close(other)
     with pytest.raises(PersonaError, match="no listener"):
         site.door.listener_from_shell(session, fd)
+    assert site.link.asked[-1] == "DELETE /v1/sessions"
+    site.bases.ended.assert_called_with(session)
+    site.supervisor.add.assert_not_called()
+
+
+def test_a_session_that_cannot_be_kept_does_not_begin_and_hangs_nobody(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    session = site.open()
+    assert session is not None
+    monkeypatch.setattr(Path, "write_text", full)
+    fd, other = os.pipe()
+    os.close(other)
+    site.door.listener(session, fd, site.reply)
+    assert site.verdict is Verdict.DENY
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(fd)
     assert site.link.asked[-1] == "DELETE /v1/sessions"
     site.bases.ended.assert_called_with(session)
     site.supervisor.add.assert_not_called()
