@@ -251,16 +251,18 @@ def revoke(arguments: argparse.Namespace, settings: Settings) -> int:
 def tail(arguments: argparse.Namespace, settings: Settings) -> int:
     """``records tail``: oldest first; with ``--follow`` until interrupted."""
     store = existing(settings)
-    last = 0
-    rows = store.records(0, arguments.n)
+    rows = store.records(0, max(arguments.n, 1))
+    last = rows[-1][0] if rows else 0
+    rows = rows if arguments.n else []  # with --follow only what is yet to come
     while True:
-        for last, guest, record in rows:  # noqa: B007 - the last number is where to go on
+        for _, guest, record in rows:
             _say(arguments, {"guest": guest, **record}, _record_line(guest, record))
         if not arguments.follow:
             return 0
         sys.stdout.flush()
         time.sleep(0.5)
-        rows = store.records(last, 1000) if last else store.records(0, 1000)
+        rows = store.records(last, 1000)
+        last = rows[-1][0] if rows else last
 
 
 def _record_line(guest: str, record: dict[str, Any]) -> str:

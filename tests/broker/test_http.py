@@ -1,11 +1,13 @@
 """The HTTP interface of a real broker: what it answers, and to whom, whatever is thrown at it."""
 
 import json
+import select
+import subprocess
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from tests.broker.conftest import ROOT, TOKEN, VM, Broker
+from tests.broker.conftest import ROOT, TOKEN, VM, Broker, environment
 
 Ask = Callable[..., tuple[int, Any]]
 
@@ -126,6 +128,20 @@ def test_records(broker: Broker) -> None:
     assert broker.call("POST", "/v1/records", {"records": [record], "lost": 3})[0] == 204
     shown = [json.loads(line) for line in broker.run("records", "tail", "--json").stdout.splitlines()]
     assert shown[-1] == {"guest": VM, **record}
+    assert broker.run("records", "tail", "-n", "0").stdout == ""
+    following = subprocess.Popen(
+        broker.argv("records", "tail", "-n", "0", "-f", "--json"), env=environment(), text=True, stdout=subprocess.PIPE
+    )
+    try:
+        assert following.stdout is not None
+        for _ in range(60):  # until it follows
+            broker.call("POST", "/v1/records", {"records": [{**record, "at": 2.5}], "lost": 0})
+            if select.select([following.stdout], [], [], 0.5)[0]:
+                break
+        assert json.loads(following.stdout.readline())["at"] == 2.5  # and nothing that was there before
+    finally:
+        following.kill()
+        following.communicate()
     assert b"persona_broker_records_lost_total 3" in broker.call("GET", "/metrics")[1]
     assert broker.call("POST", "/v1/records", {"records": [{}], "lost": 0})[0] == 400
     assert broker.call("POST", "/v1/records", {"records": [record] * 501, "lost": 0})[0] == 400
