@@ -12,6 +12,8 @@ from fnmatch import translate
 from persona.decisions import Program
 from persona.parsing import Bad
 
+# Where a bare name is looked for: the directories of Debian's ENV_SUPATH.
+SECURE_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 PATTERN_MAX = 4096  # characters
 TOKENS_MAX = 128
 _USR_MERGED = re.compile(r"^/(bin|sbin|lib|lib32|lib64|libx32)(?=/)")

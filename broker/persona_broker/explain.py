@@ -5,11 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persona.decisions import Decision, Program, Request, Subject
+from persona.patterns import SECURE_PATH
 from persona_broker.policy.engine import Entry, Snapshot
 from persona_broker.policy.outlook import Sample, Unhealthy, World, latch, look, thresholds
-
-# The guest's gate.secure_path, usr-merged.
-_SECURE_PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ def program_named(word: str) -> Program:
         for old in ("/bin/", "/sbin/", "/lib/"):
             word = "/usr" + word if word.startswith(old) else word
         directory, name = os.path.split(word)
-        return Program(word, (name,) if directory in _SECURE_PATH else (), (word,))
+        return Program(word, (name,) if directory in SECURE_PATH else (), (word,))
     return Program(f"/usr/bin/{word}", (word,), (f"/usr/bin/{word}",))
 
 

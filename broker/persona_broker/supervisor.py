@@ -99,11 +99,12 @@ def answers(endpoint: Endpoint) -> bool:
     else:
         host, _, port = bind.rpartition(":")
         host = host.strip("[]")
-        where = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - only compared
+        where = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - not bound
         if endpoint.certificate is None:
             connection = http.client.HTTPConnection(where, int(port), timeout=1)
         else:
-            context = ssl._create_unverified_context()  # noqa: S323 - our own, on this machine; it may name other hosts
+            # our own process on this machine: it is told nothing, and its certificate may name other hosts
+            context = ssl._create_unverified_context()  # noqa: S323 - only whether it answers is asked
             connection = http.client.HTTPSConnection(where, int(port), timeout=1, context=context)
     try:
         connection.request("GET", "/readyz")

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from persona.patterns import SECURE_PATH
 from persona.problems import Fault, PersonaError
 
 
@@ -56,15 +57,7 @@ class Gate:
     never_gate_root: bool = True  # a trial run by root sets this to false; a machine must not
     uid_min: int = 1000  # login.defs UID_MIN on Debian: below are system users
     break_glass_group: str = "persona-break-glass"  # shipped empty
-    # The directories of Debian's ENV_SUPATH: where a bare name in a pattern is looked for.
-    secure_path: tuple[str, ...] = (
-        "/usr/local/sbin",
-        "/usr/local/bin",
-        "/usr/sbin",
-        "/usr/bin",
-        "/sbin",
-        "/bin",
-    )
+    secure_path: tuple[str, ...] = SECURE_PATH  # where a bare name in a pattern is looked for
     # Programs that are many programs: argv[0] says which.
     multicall: tuple[str, ...] = ("busybox", "toybox", "coreutils")
     # Programs (patterns of fnmatch) that need not be root's own and unwritable for others.  Debian

@@ -268,7 +268,7 @@ class Store:
 
     def _sessions(self, where: str, *values: Any) -> list[SessionRow]:
         columns = "id, guest, user, groups, service, remote, opened_at, revoked"
-        rows = self.rows(f"SELECT {columns} FROM sessions {where}", *values)  # noqa: S608 - two constants
+        rows = self.rows(f"SELECT {columns} FROM sessions {where}", *values)  # noqa: S608 - constants; values are bound
         return [
             SessionRow(i, g, Subject(u, tuple(json.loads(names)), g), s, r, at, bool(revoked))
             for i, g, u, names, s, r, at, revoked in rows

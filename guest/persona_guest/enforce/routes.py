@@ -161,8 +161,8 @@ class Routing:
 
     def _call(self, name: str, *words: str, **fields: Any) -> Any:
         # not before the first way: it costs 26 MB; and a build machine may not have it
-        from pyroute2 import IPRoute  # type: ignore[import-untyped,import-not-found,unused-ignore]  # no types
-        from pyroute2.netlink import exceptions  # type: ignore[import-untyped,import-not-found,unused-ignore]  # no types
+        from pyroute2 import IPRoute  # type: ignore[import-untyped,import-not-found,unused-ignore]  # it has none
+        from pyroute2.netlink import exceptions  # type: ignore[import-untyped,import-not-found,unused-ignore]  # the same
 
         if self._route is None:
             self._route = IPRoute()
