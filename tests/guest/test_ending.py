@@ -206,11 +206,17 @@ def test_only_what_was_asked_to_end_since_a_base_was_there_stays(
 # --- errors in the loop's own time -----------------------------------------------------------------
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graces and second tries of a tenth of a second."""
+    monkeypatch.setattr(ending, "GRACE_S", 0.1)
+    monkeypatch.setattr(ending, "AGAIN_S", 0.1)
+
+
+@pytest.mark.usefixtures("hasty")
 def test_a_cgroup_that_cannot_be_ended_yet_is_tried_again(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ending, "GRACE_S", 0.1)
-    monkeypatch.setattr(ending, "AGAIN_S", 0.1)
     site = Site(tmp_path, "kill")
     cgroup = site.put(stubborn.pid, withdrawn=True)
     assert site.follow()
@@ -224,11 +230,10 @@ def test_a_cgroup_that_cannot_be_ended_yet_is_tried_again(
     assert site.tree.read(cgroup, "cgroup.kill") == "1\n"
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_process_that_cannot_be_ended_yet_is_tried_again(
     tmp_path: Path, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ending, "GRACE_S", 0.1)
-    monkeypatch.setattr(ending, "AGAIN_S", 0.1)
     site = Site(tmp_path, "kill")
     site.serve(stubborn.pid)
     assert site.follow()
