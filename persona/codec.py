@@ -1,23 +1,33 @@
 """Requests, decisions and records as JSON values, exactly as docs/protocol.md has them.
 
-Decoding is where the outside comes in: unknown fields, wrong types and sizes beyond the bounds are
-refused with the field's path.  ``json.loads`` and the byte bound before it are the caller's.
+Decoding is where the outside comes in: wrong types and sizes beyond the bounds are refused with the
+field's path.  Fields that this version does not know are refused in requests, skipped in decisions and
+kept in records; ``persona.wire`` has what a peer of another version is told.  ``json.loads`` and the byte
+bound before it are the caller's.
 """
 
+import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, TypeVar
 
+from persona import wire
 from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Program, Request, Subject, Width
-from persona.problems import Fault, PersonaError, Reason
+from persona.home_programs import is_below
+from persona.problems import AnyReason, Fault, PersonaError, Reason, UnknownReason
 
 MAX_BODY = 256 * 1024  # bytes of any request
 MAX_ARGS = 1024
 MAX_ARGUMENTS_SIZE = 64 * 1024  # characters of all arguments
 MAX_ALIASES = 64
-MAX_GROUPS = 256
+MAX_GROUPS = 3072  # of one user, and named by policies of one VM: no others travel; at 64 bytes 206 KB
+MAX_GROUPS_IN_USE = 65536  # named by policies of one VM
 MAX_RECORDS = 500
-_NAME, _PATH, _HELP = 256, 4096, 2000
+MAX_EXTRA = 4096  # characters of JSON: what a record says that this version does not know
+_DEPTH_EXTRA = 8
+_NAME, _PATH, _HELP, _TAG = 256, 4096, 2000, 64
+_CODE = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 
 T = TypeVar("T")
 
@@ -40,6 +50,13 @@ def mapping(value: object, path: str, required: tuple[str, ...], optional: tuple
         if name not in required and name not in optional:
             raise CodecError(_join(path, str(name)[:64]), "unknown field")
     return value
+
+
+def known(value: object, path: str, required: tuple[str, ...]) -> Mapping[str, Any]:
+    """A JSON object with at least these fields; a newer sender may say more.  Raises ``CodecError``."""
+    if not isinstance(value, dict):
+        raise CodecError(path, "expected an object")
+    return mapping({name: value[name] for name in required if name in value}, path, required)
 
 
 def string(value: object, path: str, limit: int = _NAME) -> str:
@@ -92,6 +109,43 @@ def _join(path: str, name: str) -> str:
 # --- subjects and requests --------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class GroupsInUse:
+    """The group names in policies of one VM, and a tag that stands for just this set.
+
+    A guest sends no others of its users' groups, and says by the tag from which list it chose.
+    """
+
+    tag: str = ""  # of a guest that has no list yet: no list has that tag
+    names: frozenset[str] = frozenset()
+
+    def narrowed(self, subject: Subject) -> Subject:
+        """The subject with those of its groups only."""
+        return replace(subject, groups=tuple(group for group in subject.groups if group in self.names))
+
+
+def encode_groups_in_use(groups: GroupsInUse) -> dict[str, Any]:
+    """GROUPS."""
+    return {"tag": groups.tag, "names": sorted(groups.names)}
+
+
+def decode_groups_in_use(value: object, path: str = "groups_in_use") -> GroupsInUse:
+    """Raises ``CodecError``."""
+    item = known(value, path, ("tag", "names"))
+    names = strings(item["names"], f"{path}.names", MAX_GROUPS_IN_USE)
+    return GroupsInUse(tag(item["tag"], f"{path}.tag"), frozenset(names))
+
+
+def tag(value: object, path: str) -> str:
+    """The tag of a list of groups in use.  Raises ``CodecError``."""
+    return string(value, path, _TAG)
+
+
+def groups(value: object, path: str) -> tuple[str, ...]:
+    """The groups of one user.  Raises ``CodecError``."""
+    return strings(value, path, MAX_GROUPS)
+
+
 def encode_subject(subject: Subject) -> dict[str, Any]:
     """SUBJECT."""
     return {"user": subject.user, "groups": list(subject.groups), "vm": subject.vm}
@@ -103,21 +157,41 @@ def decode_subject(value: object, path: str = "subject") -> Subject:
     user = string(item["user"], f"{path}.user")
     if not user:
         raise CodecError(f"{path}.user", "empty")
-    return Subject(user, strings(item["groups"], f"{path}.groups", MAX_GROUPS), string(item["vm"], f"{path}.vm"))
+    return Subject(user, groups(item["groups"], f"{path}.groups"), string(item["vm"], f"{path}.vm"))
 
 
 def encode_program(program: Program) -> dict[str, Any]:
-    """PROGRAM."""
-    return {"path": program.path, "names": list(program.names), "paths": list(program.paths)}
+    """PROGRAM.
+
+    ``loader`` is sent only where it is true.  A broker that does not know the field, and so cannot keep
+    the rule, is not asked about loaders.  The same goes for ``home``: a broker that took it for any program
+    could allow it by a whitelist.
+    """
+    value: dict[str, Any] = {"path": program.path, "names": list(program.names), "paths": list(program.paths)}
+    if program.loader:
+        value["loader"] = True
+    if program.home:
+        value["home"] = program.home
+    return value
+
+
+def version_needed(program: Program) -> int:
+    """The version of the protocol that keeps what is said of a program; a broker before it is not asked."""
+    return 2 if program.loader or program.home else wire.FIRST
 
 
 def decode_program(value: object, path: str = "program") -> Program:
     """Raises ``CodecError``."""
-    item = mapping(value, path, ("path", "names", "paths"))
+    item = mapping(value, path, ("path", "names", "paths"), ("loader", "home"))  # older agents do not say
+    home = string(item.get("home", ""), f"{path}.home", _PATH)
+    if home and (not is_below(home) or not str(item["path"]).endswith(f"/{home}")):
+        raise CodecError(f"{path}.home", "expected the end of 'path', without '.' and '..'")
     return Program(
         string(item["path"], f"{path}.path", _PATH),
         strings(item["names"], f"{path}.names", MAX_ALIASES + 1),
         strings(item["paths"], f"{path}.paths", MAX_ALIASES + 1, _PATH),
+        boolean(item.get("loader", False), f"{path}.loader"),
+        home,
     )
 
 
@@ -152,8 +226,8 @@ def decode_request(value: object, path: str = "request") -> Request:
 # --- decisions --------------------------------------------------------------------------------------
 
 
-def encode_decision(decision: Decision) -> dict[str, Any]:
-    """DECISION."""
+def encode_decision(decision: Decision, version: int = wire.CURRENT) -> dict[str, Any]:
+    """DECISION, for a guest of this version of the protocol."""
     common = {
         "lease": {"seconds": decision.lease.seconds, "width": str(decision.lease.width)},
         "generation": decision.generation,
@@ -164,20 +238,20 @@ def encode_decision(decision: Decision) -> dict[str, Any]:
         return {"decision": "granted", "persona": persona, **common}
     return {
         "decision": "denied",
-        "reason": str(decision.reason),
+        "reason": wire.reason_for(decision.reason, version),
         "persona": decision.persona,
-        "help": decision.help,
+        "help": decision.help if len(decision.help) <= _HELP else decision.help[: _HELP - 1] + "…",
         **common,
     }
 
 
 def decode_decision(value: object, path: str = "") -> Decision:
-    """Raises ``CodecError``."""
+    """A decision; what a newer broker says more is skipped, it knows whom it speaks to.  Raises ``CodecError``."""
     kind = value.get("decision") if isinstance(value, dict) else None
     common = ("decision", "persona", "policy", "lease", "generation")
     if kind == "granted":
-        item = mapping(value, path, common)
-        persona = mapping(item["persona"], _join(path, "persona"), ("name", "version"))
+        item = known(value, path, common)
+        persona = known(item["persona"], _join(path, "persona"), ("name", "version"))
         return Granted(
             PersonaRef(
                 string(persona["name"], _join(path, "persona.name")),
@@ -189,9 +263,9 @@ def decode_decision(value: object, path: str = "") -> Decision:
         )
     if kind != "denied":
         raise CodecError(_join(path, "decision"), "expected 'granted' or 'denied'")
-    item = mapping(value, path, (*common, "reason", "help"))
+    item = known(value, path, (*common, "reason", "help"))
     return Denied(
-        _reason(item["reason"], _join(path, "reason")),
+        reason(item["reason"], _join(path, "reason")),
         optional(item["policy"], _join(path, "policy"), string),
         optional(item["persona"], _join(path, "persona"), string),
         string(item["help"], _join(path, "help"), _HELP),
@@ -201,18 +275,25 @@ def decode_decision(value: object, path: str = "") -> Decision:
 
 
 def _decode_lease(value: object, path: str) -> Lease:
-    item = mapping(value, path, ("seconds", "width"))
+    item = known(value, path, ("seconds", "width"))
     seconds = number(item["seconds"], f"{path}.seconds")
-    if item["width"] not in list(Width) or seconds > 86400:
-        raise CodecError(path, "expected at most a day, of width 'program' or 'argv'")
-    return Lease(seconds, Width(item["width"]))
+    if seconds > 86400:
+        raise CodecError(path, "expected at most a day")
+    width = _code(item["width"], f"{path}.width")
+    # a width that this version does not know: for this once
+    return Lease(seconds, Width(width)) if width in list(Width) else Lease(0.0, Width.ARGV)
 
 
-def _reason(value: object, path: str) -> Reason:
-    try:
-        return Reason(str(value))
-    except ValueError:
-        raise CodecError(path, "unknown reason") from None
+def reason(value: object, path: str) -> AnyReason:
+    """A reason, also one that only a newer version knows.  Raises ``CodecError`` for what cannot be a code."""
+    code = _code(value, path)
+    return Reason(code) if code in list(Reason) else UnknownReason(code)
+
+
+def _code(value: object, path: str) -> str:
+    if not isinstance(value, str) or not _CODE.fullmatch(value):
+        raise CodecError(path, "expected a code: small letters, digits and '_'")
+    return value
 
 
 # --- records ----------------------------------------------------------------------------------------
@@ -228,11 +309,16 @@ EVENTS = (
     "frozen",
     "network",
 )
+_EVENTS_OF_0_1_0 = frozenset(EVENTS)  # it refuses all others; later versions keep them as they are
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line of the audit trail, as the guest saw it.  ``at`` is Unix seconds."""
+    """One line of the audit trail, as the guest saw it.  ``at`` is Unix seconds.
+
+    A new field needs a default value: it is what a record of an older guest has.  ``extra`` is the JSON of the fields
+    that only a newer guest knows.
+    """
 
     at: float
     session: str
@@ -240,31 +326,36 @@ class Record:
     program: str
     argv: tuple[str, ...]
     decision: str
-    reason: Reason | None
+    reason: AnyReason | None
     persona: str | None
     persona_version: int | None
     policy: str | None
     event: str
     leased: bool
     complain: bool
+    extra: str = ""
 
 
-_RECORD_FIELDS = tuple(Record.__dataclass_fields__)
+_RECORD_FIELDS = tuple(field.name for field in fields(Record) if field.name != "extra")
+_RECORD_OF_0_1_0 = tuple(field.name for field in fields(Record) if field.default is MISSING)
 
 
-def encode_record(record: Record) -> dict[str, Any]:
-    """RECORD."""
-    value: dict[str, Any] = {name: getattr(record, name) for name in _RECORD_FIELDS}
+def encode_record(record: Record, version: int = wire.CURRENT) -> dict[str, Any]:
+    """RECORD, for a broker of this version of the protocol."""
+    names = _RECORD_FIELDS if version > wire.FIRST else _RECORD_OF_0_1_0
+    value: dict[str, Any] = {name: getattr(record, name) for name in names}
     value["argv"] = list(record.argv)
-    value["reason"] = None if record.reason is None else str(record.reason)
-    return value
+    value["reason"] = None if record.reason is None else wire.reason_for(record.reason, version)
+    if version == wire.FIRST and record.event not in _EVENTS_OF_0_1_0:
+        value["event"] = "exec"
+    return {**json.loads(record.extra), **value} if record.extra else value
 
 
 def decode_record(value: object, path: str = "record") -> Record:
-    """Raises ``CodecError``."""
-    item = mapping(value, path, _RECORD_FIELDS)
-    if item["decision"] not in ("granted", "denied") or item["event"] not in EVENTS:
-        raise CodecError(path, "unknown decision or event")
+    """A record; of an older guest without the newest fields, of a newer one with ``extra``.  Raises ``CodecError``."""
+    item = known(value, path, _RECORD_OF_0_1_0)
+    if item["decision"] not in ("granted", "denied"):
+        raise CodecError(f"{path}.decision", "expected 'granted' or 'denied'")
     return Record(
         at=number(item["at"], f"{path}.at"),
         session=string(item["session"], f"{path}.session"),
@@ -272,11 +363,31 @@ def decode_record(value: object, path: str = "record") -> Record:
         program=string(item["program"], f"{path}.program", _PATH),
         argv=strings(item["argv"], f"{path}.argv", 16, 1024),
         decision=item["decision"],
-        reason=optional(item["reason"], f"{path}.reason", _reason),
+        reason=optional(item["reason"], f"{path}.reason", reason),
         persona=optional(item["persona"], f"{path}.persona", string),
         persona_version=optional(item["persona_version"], f"{path}.persona_version", integer),
         policy=optional(item["policy"], f"{path}.policy", string),
-        event=item["event"],
+        event=_code(item["event"], f"{path}.event"),
         leased=boolean(item["leased"], f"{path}.leased"),
         complain=boolean(item["complain"], f"{path}.complain"),
+        extra=_extra(value),
     )
+
+
+def _extra(value: object) -> str:
+    """The fields of a record that this version does not know, as JSON; of too much only how much it was."""
+    more = {name: item for name, item in value.items() if name not in _RECORD_FIELDS} if isinstance(value, dict) else {}
+    if not more:
+        return ""
+    if not _is_shallow(more, _DEPTH_EXTRA):
+        return '{"left_out":"it is nested too deep"}'
+    try:
+        text = json.dumps(more, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # Python reads and writes these, no other JSON: the whole record would be found by no search
+        return '{"left_out":"it has a number that is none in JSON"}'
+    return text if len(text) <= MAX_EXTRA else f'{{"left_out":{len(text)}}}'
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not items or (depth > 0 and all(_is_shallow(item, depth - 1) for item in items))

@@ -7,7 +7,7 @@ whoever is refused can be told why and whoever audits can tell from what.
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from persona.problems import Reason
+from persona.problems import AnyReason
 
 
 class Width(StrEnum):
@@ -23,12 +23,18 @@ class Program:
 
     ``path`` is the canonical absolute path in the agent's mount namespace; ``names`` are the bare
     names and ``paths`` all absolute paths under which the agent's secure path leads to this very
-    file (``path`` included).  Of a multi-call program, only those that ``argv[0]`` selects.
+    file (``path`` included).  Of a file that is several programs, only the one that it is called as.
+    ``loader``: the agent found that this file is an ELF loader (``ld.so``), which runs any program that
+    it is given; no wildcard of a whitelist allows it (``persona.patterns.is_loader``).
+    ``home``: the path below the home of the session's user, of a program that is this user's own and lies
+    there; else empty.  No whitelist allows such a program, only ``home_programs`` of a persona does.
     """
 
     path: str
     names: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
+    loader: bool = False
+    home: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ class Denied:
     state of policies and conditions that the answer was made from.
     """
 
-    reason: Reason
+    reason: AnyReason
     policy: str | None = None
     persona: str | None = None
     help: str = ""

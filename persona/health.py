@@ -4,21 +4,23 @@ A figure that a VM cannot tell is ``None`` or absent, and that is never healthy.
 report, and when a report is too old to say anything, is the broker's.
 """
 
-import contextlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from persona import codec
-from persona.parsing import Bad, Reader, number, one_of
-from persona.quantities import bytes_from
+from persona import codec, wire
+from persona.parsing import Bad, Reader, number, one_of, shown
+from persona.quantities import NUMBER, bytes_from
 
 RESOURCES = ("cpu", "memory", "io")  # what the kernel has pressure figures of
 LAYERS = ("seccomp", "bpf", "verify", "landlock")
 MOUNTS_MAX = 128
 UNITS_MAX = 64
 LAYERS_MAX = 16
+PRESSURES_MAX = 16
 _SPACE_LEAST = 1 << 20  # as a bound, bytes; less is always there
+_NUMBER = re.compile(NUMBER, re.ASCII)
 _PERCENT_FREE_MAX = 90.0  # its re-entry lies between it and 100
 
 
@@ -45,7 +47,8 @@ class Report:
     ``disks`` by mount point; ``pressure`` by resource, percent of time in which some task waited for it over the
     last 10 s (PSI ``some avg10``); ``load`` the kernel's one-minute average a CPU; ``errors`` journal entries of
     priority err or worse in the last minute, those of gated users left out; ``clock_skew_s`` how far the clock is
-    ahead of the broker's, negative = behind; ``layers`` of the gate by name, whether each is active.
+    ahead of the broker's, negative = behind; ``layers`` of the gate by name, whether each is active; ``wire`` the
+    newest version of the protocol that the agent speaks (``persona.wire``).
     """
 
     disks: Mapping[str, Space] = field(default_factory=dict)
@@ -56,14 +59,16 @@ class Report:
     errors: int | None = None
     clock_skew_s: float | None = None
     layers: Mapping[str, bool] = field(default_factory=dict)
+    wire: int = wire.FIRST
 
 
-_FIELDS = tuple(Report.__dataclass_fields__)
+# What 0.1.0 knows: its broker refuses a report with more.  A later figure has a default, and is left out there.
+_OF_0_1_0 = ("disks", "memory", "pressure", "load", "failed_units", "errors", "clock_skew_s", "layers")
 
 
-def encode_report(report: Report) -> dict[str, Any]:
-    """HEALTH of docs/protocol.md."""
-    return {
+def encode_report(report: Report, version: int = wire.CURRENT) -> dict[str, Any]:
+    """HEALTH of docs/protocol.md, for a broker of this version of the protocol."""
+    value = {
         "disks": {path: _encode_space(space) for path, space in report.disks.items()},
         "memory": None if report.memory is None else _encode_space(report.memory),
         "pressure": dict(report.pressure),
@@ -72,26 +77,29 @@ def encode_report(report: Report) -> dict[str, Any]:
         "errors": report.errors,
         "clock_skew_s": report.clock_skew_s,
         "layers": dict(report.layers),
+        "wire": report.wire,
     }
+    return value if version > wire.FIRST else {name: value[name] for name in _OF_0_1_0}
 
 
 def decode_report(value: object, path: str = "") -> Report:
-    """Raises ``CodecError``."""
-    item = codec.mapping(value, path, _FIELDS)
+    """A report; figures that only a newer guest knows are skipped.  Raises ``CodecError``."""
+    item = codec.known(value, path, _OF_0_1_0)
 
     def at(name: str) -> str:
         return f"{path}.{name}" if path else name
 
-    pressure = codec.mapping(item["pressure"], at("pressure"), (), RESOURCES)
+    pressure = _by_name(item["pressure"], at("pressure"), PRESSURES_MAX, 64, codec.number)
     return Report(
         disks=_by_name(item["disks"], at("disks"), MOUNTS_MAX, 4096, _decode_space),
         memory=codec.optional(item["memory"], at("memory"), _decode_space),
-        pressure={name: codec.number(some, at("pressure")) for name, some in pressure.items()},
+        pressure={name: some for name, some in pressure.items() if name in RESOURCES},
         load=codec.optional(item["load"], at("load"), codec.number),
         failed_units=codec.optional(item["failed_units"], at("failed_units"), _decode_units),
         errors=codec.optional(item["errors"], at("errors"), codec.integer),
         clock_skew_s=codec.optional(item["clock_skew_s"], at("clock_skew_s"), _decode_skew),
         layers=_by_name(item["layers"], at("layers"), LAYERS_MAX, 64, codec.boolean),
+        wire=_decode_wire(value, at("wire")),
     )
 
 
@@ -100,8 +108,13 @@ def _encode_space(space: Space) -> dict[str, int]:
 
 
 def _decode_space(value: object, path: str) -> Space:
-    item = codec.mapping(value, path, ("total", "free"))
+    item = codec.known(value, path, ("total", "free"))
     return Space(codec.integer(item["total"], f"{path}.total"), codec.integer(item["free"], f"{path}.free"))
+
+
+def _decode_wire(report: object, path: str) -> int:
+    """0.1.0 does not say, and speaks the first."""
+    return codec.integer(report.get("wire", wire.FIRST) if isinstance(report, dict) else None, path)
 
 
 def _decode_units(value: object, path: str) -> tuple[str, ...]:
@@ -166,12 +179,9 @@ _ABOVE = ("disk_free", "memory_available")
 def _amount(value: Any) -> tuple[float, bool]:
     """``"10%"`` or bytes."""
     if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            percent = float(value.strip()[:-1])
-        except ValueError:
-            percent = -1.0
-        if not 0 < percent <= _PERCENT_FREE_MAX:
-            raise Bad(f"{value!r} is out of range", f"above 0 % and at most {_PERCENT_FREE_MAX:g} %")
+        percent = _figure(value.strip()[:-1].rstrip())
+        if not 0.01 <= percent <= _PERCENT_FREE_MAX:
+            raise Bad(f"{shown(value)} is out of range", f"0.01 % to {_PERCENT_FREE_MAX:g} %, like 10%")
         return percent, True
     try:
         return float(bytes_from(_SPACE_LEAST)(value)), False
@@ -179,16 +189,21 @@ def _amount(value: Any) -> tuple[float, bool]:
         raise Bad(error.message, 'a share like "10%", or bytes like 2GiB') from None
 
 
+def _figure(text: str) -> float:
+    """-1 where it is no plain number; ``float`` takes other scripts' digits, ``1_0`` and ``nan`` too."""
+    return float(text) if _NUMBER.fullmatch(text) else -1.0
+
+
 def _seconds(value: Any) -> float:
     seconds = -1.0
     if type(value) in (int, float):
-        seconds = float(value)
+        seconds = value  # compared first: an integer may be too large for a float
     elif isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            seconds = float(value.strip().removesuffix("s"))
+        seconds = _figure(value.strip().removesuffix("s").rstrip())
     if not 1 <= seconds <= 86400:
-        raise Bad(f"expected 1 to 86400 seconds, not {value!r}", "like 5s; the broker's clock is told in whole seconds")
-    return seconds
+        fix = "like 5s; the broker's clock is told in whole seconds"
+        raise Bad(f"expected 1 to 86400 seconds, not {shown(value)}", fix)
+    return float(seconds)
 
 
 _NUMBERS = {

@@ -9,7 +9,8 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from persona.parsing import Bad
+from persona.guesses import rule_meant
+from persona.parsing import Bad, shown
 
 RULE_MAX = 512  # characters of one rule
 PORT_RANGES_MAX = 16
@@ -17,7 +18,7 @@ _SERVICE = re.compile(r":(tcp|udp)/([0-9,-]+|\*)$", re.ASCII)
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}", re.ASCII)  # IFNAMSIZ, netdevice(7)
 _TABLE_MAX = (1 << 32) - 1
 _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
-_HINT = "like 10.20.0.0/16:tcp/5432, any:tcp/443, icmp, dns or in:any:tcp/8080"
+_NUMBER = re.compile(r"[1-9][0-9]*", re.ASCII)  # no leading zero: nobody can tell whether it was meant as octal
 _VIA_HINT = "via GATEWAY, via GATEWAY dev DEVICE, via dev DEVICE or via table NUMBER"
 OUR_TABLES = range(21_000, 21_256)  # routing tables that the guest makes for gateways and devices
 
@@ -68,7 +69,7 @@ class NetworkRule:
 def parse_rule(value: object) -> NetworkRule:
     """Raises ``Bad`` for anything that is not one of the forms above, or that could never match."""
     if not isinstance(value, str) or len(value) > RULE_MAX:
-        raise Bad(f"expected a network rule, not {str(value)[:80]!r}", "put it in quotes")
+        raise Bad(f"expected a network rule, not {shown(value)}", rule_meant(value))
     text, led, way = value.strip().partition(" via ")
     text = text.strip()
     inbound = text.startswith("in:")
@@ -89,10 +90,7 @@ def parse_rule(value: object) -> NetworkRule:
         text, protocol, ports = text[: service.start()], service[1], _ports(service[2])
     if text == "any":
         return NetworkRule(inbound, "any", protocol, ports, via)
-    try:
-        network = ipaddress.ip_network(text)
-    except ValueError as error:
-        raise Bad(f"{value!r}: {error}", _HINT) from None
+    network = _network(text, value)
     if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(_MAPPED):
         raise Bad(f"{value!r}: IPv4-mapped addresses never travel", "write the IPv4 prefix: it covers them")
     if via is not None and via.gateway and ipaddress.ip_address(via.gateway).version != network.version:
@@ -100,11 +98,28 @@ def parse_rule(value: object) -> NetworkRule:
     return NetworkRule(inbound, str(network), protocol, ports, via)
 
 
+def _network(text: str, value: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """The prefix that a rule names.  Raises ``Bad``; ``value`` is the whole rule."""
+    address, slash, length = text.partition("/")
+    if "%" in text:
+        fix = "leave '%' and what follows away; 'via dev DEVICE' says by which device packets leave"
+        raise Bad(f"{shown(value)}: an address in a rule is for every interface", fix)
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError:
+        raise Bad(f"{shown(value)} is not a network rule", rule_meant(value)) from None
+    if slash and length != "0" and not _NUMBER.fullmatch(length):  # 08, 255.255.0.0, 0.0.255.255
+        raise Bad(f"{shown(value)}: {length[:40]!r} is not the length of a prefix", rule_meant(value))
+    if network.num_addresses == 1 and network.network_address.is_unspecified:
+        raise Bad(f"{shown(value)}: nobody has the address {address}", "'any' is everybody")
+    return network
+
+
 def parse_via(text: str) -> Via:
     """What follows ``via``.  Raises ``Bad``."""
     words = text.split()
     if len(words) == 2 and words[0] == "table":
-        if not words[1].isascii() or not words[1].isdigit() or not 0 < int(words[1]) <= _TABLE_MAX:
+        if not _NUMBER.fullmatch(words[1]) or int(words[1]) > _TABLE_MAX:
             raise Bad(f"via {text}: no number of a routing table", _VIA_HINT)
         table = int(words[1])
         if table == 255 or table in OUR_TABLES:
@@ -117,8 +132,11 @@ def parse_via(text: str) -> Via:
     try:
         gateway = ipaddress.ip_address(words[0])
     except ValueError:
-        raise Bad(f"via {text}: {words[0]!r} is no address", _VIA_HINT) from None
-    if "%" in words[0] or gateway.is_multicast or gateway.is_unspecified or gateway.is_loopback:
+        raise Bad(f"via {text}: {words[0]!r} is not an address", _VIA_HINT) from None
+    if "%" in words[0]:
+        address, _, device = words[0].partition("%")
+        raise Bad(f"via {text}: a device is named apart from the gateway", f"via {address} dev {device or 'DEVICE'}")
+    if gateway.is_multicast or gateway.is_unspecified or gateway.is_loopback:
         raise Bad(f"via {text}: {words[0]} can be no gateway", "the address of a router on one of this VM's networks")
     if gateway.is_link_local and len(words) == 1:
         raise Bad(f"via {text}: a link-local gateway needs its device", f"via {words[0]} dev DEVICE")
@@ -127,7 +145,7 @@ def parse_via(text: str) -> Via:
 
 def _device(text: str) -> str:
     if not _DEVICE.fullmatch(text) or text == "lo":
-        raise Bad(f"{text!r} is no network device to go out by", _VIA_HINT)
+        raise Bad(f"{text!r} is not a network device to go out by", _VIA_HINT)
     return text
 
 
@@ -137,8 +155,9 @@ def _ports(text: str) -> tuple[tuple[int, int], ...]:
     ranges = []
     for part in text.split(","):
         low, dash, high = part.partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
-            raise Bad(f"{part!r} is no port or range of ports")
+        if not _NUMBER.fullmatch(low) or (dash and not _NUMBER.fullmatch(high)):
+            fix = "a number without leading zeros, like 443, or a range, like 8000-8080"
+            raise Bad(f"{shown(part)} is not a port or a range of ports", fix)
         first, last = int(low), int(high or low)
         if not 0 < first <= last < 65536:
             raise Bad(f"{part!r}: ports go from 1 to 65535, the lower first")

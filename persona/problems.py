@@ -11,7 +11,8 @@ class Reason(StrEnum):
     """Why a request was denied, or why an answer could not be given (which is a denial too)."""
 
     NO_MATCHING_POLICY = "no_matching_policy"
-    INVALID_PERSONA = "invalid_persona"
+    INVALID_PERSONA = "invalid_persona"  # the broker cannot read the persona that a policy hands out
+    INVALID_POLICY = "invalid_policy"  # the broker cannot read a policy that is for the user
     LOAD_EXCEEDS_THRESHOLD = "load_exceeds_threshold"
     LOAD_UNKNOWN = "load_unknown"
     OUTSIDE_HOURS = "outside_hours"
@@ -38,6 +39,15 @@ class Reason(StrEnum):
     ENFORCEMENT_FAILED = "enforcement_failed"  # its limits or rules could not be put in place
 
 
+class UnknownReason(str):
+    """A reason of a newer version than this one: shown and kept as it is, and none of ``Reason``."""
+
+    __slots__ = ()
+
+
+AnyReason = Reason | UnknownReason
+
+
 class Fault(StrEnum):
     """What was wrong with a call itself, as opposed to what it asked for."""
 
@@ -48,6 +58,7 @@ class Fault(StrEnum):
     NOT_YOUR_VM = "not_your_vm"
     NOT_FOUND = "not_found"
     CONFLICT = "conflict"
+    GROUPS_CHANGED = "groups_changed"  # a guest named its users' groups by an older list of those that matter
     NOT_READY = "not_ready"
     OVERLOADED = "overloaded"
     INTERNAL = "internal"

@@ -7,6 +7,7 @@ never looser.
 from typing import Any
 
 NAME = r"^[A-Za-z][A-Za-z0-9._-]{0,63}$"
+ORDER_MAX = 9999
 
 _STRINGS = {"type": "array", "items": {"type": "string"}, "maxItems": 256}
 _AMOUNT = {"type": ["string", "integer"]}
@@ -73,6 +74,11 @@ PERSONA: dict[str, Any] = {
         "dependencies": _STRINGS,
         "priority": {"type": "integer", "minimum": 0, "maximum": 1000},
         "on_revoke": {"enum": ["finish", "freeze", "kill"]},
+        "home_programs": {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1, "maxLength": 1024},
+            "maxItems": 256,
+        },
     },
 }
 
@@ -105,13 +111,31 @@ POLICY: dict[str, Any] = {
             },
         },
         "persona": {"type": "string", "pattern": NAME},
+        "order": {"type": "integer", "minimum": 0, "maximum": ORDER_MAX},
+    },
+}
+
+COMMAND_SET: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["kind", "name", "commands"],
+    "properties": {
+        "kind": {"const": "CommandSet"},
+        "name": {"type": "string", "pattern": NAME},
+        "description": {"type": "string", "maxLength": 1000},
+        "commands": {
+            "type": "array",
+            "items": {"type": "string", "pattern": r"^[^!@]"},
+            "minItems": 1,
+            "maxItems": 1024,
+        },
     },
 }
 
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "Persona and Policy documents",
-    "oneOf": [PERSONA, POLICY],
+    "title": "Persona, Policy and CommandSet documents",
+    "oneOf": [PERSONA, POLICY, COMMAND_SET],
 }
 
 

@@ -1,11 +1,15 @@
 """Documents: what is read, what is refused and where, and that schema and parser agree."""
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
 import pytest
 
-from persona.documents import Persona, Policy, check_set, digest, parse_document, to_mapping
+from persona.canonical import digest, to_mapping
+from persona.documents import Persona, Policy, check_set, parse_document
 from persona.parsing import DocumentError
 from persona.schema import SCHEMA
 
@@ -122,3 +126,43 @@ def test_sets() -> None:
     assert isinstance(policy, Policy)
     assert [finding.path for _, finding in check_set([policy])] == ["persona"]
     assert [finding.path for _, finding in check_set([persona, persona])] == ["name"]
+
+
+HEALTH = {
+    "disk_free_above": "10%",
+    "memory_available_above": "1GiB",
+    "pressure_below": {"cpu": 5},
+    "load_below": 1,
+    "failed_units_below": 1,
+    "errors_below": 3,
+    "clock_skew_below": "2s",
+    "layers": ["bpf"],
+}
+ODD: list[Any] = [
+    None, True, 0, -1, 10**400, 1e308, float("inf"), float("nan"), "", "\x00", "\ud800", "x" * 100_000, "9" * 5000,
+    "9" * 5000 + "GiB", "9" * 5000 + "s", "9e999%", "1e999", "\u00b2", "\u0663", [], {}, [[]], [{}], [None], {"a": 1},
+    [1] * 300, {"below": float("nan")}, "00:00-24:00 ../x", "00:00-24:00 " + "A" * 5000, "00:00-24:00 US", "/[", "[a-",
+    "/usr/[", "**", "any:tcp/99999999999", "::/0:tcp/1-" + "9" * 5000, "a (>= " + "9" * 5000 + ")", "service:",
+    "10.0.0.0/8 via x", "10.0.0.0/99",
+]  # fmt: skip
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _paths(item, (*path, key))
+
+
+@pytest.mark.parametrize("document", [PERSONA, changed(POLICY, when={**POLICY["when"], "vm_health": HEALTH})])
+def test_nothing_in_any_field_raises_anything_but_findings(document: dict[str, Any]) -> None:
+    parse_document(document)
+    for *path, last in filter(None, _paths(document)):
+        for odd in ODD:
+            value = copy.deepcopy(document)
+            inner: Any = value
+            for key in path:
+                inner = inner[key]
+            inner[last] = odd
+            with contextlib.suppress(DocumentError):
+                parse_document(value)
