@@ -1,9 +1,11 @@
 """``persona-broker``: serve decisions, and the operator's commands (``commands``).
 
-Exit codes: 0 done, 1 refused or problems found, 2 usage, 3 the record or a file cannot be used.
+Exit codes: 0 done, 1 refused or problems found, 2 usage, 3 the database or a file cannot be used, 4 nobody said
+yes to a removal.
 """
 
 import argparse
+import io
 import os
 import sqlite3
 import stat
@@ -14,9 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from persona.problems import Fault, PersonaError
-from persona_broker import commands, usage, vm_health
+from persona.answers import refusal
+from persona.problems import Fault, PersonaError, Reason
+from persona.version import VERSION
 from persona_broker import settings as configuration
+from persona_broker.cli import documents, guests, history, load, records, sessions, tls, usage, vm_health
+from persona_broker.cli.store import store_of
 from persona_broker.settings import Settings
 
 CONFIG = "/etc/persona/broker.toml"
@@ -24,99 +29,178 @@ CONFIG = "/etc/persona/broker.toml"
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_misplaced(unknown, arguments)}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text in this locale
     try:
         settings = configuration.load(Path(arguments.config))
         if arguments.db:
             settings = replace(settings, db=arguments.db)
         return int(arguments.run(arguments, settings))
     except PersonaError as error:
-        print(f"persona-broker: {error.message}", file=sys.stderr)
-        return 1
+        return _refused(arguments, 1, error.code, error.message)
     except sqlite3.Error as error:
-        print(f"persona-broker: the record cannot be used: {error}", file=sys.stderr)
-        return 3
+        return _refused(arguments, 3, Fault.NOT_READY, f"the database cannot be used: {error}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing more
         return 0
     except OSError as error:
-        print(f"persona-broker: {error}", file=sys.stderr)
-        return 3
+        return _refused(arguments, 3, Fault.NOT_READY, str(error))
     except KeyboardInterrupt:
         return 130
 
 
+def _misplaced(unknown: list[str], arguments: argparse.Namespace) -> str:
+    """What to write where an option stands in the wrong place, or an empty string."""
+    if any(word.partition("=")[0] in ("--db", "--config") for word in unknown):
+        return " (--db and --config stand before the command: persona-broker --db FILE apply ...)"
+    if arguments.run is documents.explain:
+        return " (put '--' before the command that is asked about: explain --user USER --vm VM -- CMD ...)"
+    return ""
+
+
+def _refused(arguments: argparse.Namespace, code: int, why: str, message: str) -> int:
+    if arguments.json:
+        print(refusal(why, message))
+    else:
+        print(f"persona-broker: {message}", file=sys.stderr)
+    return code
+
+
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="machine-readable output")
+    for_programs = argparse.ArgumentParser(add_help=False)
+    for_programs.add_argument("--json", action="store_true", help="the answer as one line of JSON")
     parser = argparse.ArgumentParser(prog="persona-broker", description="decides which persona applies")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     parser.add_argument("--config", default=CONFIG, help=f"settings, TOML (default {CONFIG})")
-    parser.add_argument("--db", help="the record's file")
+    parser.add_argument("--db", help="the database's file")
     top = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., int], text: str, group: Any = top) -> argparse.ArgumentParser:
-        found: argparse.ArgumentParser = group.add_parser(name, help=text, description=text, parents=[common])
+        found: argparse.ArgumentParser = group.add_parser(name, help=text, description=text, parents=[for_programs])
         found.set_defaults(run=run)
         return found
 
-    serve = command("serve", _serve, "serve decisions and event streams until a signal comes")
-    serve.add_argument("--role", choices=["api", "events", "all"], default="all")
+    def about_change(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--message", "-m", type=usage.message, default="", metavar="TEXT", help="why, for the history"
+        )
+        parser.add_argument("--yes", "-y", action="store_true", help="remove without being asked")
+        parser.add_argument("--dry-run", action="store_true", help="only say what would change")
+
+    text = "serve decisions and event streams until a signal comes"
+    serve = top.add_parser("serve", help=text, description=text)
+    serve.set_defaults(run=_serve, json=False)
+    serve.add_argument("--role", choices=["api", "events", "all"], default="all", help="which processes (default all)")
+    goes_before = "goes before this key of the settings"
     for flag in ("bind", "events-bind", "tls-cert", "tls-key"):
-        serve.add_argument(f"--{flag}")
-    serve.add_argument("--load-source", choices=["psutil", "set"])
-    serve.add_argument("--workers", type=int)
-    serve.add_argument("--insecure-loopback", action="store_true", default=None)
-    serve.add_argument("--apply", nargs="+", type=Path, metavar="FILE", help="apply these before serving")
+        serve.add_argument(f"--{flag}", help=goes_before)
+    serve.add_argument("--load-source", choices=["psutil", "set"], help=goes_before)
+    serve.add_argument("--workers", type=int, help=goes_before)
+    serve.add_argument("--insecure-loopback", action="store_true", default=None, help=goes_before)
+    serve.add_argument("--apply", nargs="+", type=Path, metavar="FILE", help="add and change these before serving")
     serve.add_argument("--guest", help="register this guest before serving")
     serve.add_argument("--guest-token-file", type=Path, help="with the token in this file")
     serve.add_argument("--ready-fd", type=int, help="write a line there when both endpoints accept")
 
-    check = command("check", commands.check, "validate persona and policy files")
-    check.add_argument("files", nargs="+", type=Path)
-    whole = "the documents given become the whole set: what is not given is removed"
-    apply = command("apply", commands.apply, f"validate files and decide from them; {whole}")
-    apply.add_argument("files", nargs="+", type=Path)
+    paths = "persona and policy files, or folders of them"
+    check = command("check", documents.check, "validate persona and policy files, or, without any, what is applied")
+    check.add_argument("files", nargs="*", type=Path, help=paths)
+    check.add_argument("--merged", action="store_true", help="as they would be beside what is applied")
+    check.add_argument("--upgrade", action="store_true", help="list what means another thing than to version 0.1")
+    whole = "adds and changes documents, and removes none but with --prune or --all"
+    apply = command("apply", documents.apply, f"validate files and decide from them; {whole}")
+    apply.add_argument("files", nargs="*", type=Path, help=paths)
+    apply.add_argument("--prune", action="store_true", help="remove what is applied and not in FILES")
+    apply.add_argument(
+        "--all", type=Path, metavar="DIR", help="this folder is the whole set, in the order of its files"
+    )
+    place = apply.add_mutually_exclusive_group()
+    place.add_argument("--before", metavar="NAME", help="new policies without an order are asked before this one")
+    place.add_argument("--after", metavar="NAME", help="the same, after this one")
     apply.add_argument("--allow-empty", action="store_true", help="also no documents at all: everything is removed")
-    apply.add_argument("--dry-run", action="store_true", help="only say what would change")
+    apply.add_argument("--if-revision", type=usage.count, metavar="N", help="only where that is the newest revision")
+    about_change(apply)
 
-    explain = command("explain", commands.explain, "say what would be decided, and why")
-    explain.add_argument("--user", required=True)
-    explain.add_argument("--group", action="append", default=[])
-    explain.add_argument("--vm", required=True)
+    past = command("history", history.history, "who changed which documents when, the newest first")
+    past.add_argument("name", nargs="?", help="only what changed a document of this name")
+    past.add_argument("-n", type=usage.count, default=20, metavar="COUNT", help="at most so many (default 20)")
+    show = command("show", history.show, "a document as YAML")
+    show.add_argument("name", help="of a persona, a policy or a command set")
+    show.add_argument("--kind", choices=["Persona", "Policy", "CommandSet"], help="where several have that name")
+    show.add_argument("--version", type=usage.count, metavar="N", help="that one instead of the applied one")
+    export = command("export", history.export, "all documents as YAML, which 'apply --all' takes back to the same")
+    export.add_argument("--revision", type=usage.count, metavar="N", help="of that revision (default the newest)")
+    diff = command("diff", history.diff, "what differs between two revisions, field by field")
+    diff.add_argument("revision", type=usage.count, metavar="REV", help="before")
+    diff.add_argument("other", nargs="?", type=usage.count, metavar="REV", help="after (default the newest)")
+    rollback = command("rollback", history.rollback, "make the documents of a revision the applied ones, as a new one")
+    rollback.add_argument("revision", type=usage.count, metavar="REV", help="whose documents")
+    about_change(rollback)
+
+    explain = command("explain", documents.explain, "say what would be decided, and why")
+    explain.add_argument("--user", required=True, help="who asks")
+    explain.add_argument(
+        "--group", action="append", default=[], help="a group of theirs, which no broker looks up; repeatable"
+    )
+    explain.add_argument("--vm", required=True, help="where, by the name that the VM has here (guest list)")
     explain.add_argument("--load", type=usage.figures, help="cpu=80,memory=40: percent")
     explain.add_argument("--health", type=vm_health.report_of, help=vm_health.HELP)
     explain.add_argument("--at", type=usage.moment, help="time, ISO 8601 with zone (default now)")
     explain.add_argument("--files", nargs="+", type=Path, help="instead of the applied set")
-    explain.add_argument("command", nargs="+", metavar="CMD")
+    explain.add_argument("command", nargs="+", metavar="CMD", help="a command and its arguments; nothing is run")
 
-    guest = top.add_parser("guest", help="guests and their tokens").add_subparsers(required=True)
-    add = command("add", commands.guest_add, "register a guest; prints its token once", guest)
-    add.add_argument("name")
+    policies_parser = top.add_parser("policies", help="applied policies").add_subparsers(required=True)
+    command("list", documents.policies, "applied policies in the order in which they are asked", policies_parser)
+
+    sets_parser = top.add_parser("sets", help="applied command sets").add_subparsers(required=True)
+    command("list", documents.sets, "applied command sets and the personas that use them", sets_parser)
+
+    guest_parser = top.add_parser("guest", help="guests and their tokens").add_subparsers(required=True)
+    add = command("add", guests.add, "register a guest; prints its token once", guest_parser)
+    add.add_argument("name", help="the VM's name")
     add.add_argument("--token-file", type=Path, help="write the token there (0600) instead of printing it")
     add.add_argument("--renew", action="store_true", help="one that is there: its old token is refused from now on")
-    command("list", commands.guest_list, "names of all guests", guest)
-    command("remove", commands.guest_remove, "its token is refused from now on", guest).add_argument("name")
+    command("list", guests.show, "names of all guests", guest_parser)
+    remove = command("remove", guests.remove, "its token is refused from now on", guest_parser)
+    remove.add_argument("name", help="the VM's name")
 
-    load = top.add_parser("load", help="the host's load").add_subparsers(required=True)
-    command("show", commands.load_show, "the last sample", load)
-    setting = command("set", commands.load_set, "what the settable source reports (load_source = set)", load)
-    setting.add_argument("values", nargs="+", type=usage.figure, metavar="METRIC=PERCENT")
+    load_parser = top.add_parser("load", help="the host's load").add_subparsers(required=True)
+    command("show", load.show, "the last sample", load_parser)
+    setting = command("set", load.change, "what the settable source reports (load_source = set)", load_parser)
+    setting.add_argument("values", nargs="+", type=usage.figure, metavar="METRIC=PERCENT", help="like cpu=80")
 
     health = command("health", vm_health.show, "what VMs last reported of themselves")
     health.add_argument("vm", nargs="?", help="only this one")
 
-    sessions = top.add_parser("sessions", help="open sessions").add_subparsers(required=True)
-    command("list", commands.sessions, "all open sessions", sessions)
-    command("revoke", commands.revoke, "deny a session everything from now on", sessions).add_argument("id")
+    sessions_parser = top.add_parser("sessions", help="open sessions").add_subparsers(required=True)
+    command("list", sessions.show, "all open sessions", sessions_parser)
+    text = "deny a session, or all open ones of a user, everything from now on; they are told at once"
+    revoke = command("revoke", sessions.revoke, text, sessions_parser)
+    revoke.add_argument("who", metavar="USER|ID", help="a user, or the session that the list shows")
+    revoke.add_argument("--vm", help="only on this VM")
+    revoke.add_argument("--end", action="store_true", help="and end what runs in them, as on_revoke: kill does")
 
-    records = top.add_parser("records", help="what guests decided").add_subparsers(required=True)
-    tail = command("tail", commands.tail, "the newest records", records)
-    tail.add_argument("-n", type=usage.count, default=20, metavar="COUNT")
-    tail.add_argument("--follow", "-f", action="store_true")
+    records_parser = top.add_parser("records", help="what guests decided").add_subparsers(required=True)
+    newest = command(
+        "tail", records.tail, "the newest records of those that are asked for, oldest first", records_parser
+    )
+    newest.add_argument("-n", type=usage.count, default=20, metavar="COUNT", help="at most so many (default 20)")
+    newest.add_argument("--follow", "-f", action="store_true", help="go on with those to come")
+    newest.add_argument("--user", help="of this user")
+    newest.add_argument("--vm", help="of this VM")
+    newest.add_argument("--denied", action="store_true", help="only what was denied, or would be but for complain mode")
+    newest.add_argument("--reason", type=usage.reason, choices=[*Reason], metavar="CODE", help="denied for this reason")
+    newest.add_argument("--since", type=usage.since, metavar="TIME", help=usage.SINCE)
+    newest.add_argument("--program", metavar="NAME|PATH", help="the file that ran or was refused, not its argv[0]")
+    newest.add_argument("--distinct", action="store_true", help="once each, with how many: time and session aside")
 
-    tls = top.add_parser("tls", help="certificates").add_subparsers(required=True)
-    init = command("init", commands.tls_init, "make ca.pem, broker.crt and broker.key", tls)
-    init.add_argument("--dir", type=Path, default=Path("/etc/persona"))
+    tls_parser = top.add_parser("tls", help="certificates").add_subparsers(required=True)
+    init = command("init", tls.init, "make ca.pem, broker.crt and broker.key", tls_parser)
+    init.add_argument("--dir", type=Path, default=Path("/etc/persona"), help="where to (default /etc/persona)")
     init.add_argument("--host", action="append", required=True, help="name or address that guests use; repeatable")
     init.add_argument("--force", action="store_true", help="replace what is there: guests need the new ca.pem")
     init.add_argument("--user", help="who serves and so reads the key (default persona-broker, where there is one)")
@@ -124,32 +208,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
-    from persona_broker import app, server, supervisor  # flask and gunicorn: only serving pays for them
+    from persona_broker.serve import app, gunicorn_server, processes  # flask and gunicorn: only serving pays for them
 
     flags = ("bind", "events_bind", "tls_cert", "tls_key", "load_source", "workers", "insecure_loopback")
     given = {flag: getattr(arguments, flag) for flag in flags if getattr(arguments, flag) is not None}
     settings = replace(settings, **given)
     configuration.check(settings)
-    store = commands.store_of(settings)
+    store = store_of(settings)
     if arguments.apply:
-        documents = commands.documents_of(arguments.apply)
-        commands.refuse_empty(documents, arguments.apply, store)
-        store.apply(documents)
+        documents.add_files(arguments.apply, store)
     if arguments.guest:
         if arguments.guest_token_file is None:
             raise PersonaError(Fault.BAD_REQUEST, "--guest wants --guest-token-file")
         store.add_guest(arguments.guest, _token(arguments.guest_token_file))
+    store.end_strays()  # what was left by guests that are removed, or of before this was done at once
     store.close()  # SQLite connections do not survive a fork
     parts: dict[str, Callable[[], None]] = {}
     endpoints = []
     if arguments.role in ("api", "all"):
-        load = partial(app.api, settings)
+        make = partial(app.api, settings)
         endpoints.append(_endpoint(settings, settings.bind))
-        parts["api"] = partial(server.serve_api, load, endpoints[-1], settings.workers)
+        parts["api"] = partial(gunicorn_server.serve_api, make, endpoints[-1], settings.workers)
     if arguments.role in ("events", "all"):
-        load = partial(app.streams, settings)
+        make = partial(app.streams, settings)
         endpoints.append(_endpoint(settings, settings.events_bind))
-        parts["events"] = partial(server.serve_streams, load, endpoints[-1])
+        parts["events"] = partial(gunicorn_server.serve_streams, make, endpoints[-1])
 
     def announce() -> None:
         if arguments.ready_fd is not None:
@@ -158,11 +241,11 @@ def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
         else:
             print("ready", flush=True)
 
-    return supervisor.supervise(parts, lambda: all(map(supervisor.answers, endpoints)), announce)
+    return processes.supervise(parts, lambda: all(map(processes.answers, endpoints)), announce)
 
 
 def _endpoint(settings: Settings, bind: str) -> Any:
-    from persona_broker.server import Endpoint
+    from persona_broker.serve.gunicorn_server import Endpoint
 
     if bind.startswith("unix:") or settings.insecure_loopback:
         return Endpoint(bind, None, None)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from persona.decisions import Decision, Denied
 from persona.problems import Reason
-from persona_broker.state import View
+from persona_broker.view import View
 
 API_ROWS = range(64)  # one a worker, more than there can be (settings.WORKERS_MAX)
 EVENTS_ROWS = range(64, 66)
@@ -60,48 +60,84 @@ def render(view: View, lost: int) -> str:
     return "\n".join(_lines(view, lost)) + "\n"
 
 
+_PREFIX = "persona_broker_"
+# Every metric: its type and what it says, for whoever builds an alert or a chart on it.
+METRICS = {
+    "generation": ("gauge", "Number of the newest change that can change a decision."),
+    "policies": ("gauge", "Applied policies that can be read."),
+    "conditions_unmet": ("gauge", "Policies whose conditions of load or time do not hold now."),
+    "documents_unreadable": ("gauge", "Applied documents that cannot be read and grant nothing; check names them."),
+    "streams": ("gauge", "Open event streams; each running guest has one."),
+    "records_lost_total": ("counter", "Records of decisions that guests could not keep until they were sent."),
+    "load_sample_age_seconds": ("gauge", "Seconds since the load of the host was sampled."),
+    "load_percent": ("gauge", "Load of the host when it was last sampled."),
+    "health_report_age_seconds": ("gauge", "Seconds since a VM last reported its health."),
+    "vm_layer_active": ("gauge", "Whether a layer of a VM's gate is active (1) or not (0)."),
+    "vm_conditions_unmet": ("gauge", "Conditions of health that policies ask of a VM and it does not meet."),
+    "decisions_total": ("counter", "Decisions on program starts: granted, or the reason of the denial."),
+    "admissions_total": ("counter", "Logins that guests asked about: admitted or refused."),
+    "decision_seconds": ("histogram", "Time to answer one question about a program start."),
+}
+
+
 def _lines(view: View, lost: int) -> Iterator[str]:
     sums = {name: sum(_memory[index :: len(_cell)]) for name, index in _cell.items()}
-    yield from _one("generation", "gauge", view.generation)
-    yield from _one("policies", "gauge", len(view.snapshot.policies))
-    yield from _one("conditions_unmet", "gauge", len(view.outlook.unmet))
-    yield from _one("streams", "gauge", sums["streams"])
-    yield from _one("records_lost_total", "counter", lost)
+    yield from _one("generation", view.generation)
+    yield from _one("policies", len(view.snapshot.policies))
+    yield from _one("conditions_unmet", len(view.condition_state.unmet))
+    yield from _unreadable(view)
+    yield from _one("streams", sums["streams"])
+    yield from _one("records_lost_total", lost)
     if view.sample is not None:
-        yield from _one("load_sample_age_seconds", "gauge", round(time.time() - view.sample.at, 3))
-        yield "# TYPE persona_broker_load_percent gauge"
+        yield from _one("load_sample_age_seconds", round(time.time() - view.sample.at, 3))
+        yield from _head("load_percent")
         for metric, percent in view.sample.load.items():
-            yield f'persona_broker_load_percent{{metric="{metric}"}} {percent:g}'
+            yield f'{_PREFIX}load_percent{{metric="{metric}"}} {percent:g}'
     yield from _health(view)
     for name, outcomes in (("decisions_total", _OUTCOMES), ("admissions_total", _ADMISSIONS)):
-        yield f"# TYPE persona_broker_{name} counter"
+        yield from _head(name)
         for outcome in outcomes:
             if sums[outcome]:
-                yield f'persona_broker_{name}{{outcome="{outcome}"}} {sums[outcome]}'
-    yield "# TYPE persona_broker_decision_seconds histogram"
+                yield f'{_PREFIX}{name}{{outcome="{outcome}"}} {sums[outcome]}'
+    yield from _head("decision_seconds")
     total = 0
     for edge in _BUCKETS_S:
         total += sums[edge]
         label = "+Inf" if edge == float("inf") else f"{edge:g}"
-        yield f'persona_broker_decision_seconds_bucket{{le="{label}"}} {total}'
-    yield f"persona_broker_decision_seconds_sum {sums['nanoseconds'] / 1e9:.9f}"
-    yield f"persona_broker_decision_seconds_count {total}"
+        yield f'{_PREFIX}decision_seconds_bucket{{le="{label}"}} {total}'
+    yield f"{_PREFIX}decision_seconds_sum {sums['nanoseconds'] / 1e9:.9f}"
+    yield f"{_PREFIX}decision_seconds_count {total}"
+
+
+def _unreadable(view: View) -> Iterator[str]:
+    """How many applied documents cannot be read, 0 too, so that an alert can be on it; each by name in ``check``."""
+    yield from _head("documents_unreadable")
+    kinds = [item.kind if item.kind in ("Persona", "Policy") else "other" for item in view.snapshot.unreadable]
+    for kind in ("Persona", "Policy", "other"):
+        count = kinds.count(kind)
+        yield f'{_PREFIX}documents_unreadable{{kind="{kind}"}} {count}'
 
 
 def _health(view: View) -> Iterator[str]:
     """Of the VMs that report; a name of a VM has no character that a label would need to escape."""
-    yield "# TYPE persona_broker_health_report_age_seconds gauge"
+    yield from _head("health_report_age_seconds")
     for vm, reported in view.health.items():
-        yield f'persona_broker_health_report_age_seconds{{vm="{vm}"}} {time.time() - reported.at:.3f}'
-    yield "# TYPE persona_broker_vm_layer_active gauge"
+        yield f'{_PREFIX}health_report_age_seconds{{vm="{vm}"}} {time.time() - reported.at:.3f}'
+    yield from _head("vm_layer_active")
     for vm, reported in view.health.items():
         for layer, active in reported.report.layers.items():
-            yield f'persona_broker_vm_layer_active{{vm="{vm}",layer="{layer}"}} {int(active)}'
-    yield "# TYPE persona_broker_vm_conditions_unmet gauge"
-    for vm, unmet in view.outlook.unhealthy.items():
-        yield f'persona_broker_vm_conditions_unmet{{vm="{vm}"}} {len(unmet)}'
+            yield f'{_PREFIX}vm_layer_active{{vm="{vm}",layer="{layer}"}} {int(active)}'
+    yield from _head("vm_conditions_unmet")
+    for vm, unmet in view.condition_state.unhealthy.items():
+        yield f'{_PREFIX}vm_conditions_unmet{{vm="{vm}"}} {len(unmet)}'
 
 
-def _one(name: str, kind: str, value: float) -> Iterator[str]:
-    yield f"# TYPE persona_broker_{name} {kind}"
-    yield f"persona_broker_{name} {value}"
+def _one(name: str, value: float) -> Iterator[str]:
+    yield from _head(name)
+    yield f"{_PREFIX}{name} {value}"
+
+
+def _head(name: str) -> Iterator[str]:
+    kind, text = METRICS[name]
+    yield f"# HELP {_PREFIX}{name} {text}"
+    yield f"# TYPE {_PREFIX}{name} {kind}"

@@ -2,10 +2,12 @@
 
 import sqlite3
 from http import HTTPStatus
+from typing import Any
 
 from flask import Flask, Response, jsonify
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
+from persona.codec import GroupsInUse, encode_groups_in_use
 from persona.problems import Fault, PersonaError, Reason
 
 _STATUS: dict[Reason | Fault, HTTPStatus] = {
@@ -16,16 +18,26 @@ _STATUS: dict[Reason | Fault, HTTPStatus] = {
     Fault.NOT_YOUR_VM: HTTPStatus.FORBIDDEN,
     Fault.NOT_FOUND: HTTPStatus.NOT_FOUND,
     Fault.CONFLICT: HTTPStatus.CONFLICT,
+    Fault.GROUPS_CHANGED: HTTPStatus.CONFLICT,
     Fault.NOT_READY: HTTPStatus.SERVICE_UNAVAILABLE,
     Fault.OVERLOADED: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _CODE = {413: Fault.TOO_LARGE, 404: Fault.NOT_FOUND, 401: Fault.UNAUTHENTICATED, 405: Fault.BAD_REQUEST}
 
 
-def problem(status: int, code: str, detail: str) -> Response:
-    """One problem document."""
+class GroupsChanged(PersonaError):
+    """A guest chose its users' groups by another list than this one; it asks again by this one."""
+
+    def __init__(self, groups: GroupsInUse, generation: int) -> None:
+        super().__init__(Fault.GROUPS_CHANGED, "policies name other groups by now; ask again by this list")
+        self.groups = groups
+        self.generation = generation
+
+
+def problem(status: int, code: str, detail: str, **more: Any) -> Response:
+    """One problem document; ``more`` are members of its own (RFC 9457, 3.2)."""
     response = jsonify(
-        type="about:blank", title=HTTPStatus(status).phrase, status=status, code=str(code), detail=detail
+        type="about:blank", title=HTTPStatus(status).phrase, status=status, code=str(code), detail=detail, **more
     )
     response.status_code = status
     response.content_type = "application/problem+json"
@@ -37,13 +49,16 @@ def register(app: Flask) -> None:
 
     def ours(error: PersonaError) -> Response:
         status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
-        response = problem(status, error.code, error.message)
+        more: dict[str, Any] = {}
+        if isinstance(error, GroupsChanged):
+            more = {"groups_in_use": encode_groups_in_use(error.groups), "generation": error.generation}
+        response = problem(status, error.code, error.message, **more)
         if error.code is Fault.UNAUTHENTICATED:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response
 
     def record(error: sqlite3.Error) -> Response:
-        app.logger.error("the record cannot be used: %s", error)
+        app.logger.error("the database cannot be used: %s", error)
         return problem(503, Fault.NOT_READY, "the broker's record cannot be used; its log says why")
 
     def http(error: HTTPException) -> Response:

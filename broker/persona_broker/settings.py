@@ -1,6 +1,7 @@
 """The broker's settings: flags over broker.toml over these defaults, each with its reason."""
 
 import ipaddress
+import os
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
@@ -10,6 +11,7 @@ from typing import Any
 from persona.problems import Fault, PersonaError
 
 WORKERS_MAX = 32
+_UNIX_PATH_MAX = 107  # bytes: unix(7), the kernel takes no longer one
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,11 @@ def check(settings: Settings) -> None:
         raise PersonaError(Fault.BAD_DOCUMENT, f"workers: expected 1 to {WORKERS_MAX}")
     for key, bind in (("bind", settings.bind), ("events_bind", settings.events_bind)):
         if bind.startswith("unix:/"):
+            if len(os.fsencode(bind.removeprefix("unix:"))) > _UNIX_PATH_MAX:
+                raise PersonaError(Fault.BAD_DOCUMENT, f"{key}: {bind!r}: longer than {_UNIX_PATH_MAX} bytes")
             continue
         host, _, port = bind.rpartition(":")
-        if not re.fullmatch(r"[0-9A-Za-z.-]*|\[[0-9A-Fa-f:.]+\]", host) or not re.fullmatch(r"\d{1,5}", port):
+        if not re.fullmatch(r"[0-9A-Za-z.-]*|\[[0-9A-Fa-f:.]+\]", host) or not re.fullmatch(r"[0-9]{1,5}", port):
             raise PersonaError(Fault.BAD_DOCUMENT, f"{key}: {bind!r}: expected HOST:PORT or unix:/PATH")
         if settings.insecure_loopback and not _is_loopback(host.strip("[]")):
             raise PersonaError(Fault.BAD_DOCUMENT, f"{key}: {bind!r}: without TLS only loopback is served")

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_broker.condition_watcher import Watcher
 from persona_broker.host.load import SetSource
-from persona_broker.policy.health import Reported, Ward, bounds_of, past_bounds
-from persona_broker.policy.outlook import World, look
-from persona_broker.state import State
+from persona_broker.policy.conditions import ConditionInputs, look
+from persona_broker.policy.vm_health import HealthJudge, Reported, bounds_of, past_bounds
 from persona_broker.store.health import EVERY_S, Reports, put_report
 from persona_broker.store.sqlite import Store
-from persona_broker.watcher import Watcher
+from persona_broker.view import State
 
 from persona.decisions import Denied, Granted
 from persona.documents import parse_document
 from persona.health import Bound, Report, Space, encode_report
 from persona.problems import PersonaError, Reason
 from tests.broker.conftest import TOKEN, Broker
-from tests.broker.test_engine import ask, persona, policy, snapshot
+from tests.broker.test_snapshot import ask, persona, policy, snapshot
 
 GOOD = Report(
     disks={"/": Space(100, 50), "/srv": Space(100, 40)},
@@ -38,9 +38,9 @@ GOOD = Report(
 def decided(report: Report | None, age: float = 0, vm: str = "vm-1", **asked: Any) -> Granted | Denied:
     found = snapshot(persona("A", "ls"), policy("a", "A", when={"vm_health": asked}, vms=["vm-*"]))
     reports = {} if report is None else {"vm-1": Reported(1000 - age, report, frozenset())}
-    unhealthy = Ward(45).look(found.vm_conditions, reports, 1000)
-    outlook = look(found.conditions, World(None, frozenset(), 1000, 15), 1, unhealthy)
-    return found.decide(ask("ls", vm=vm), outlook)
+    unhealthy = HealthJudge(45).look(found.vm_conditions, reports, 1000)
+    condition_state = look(found.conditions, ConditionInputs(None, frozenset(), 1000, 15), 1, unhealthy)
+    return found.decide(ask("ls", vm=vm), condition_state)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_it_does_not_flap() -> None:
 
 def test_of_many_vms_only_what_changed_is_judged_again() -> None:
     found = snapshot(persona("A", "ls"), policy("a", "A", when={"vm_health": WHOLE}, vms=["vm-*"]))
-    ward = Ward(45)
+    ward = HealthJudge(45)
     reports = {name: Reported(1000, GOOD, frozenset()) for name in ("vm-1", "vm-2", "other")}
     first = ward.look(found.vm_conditions, reports, 1000)
     reports["vm-2"] = Reported(1001, replace(GOOD, errors=9), frozenset())
@@ -117,7 +117,7 @@ def test_of_many_vms_only_what_changed_is_judged_again() -> None:
     assert second["vm-2"] and not first["vm-2"]
 
 
-# --- the record, the watcher and the workers ---------------------------------------------------------
+# --- the database, the watcher and the workers ---------------------------------------------------------
 
 
 def site(path: Path, **asked: Any) -> Store:
@@ -158,6 +158,7 @@ def test_a_report_of_another_version_is_none(tmp_path: Path) -> None:
     with store.writing() as db:
         db.execute("""UPDATE health SET report = '{"mood": "fine"}'""")
     assert Reports(store).look(["vm-1"]) == {}
+    store.close()
 
 
 def test_crossings_raise_the_generation_and_only_they(tmp_path: Path) -> None:
@@ -181,12 +182,12 @@ def test_a_report_grows_old(tmp_path: Path) -> None:
     put_report(writer, "vm-1", GOOD, (), time.time())
     watcher.look()
     before, view = watcher.generation, state.current()
-    assert isinstance(view.snapshot.decide(ask("ls"), view.outlook), Granted)
+    assert isinstance(view.snapshot.decide(ask("ls"), view.condition_state), Granted)
     time.sleep(2.1)
     watcher.look()
     assert watcher.generation == before + 1
     view = state.current(watcher.generation)
-    assert isinstance(view.snapshot.decide(ask("ls"), view.outlook), Denied)
+    assert isinstance(view.snapshot.decide(ask("ls"), view.condition_state), Denied)
 
 
 # --- over HTTP --------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def asking(broker: Broker, tmp_path: Path) -> None:
     """The broker asks health of the VM."""
     documents = json.dumps(persona("A", "ls")), json.dumps(policy("a", "A", when={"vm_health": {"errors_below": 30}}))
     (tmp_path / "x.yaml").write_text("\n---\n".join(documents))
-    assert broker.run("apply", str(tmp_path / "x.yaml")).returncode == 0
+    assert broker.run("apply", "--prune", "--yes", str(tmp_path / "x.yaml")).returncode == 0
 
 
 @pytest.mark.usefixtures("asking")
@@ -213,7 +214,7 @@ def test_a_report_changes_decisions(broker: Broker, ask: Callable[..., tuple[int
     assert broker.call("POST", "/v1/health", encode_report(replace(GOOD, errors=50)))[0] == 204
     deadline = time.monotonic() + 5
     while (refused := ask("ls", explain=True)[1])["decision"] == "granted" and time.monotonic() < deadline:
-        time.sleep(0.01)  # a worker looks every 2 ms whether the record has moved on
+        time.sleep(0.01)  # a worker looks every 2 ms whether the database has moved on
     assert refused["reason"] == "vm_unhealthy"
     assert "50 errors a minute" in refused["help"]
     shown = broker.run("health", "analytics-1")
@@ -230,7 +231,7 @@ def test_a_report_changes_decisions(broker: Broker, ask: Callable[..., tuple[int
 
 def test_who_is_no_guest_reports_nothing(broker: Broker) -> None:
     assert broker.call("POST", "/v1/health", encode_report(GOOD), token="no" + TOKEN)[0] == 401
-    for body in (b"x", {}, {**encode_report(GOOD), "vm": "another"}, {**encode_report(GOOD), "errors": "no"}):
+    for body in (b"x", {}, {**encode_report(GOOD), "errors": "no"}):
         assert broker.call("POST", "/v1/health", body)[0] == 400
 
 

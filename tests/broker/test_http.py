@@ -1,13 +1,19 @@
 """The HTTP interface of a real broker: what it answers, and to whom, whatever is thrown at it."""
 
 import json
+import re
 import select
+import sqlite3
 import subprocess
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
-from tests.broker.conftest import ROOT, TOKEN, VM, Broker, environment
+from persona_broker import metrics
+
+from persona import wire
+from tests.broker.conftest import ROOT, TOKEN, VM, Broker, UnixHttp, environment
 
 Ask = Callable[..., tuple[int, Any]]
 
@@ -127,7 +133,7 @@ def test_records(broker: Broker) -> None:
     }  # fmt: skip
     assert broker.call("POST", "/v1/records", {"records": [record], "lost": 3})[0] == 204
     shown = [json.loads(line) for line in broker.run("records", "tail", "--json").stdout.splitlines()]
-    assert shown[-1] == {"guest": VM, **record}
+    assert shown[-1] == {"vm": VM, **record, "at": "1970-01-01T00:00:01.500Z"}
     assert broker.run("records", "tail", "-n", "0").stdout == ""
     following = subprocess.Popen(
         broker.argv("records", "tail", "-n", "0", "-f", "--json"), env=environment(), text=True, stdout=subprocess.PIPE
@@ -138,13 +144,50 @@ def test_records(broker: Broker) -> None:
             broker.call("POST", "/v1/records", {"records": [{**record, "at": 2.5}], "lost": 0})
             if select.select([following.stdout], [], [], 0.5)[0]:
                 break
-        assert json.loads(following.stdout.readline())["at"] == 2.5  # and nothing that was there before
+        assert json.loads(following.stdout.readline())["at"].endswith("02.500Z")  # and nothing that was there before
     finally:
         following.kill()
         following.communicate()
     assert b"persona_broker_records_lost_total 3" in broker.call("GET", "/metrics")[1]
-    assert broker.call("POST", "/v1/records", {"records": [{}], "lost": 0})[0] == 400
+    assert broker.call("POST", "/v1/records", {"records": {}, "lost": 0})[0] == 400
     assert broker.call("POST", "/v1/records", {"records": [record] * 501, "lost": 0})[0] == 400
+
+
+def test_a_record_that_is_none_keeps_no_other_from_being_kept(broker: Broker) -> None:
+    def lost() -> int:
+        return int(broker.call("GET", "/metrics")[1].split(b"\npersona_broker_records_lost_total ")[1].split()[0])
+
+    record = {
+        "at": 7.5, "session": "s", "user": "alice", "program": "/usr/bin/ls", "argv": ["ls"], "decision": "granted",
+        "reason": "of_tomorrow", "persona": None, "persona_version": None, "policy": None, "event": "lunar",
+        "leased": False, "complain": False, "moon": {"phase": "new"},
+    }  # fmt: skip
+    before = lost()
+    sent = {"records": [record, {**record, "at": "soon"}, 7, record], "lost": 0}
+    status, answer = broker.call("POST", "/v1/records", sent)
+    assert status == 200
+    assert [refused["index"] for refused in answer["refused"]] == [1, 2]
+    assert "at: expected a number" in answer["refused"][0]["detail"]
+    assert lost() == before  # the guest tells of them with the next ones
+    assert broker.call("POST", "/v1/records", sent, speaks=None) == (204, b"")
+    assert lost() == before + 2
+    shown = [json.loads(line) for line in broker.run("records", "tail", "--json").stdout.splitlines()]
+    assert shown[-4:] == [{"vm": VM, **record, "at": "1970-01-01T00:00:07.500Z"}] * 4
+
+
+def test_every_answer_names_the_version_of_the_protocol(broker: Broker) -> None:
+    for path, status in (("/healthz", 200), ("/nowhere", 404), ("/v1/personas", 401)):
+        connection = UnixHttp(broker.api)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        assert (response.status, response.headers["Persona-Wire"]) == (status, str(wire.CURRENT))
+        connection.close()
+    for wrong in ("", "two", "0"):
+        headers = {"Authorization": f"Bearer {TOKEN}", "Persona-Wire": wrong}
+        connection = UnixHttp(broker.api)
+        connection.request("GET", "/v1/personas", headers=headers)
+        assert connection.getresponse().status == 400
+        connection.close()
 
 
 def test_a_revoked_session_is_denied_everything_and_hears_of_it(broker: Broker, ask: Ask) -> None:
@@ -166,6 +209,51 @@ def test_a_revoked_session_is_denied_everything_and_hears_of_it(broker: Broker, 
     assert broker.run("sessions", "revoke", "s-1").returncode == 1
 
 
+def test_a_user_is_revoked_on_all_vms_and_the_guest_hears_who_is_to_end(broker: Broker) -> None:
+    def opened(ident: str, user: str) -> None:
+        session = {"session": ident, "subject": {"user": user, "groups": [], "vm": VM}, "service": "sshd", "remote": ""}
+        assert broker.call("POST", "/v1/sessions", session)[0] == 201
+
+    def current() -> dict[str, Any]:
+        status, answer = broker.call("POST", "/v1/sessions/current", {"sessions": ["s-1", "s-2"]})
+        assert status == 200
+        return dict(answer["sessions"])
+
+    for ident in ("s-1", "s-2"):
+        opened(ident, "alice")
+    done = broker.run("sessions", "revoke", "alice", "--vm", "elsewhere")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "none of such a user on elsewhere" in done.stderr
+    done = broker.run("sessions", "revoke", "s-1")
+    assert done.stdout.splitlines()[0].endswith("  revoked")
+    assert current()["s-1"] == {"revoked": True, "personas": [], "others": []}  # just as guests of 0.1.0 know it
+    assert not current()["s-2"]["revoked"]
+    done = broker.run("sessions", "revoke", "alice", "--end", "--json")
+    assert [session["id"] for session in json.loads(done.stdout)["items"]] == ["s-1", "s-2"]
+    assert current() == {
+        ident: {"revoked": True, "personas": [], "others": [], "end": True} for ident in ("s-1", "s-2")
+    }
+    assert broker.run("sessions", "list").stdout.count("  ending\n") == 2
+    assert broker.call("DELETE", "/v1/sessions/s-1")[0] == 204
+    assert broker.call("DELETE", "/v1/sessions/s-2")[0] == 204
+
+
+def test_a_guest_says_which_sessions_it_has(broker: Broker) -> None:
+    subject = {"user": "alice", "groups": [], "vm": VM}
+    for ident in ("s-old", "s-kept", "s-new"):
+        opened = {"session": ident, "subject": subject, "service": "sshd", "remote": ""}
+        assert broker.call("POST", "/v1/sessions", opened)[0] == 201
+    with closing(sqlite3.connect(broker.directory / "db", isolation_level=None)) as record:
+        record.execute("UPDATE sessions SET opened_at = opened_at - 100 WHERE id != 's-new'")
+    assert broker.call("POST", "/v1/sessions/open", {"sessions": ["s-kept"]}) == (204, b"")
+    shown = broker.run("sessions", "list").stdout
+    assert [ident in shown for ident in ("s-old", "s-kept", "s-new")] == [False, True, True]
+    assert broker.call("POST", "/v1/sessions/open", {"sessions": ["x"] * 4097})[0] == 400
+    assert broker.call("POST", "/v1/sessions/open", {"sessions": "x"})[0] == 400
+    for ident in ("s-kept", "s-new"):
+        assert broker.call("DELETE", f"/v1/sessions/{ident}")[0] == 204
+
+
 def test_numbers_are_of_all_workers(broker: Broker, ask: Ask) -> None:
     def counted() -> int:
         text = broker.call("GET", "/metrics")[1].decode()
@@ -179,3 +267,24 @@ def test_numbers_are_of_all_workers(broker: Broker, ask: Ask) -> None:
     text = broker.call("GET", "/metrics")[1].decode()
     for line in ('load_percent{metric="cpu"} ', "streams ", 'decision_seconds_bucket{le="+Inf"} ', "generation "):
         assert f"persona_broker_{line}" in text
+
+
+def test_every_metric_says_what_it_is(broker: Broker) -> None:
+    report = {
+        "disks": {}, "memory": None, "pressure": {}, "load": None, "failed_units": None, "errors": None,
+        "clock_skew_s": None, "layers": {"seccomp": True},
+    }  # fmt: skip
+    assert broker.call("POST", "/v1/health", report)[0] == 204
+    described: dict[str, list[str]] = {}
+    for line in broker.call("GET", "/metrics")[1].decode().splitlines():
+        if line.startswith("# "):
+            _, word, name, text = line.split(" ", 3)
+            described.setdefault(name, []).append(word)
+            assert text
+        else:
+            name = re.split("[{ ]", line)[0]
+            family = name if name in described else re.sub("_(bucket|sum|count)$", "", name)
+            assert described[family] == ["HELP", "TYPE"]  # once each, before the first number
+    assert described.keys() == {f"persona_broker_{name}" for name in metrics.METRICS}
+    documented = (ROOT / "docs" / "broker.md").read_text()
+    assert [name for name in metrics.METRICS if f"`{name}`" not in documented] == []

@@ -15,6 +15,8 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
+from persona_broker.serve import processes
+from persona_broker.serve.gunicorn_server import Endpoint
 
 from tests.broker.conftest import VM, Broker, environment
 
@@ -136,6 +138,7 @@ def test_over_tls_and_only_over_tls(tmp_path: Path) -> None:
         ("nowhere", "expected HOST:PORT"),
         ("::1:80", "expected HOST:PORT"),
         ("unix:relative", "expected HOST:PORT"),
+        ("unix:/" + "x" * 107, "longer than 107 bytes"),
         ("127.0.0.1:123456", "expected HOST:PORT"),
     ],
 )
@@ -143,6 +146,34 @@ def test_plain_http_is_for_the_loopback_only(tmp_path: Path, bind: str, why: str
     done = Broker(tmp_path).run("serve", "--bind", bind, "--events-bind", "127.0.0.1:2", "--insecure-loopback")
     assert done.returncode == 1
     assert why in done.stderr
+
+
+def test_readiness_is_asked_of_a_host_and_not_of_a_path(tmp_path: Path) -> None:
+    """Werkzeug 3.1.7 refuses a path as ``Host``, others one of over 63 characters: it never got ready."""
+    path = tmp_path / ("x" * (90 - len(str(tmp_path))))
+    asked: list[bytes] = []
+
+    def serve(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            asked.append(connection.recv(4096))
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        assert processes.answers(Endpoint(f"unix:{path}", None, None))
+        thread.join()
+    assert b"\r\nHost: localhost\r\n" in asked[0]
+
+
+def test_a_socket_with_a_long_path(tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * (90 - len(str(tmp_path))))
+    deep.mkdir()
+    with running(deep) as (broker, _):
+        assert broker.call("GET", "/readyz")[0] == 200
 
 
 def test_without_a_certificate_it_says_how_to_make_one(tmp_path: Path) -> None:
@@ -207,3 +238,16 @@ def serves(pid: int, broker: Broker) -> bool:
     inodes = {line.split()[6] for line in names if line.endswith(str(broker.events))}
     held = {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()}
     return any(f"socket:[{inode}]" in held for inode in inodes)
+
+
+def test_it_listens_where_it_was_told_to_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # gunicorn has a place of its own below it
+    (tmp_path / "home").mkdir()
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    with running(tmp_path) as (broker, _):
+        broker.call("GET", "/readyz")
+        rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+        accepting = "00010000"  # of the flags: it listens
+        listening = {row[7] for row in rows if len(row) > 7 and row[3] == accepting and str(tmp_path) in row[7]}
+        assert listening == {str(broker.api), str(broker.events)}
+    assert list((tmp_path / "home").iterdir()) == []

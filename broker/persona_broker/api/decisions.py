@@ -1,44 +1,50 @@
 """Decisions, admissions, sessions and records: what guests ask and tell."""
 
 import json
+import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
-from persona import codec
-from persona.decisions import Decision, Denied, Lease, Width
-from persona.documents import to_mapping
+from persona import codec, wire
+from persona.canonical import to_mapping
+from persona.decisions import Decision, Denied, Lease, Subject, Width
 from persona.problems import Fault, PersonaError, Reason
+from persona.sets import by_set
 from persona_broker import metrics
-from persona_broker.api.guests import body, guest, own, state, store
-from persona_broker.policy.engine import Entry
-from persona_broker.state import View
-from persona_broker.store.sqlite import SessionRow
+from persona_broker.api.guests import body, chosen_by, guest, own, state, store, wire_version
+from persona_broker.policy.snapshot import Entry
+from persona_broker.store.sqlite import SESSIONS_KEPT, SessionRow
+from persona_broker.view import View
+
+log = logging.getLogger("persona.api")
 
 blueprint = Blueprint("decisions", __name__)
 
 
 @blueprint.post("/v1/decisions")
 def decide() -> Response:
-    """One program start."""
+    """Decides whether one program may start, and under which persona."""
     started = time.perf_counter()
-    name = guest()
-    value = codec.mapping(body(), "", ("request",), ("min_generation", "explain"))
+    name, version = guest(), wire_version()
+    value = codec.mapping(body(), "", ("request",), ("min_generation", "explain", "groups_in_use"))
     request = codec.decode_request(value["request"])
     explain = codec.boolean(value.get("explain", False), "explain")
     own(request.subject.vm, name)
     view = _current(value)
+    chosen_by(value, view, name)
     decision: Decision
     if request.session in view.revoked:
         help_ = "an operator revoked this session"
         decision = Denied(Reason.SESSION_REVOKED, help=help_, lease=_RETRY, generation=view.generation)
     else:
-        decision = view.snapshot.decide(request, view.outlook)
+        decision = view.snapshot.for_wire(version).decide(request, view.condition_state)
     if not explain:  # a question, not a program start
         metrics.decided(decision, time.perf_counter() - started)
-    return Response(json.dumps(codec.encode_decision(decision)), content_type="application/json")
+    return Response(json.dumps(codec.encode_decision(decision, version)), content_type="application/json")
 
 
 _RETRY = Lease(30.0, Width.ARGV)
@@ -55,25 +61,29 @@ def _current(value: Mapping[str, Any]) -> View:
 
 @blueprint.post("/v1/admissions")
 def admit() -> Response:
-    """May this user log in?"""
+    """Says whether a user may log in; opens nothing."""
     return _admission(opening=False)
 
 
 @blueprint.post("/v1/sessions")
 def open_session() -> Response:
-    """The same, and the session exists from now on."""
+    """Says whether a user may log in; where they may, their session exists from now on."""
     return _admission(opening=True)
 
 
+_OPTIONAL = ("min_generation", "groups_in_use")
+
+
 def _admission(*, opening: bool) -> Response:
-    name = guest()
-    value = codec.mapping(body(), "", ("session", "subject", "service", "remote"), ("min_generation",))
+    name, version = guest(), wire_version()
+    value = codec.mapping(body(), "", ("session", "subject", "service", "remote"), _OPTIONAL)
     subject = codec.decode_subject(value["subject"])
     ident = codec.string(value["session"], "session", 64)
     service, remote = (codec.string(value[field], field) for field in ("service", "remote"))
     own(subject.vm, name)
     view = _current(value)
-    admission = view.snapshot.admit(subject, view.outlook)
+    chosen_by(value, view, name)
+    admission = view.snapshot.for_wire(version).admit(subject, view.condition_state)
     metrics.admitted(admission.admitted)
     if not admission.admitted:
         denied = Denied(
@@ -81,7 +91,7 @@ def _admission(*, opening: bool) -> Response:
             help=f"no policy names {subject.user} on {subject.vm}; ask its operator for one",
             generation=view.generation,
         )
-        return jsonify(admitted=False, denied=codec.encode_decision(denied))
+        return jsonify(admitted=False, denied=codec.encode_decision(denied, version))
     if opening:
         row = SessionRow(ident, name, subject, service, remote, time.time(), revoked=False)
         if not store().open_session(row):
@@ -99,9 +109,22 @@ def _admission(*, opening: bool) -> Response:
     return answer
 
 
+@blueprint.post("/v1/sessions/open")
+def open_sessions() -> tuple[str, int]:
+    """Takes the list of all sessions that a guest has: its others, of which it could not say so, are over."""
+    name = guest()
+    value = codec.mapping(body(), "", ("sessions",))
+    alive = codec.strings(value["sessions"], "sessions", SESSIONS_KEPT, 64)
+    store().end_all_but(name, alive, time.time() - _OPENING_S)
+    return "", 204
+
+
+_OPENING_S = 60.0  # one that is younger may have been opened after the guest made its list
+
+
 @blueprint.delete("/v1/sessions/<ident>")
 def end_session(ident: str) -> tuple[str, int]:
-    """A session is over."""
+    """Takes note that a session is over."""
     if not store().end_session(ident, guest()):
         raise PersonaError(Fault.NOT_FOUND, "no such session of this guest")
     return "", 204
@@ -109,38 +132,71 @@ def end_session(ident: str) -> tuple[str, int]:
 
 @blueprint.get("/v1/sessions/<ident>/personas")
 def entries(ident: str) -> Response:
-    """Everything that the user of a session can get, in policy order."""
-    name, view = guest(), state().current()
+    """Lists all policies for the user of a session, with their personas; by the groups named when it opened."""
+    return _entries(_session(ident, guest()).subject, state().current())
+
+
+@blueprint.post("/v1/sessions/<ident>/personas")
+def entries_by_groups(ident: str) -> Response:
+    """Lists all policies for the user of a session, by the groups that the guest names now.
+
+    Since the session opened policies may name others.
+    """
+    name = guest()
+    value = codec.mapping(body(), "", ("groups",), _OPTIONAL)
+    groups = codec.groups(value["groups"], "groups")
+    view = _current(value)
+    chosen_by(value, view, name)
+    return _entries(replace(_session(ident, name).subject, groups=groups), view)
+
+
+def _session(ident: str, guest: str) -> SessionRow:
     session = store().session(ident)
-    if session is None or session.guest != name:
+    if session is None or session.guest != guest:
         raise PersonaError(Fault.NOT_FOUND, "no such session of this guest")
-    found = view.snapshot.entries(session.subject, view.outlook)
-    return jsonify(generation=view.generation, entries=[_entry(entry) for entry in found])
+    return session
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
-    reason = entry.unmet.reason if entry.unmet else None
-    if entry.versioned is None:
-        reason = Reason.INVALID_PERSONA
+def _entries(subject: Subject, view: View) -> Response:
+    version = wire_version()
+    found = view.snapshot.for_wire(version).entries(subject, view.condition_state)
+    return jsonify(generation=view.generation, entries=[_entry(entry, version) for entry in found])
+
+
+def _entry(entry: Entry, version: int) -> dict[str, Any]:
+    wrong = entry.flaw or entry.unmet
+    sets = {"sets": by_set(entry.versioned.persona) if entry.versioned else {}} if version > wire.FIRST else {}
     return {
         "policy": entry.policy.name,
         "commands": [pattern.text for pattern in entry.policy.commands.patterns],
-        "persona": to_mapping(entry.versioned.persona) if entry.versioned else None,
+        "persona": wire.persona_for(to_mapping(entry.versioned.persona), version) if entry.versioned else None,
         "version": entry.versioned.version if entry.versioned else None,
-        "holds": reason is None,
-        "reason": reason,
-        "detail": entry.unmet.detail if entry.unmet else "",
+        "holds": entry.holds,
+        "reason": wire.reason_for(wrong.reason, version) if wrong else None,
+        "detail": wrong.detail if wrong else "",
+        **sets,  # 0.1.0 would refuse the whole answer
     }
 
 
 @blueprint.post("/v1/records")
-def records() -> tuple[str, int]:
-    """What a guest decided and saw."""
-    name = guest()
+def records() -> Response:
+    """Keeps the records of what a guest decided and saw.  One that cannot be read keeps no other from being kept."""
+    name, version = guest(), wire_version()
     value = codec.mapping(body(), "", ("records", "lost"))
     items = value["records"]
     if not isinstance(items, list) or len(items) > codec.MAX_RECORDS:
         raise PersonaError(Fault.BAD_REQUEST, f"records: expected a list of at most {codec.MAX_RECORDS}")
-    parsed = [codec.decode_record(item, f"records[{index}]") for index, item in enumerate(items)]
-    store().add_records(name, parsed, codec.integer(value["lost"], "lost"))
-    return "", 204
+    lost = codec.integer(value["lost"], "lost")
+    parsed, refused = [], []
+    for index, item in enumerate(items):
+        try:
+            parsed.append(codec.decode_record(item, f"records[{index}]"))
+        except codec.CodecError as error:
+            refused.append({"index": index, "detail": error.message})
+    if refused:
+        first = refused[0]["detail"]
+        log.error("guest %s: %d of %d records are none and count as lost: %s", name, len(refused), len(items), first)
+    answers = version > wire.FIRST  # 0.1.0 takes anything but 204 for the refusal of all
+    # who is told counts it, and says so with the next records
+    store().add_records(name, parsed, lost if answers else lost + len(refused))
+    return jsonify(refused=refused) if refused and answers else Response(status=204)

@@ -11,9 +11,9 @@ from flask import Blueprint, Response, current_app, request
 from persona.problems import Fault, PersonaError
 from persona_broker import metrics
 from persona_broker.api.guests import guest
-from persona_broker.state import State
-from persona_broker.watcher import Watcher
-from persona_broker.workers import let_last
+from persona_broker.condition_watcher import Watcher
+from persona_broker.lasting import let_last
+from persona_broker.view import State
 
 log = logging.getLogger("persona.events")
 
@@ -76,7 +76,7 @@ class Streams:
         try:
             return guest in self._state.current().guests.values()
         except sqlite3.Error as error:
-            log.error("a stream ends, the record cannot be used: %s", error)
+            log.error("a stream ends, the database cannot be used: %s", error)
             return False
 
     def _count(self) -> int:
@@ -85,7 +85,7 @@ class Streams:
 
 @blueprint.get("/v1/events")
 def events() -> Response:
-    """The caller's stream."""
+    """Streams a line to the calling guest whenever something changed, and every few seconds."""
     name = guest()
     streams: Streams = current_app.extensions["streams"]
     let_last(request.environ["gunicorn.socket"])

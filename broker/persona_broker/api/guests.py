@@ -1,14 +1,17 @@
 """Who calls: every request bears a guest's token, and a guest may ask only about itself."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from flask import current_app, request
 
+from persona import codec, wire
 from persona.codec import MAX_BODY
 from persona.problems import Fault, PersonaError
-from persona_broker.state import State
+from persona_broker.problems import GroupsChanged
 from persona_broker.store.sqlite import Store, hash_token
+from persona_broker.view import State, View
 
 
 def state() -> State:
@@ -18,7 +21,7 @@ def state() -> State:
 
 
 def store() -> Store:
-    """The record, to look things up and to write; whoever writes may have to wait."""
+    """The database, to look things up and to write; whoever writes may have to wait."""
     found: Store = current_app.extensions["store"]
     return found
 
@@ -32,10 +35,26 @@ def guest() -> str:
     return name
 
 
+def wire_version() -> int:
+    """The newest version of the protocol that both the caller and this broker know.  Raises ``PersonaError``."""
+    return wire.common(request.environ.get("HTTP_PERSONA_WIRE"))
+
+
 def own(vm: str, caller: str) -> None:
     """Raises ``PersonaError`` (not_your_vm) where a guest speaks of another."""
     if vm != caller:
         raise PersonaError(Fault.NOT_YOUR_VM, f"{caller} may ask only about itself, not about {vm[:64]!r}")
+
+
+def chosen_by(value: Mapping[str, Any], view: View, vm: str) -> None:
+    """Raises ``GroupsChanged`` where a guest chose its users' groups by a list that is not the view's.
+
+    Without ``groups_in_use`` the groups that a guest names are all that there are.
+    """
+    if "groups_in_use" in value:
+        groups = view.snapshot.groups_in_use(vm)
+        if codec.tag(value["groups_in_use"], "groups_in_use") != groups.tag:
+            raise GroupsChanged(groups, view.generation)
 
 
 def body() -> Any:

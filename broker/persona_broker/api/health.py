@@ -1,34 +1,21 @@
-"""For monitors: alive, ready, and the numbers.  No token needed, nothing secret said."""
+"""What guests report of their own health, and of nobody else's: the token says whose it is."""
 
-import sqlite3
+import time
 
-from flask import Blueprint, Response, jsonify
+from flask import Blueprint
 
-from persona.problems import Fault, PersonaError
-from persona_broker import metrics
-from persona_broker.api.guests import state, store
+from persona.health import decode_report
+from persona_broker.api.guests import body, guest, state, store
+from persona_broker.policy.vm_health import bounds_of
+from persona_broker.store.health import put_report
 
-blueprint = Blueprint("health", __name__)
-
-
-@blueprint.get("/healthz")
-def healthz() -> Response:
-    """The process answers."""
-    return jsonify(status="ok")
+blueprint = Blueprint("reports", __name__)
 
 
-@blueprint.get("/readyz")
-def readyz() -> Response:
-    """Decisions can be made: the record can be read."""
-    try:
-        view = state().current()
-    except sqlite3.Error as error:
-        raise PersonaError(Fault.NOT_READY, f"the record cannot be read: {error}") from None
-    return jsonify(status="ready", generation=view.generation, policies=len(view.snapshot.policies))
-
-
-@blueprint.get("/metrics")
-def numbers() -> Response:
-    """Prometheus text, of all workers of this broker whichever answers."""
-    view = state().current()
-    return Response(metrics.render(view, store().records_lost()), content_type="text/plain; version=0.0.4")
+@blueprint.post("/v1/health")
+def health() -> tuple[str, int]:
+    """Keeps the calling guest's report of its own health, as of now by the broker's clock."""
+    name = guest()
+    report = decode_report(body())
+    put_report(store(), name, report, bounds_of(state().current().snapshot.vm_conditions), time.time())
+    return "", 204

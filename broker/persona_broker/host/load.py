@@ -11,7 +11,7 @@ class LoadSource(Protocol):
     """Percent by metric (cpu, memory, network); a metric that cannot be told is left out."""
 
     name: str
-    immediate: bool  # told rather than measured: worth reading at every change of the record
+    immediate: bool  # told rather than measured: worth reading at every change of the database
 
     def read(self) -> Mapping[str, float]:
         """The load now."""

@@ -1,1 +1,1 @@
-"""The record: documents and their versions, guests, sessions, decisions."""
+"""The database: documents and their versions, guests, sessions, decisions."""

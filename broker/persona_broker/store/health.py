@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from persona.health import Bound, Report, decode_report, encode_report
 from persona.problems import Fault, PersonaError
-from persona_broker.policy.health import Reported, past_bounds
+from persona_broker.policy.vm_health import Reported, past_bounds
 from persona_broker.store.sqlite import Store
 
 log = logging.getLogger("persona.record")
@@ -24,11 +24,20 @@ def put_report(store: Store, guest: str, report: Report, bounds: Iterable[Bound]
         row = db.execute("SELECT at, past FROM health WHERE guest = ?", (guest,)).fetchone()
         if row is not None and 0 <= now - row[0] < EVERY_S:
             raise PersonaError(Fault.OVERLOADED, f"at most one report every {EVERY_S:g} s")
-        past = past_bounds(bounds, report, _past(row[1]) if row is not None else frozenset())
+        every = frozenset(bounds)
+        past = past_bounds(every, report, _past_before(row[1], every) if row is not None else frozenset())
         kept = json.dumps(sorted([bound.figure, bound.number, bound.percent] for bound in past))
         db.execute(
             "INSERT OR REPLACE INTO health (guest, at, report, past) VALUES (?, ?, ?, ?)", (guest, now, body, kept)
         )
+
+
+def _past_before(text: str, every: frozenset[Bound]) -> frozenset[Bound]:
+    try:
+        return _past(text)
+    except (ValueError, TypeError) as error:  # not known: as if it were past all of them
+        log.error("what a VM was past before cannot be read: %s", error)
+        return every
 
 
 def _past(text: str) -> frozenset[Bound]:

@@ -1,4 +1,4 @@
-"""The record in one SQLite file (WAL): documents and versions, guests, sessions, decisions, what holds now.
+"""The database in one SQLite file (WAL): documents and versions, guests, sessions, decisions, what holds now.
 
 Every process opens its own; ``changed`` tells cheaply whether another wrote.  The generation is
 raised in the same transaction as the change that it announces.
@@ -6,44 +6,52 @@ raised in the same transaction as the change that it announces.
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from persona.canonical import digest, to_mapping
 from persona.codec import Record, encode_record
 from persona.conditions import Threshold
 from persona.decisions import Subject
-from persona.documents import Document, Persona, Policy, parse_document, to_mapping
-from persona_broker.policy.changes import Changes, Identity, compare, identities
-from persona_broker.policy.engine import Snapshot, Versioned
-from persona_broker.policy.outlook import Latches, Sample
+from persona.documents import Document, Persona, Policy
+from persona.problems import Fault, PersonaError
+from persona_broker.policy.conditions import Latches, Sample
+from persona_broker.policy.diff import Changes, Identity, compare
+from persona_broker.policy.merge import WHOLE, How, Stored, key_of, merge
+from persona_broker.policy.snapshot import Snapshot, Versioned
+from persona_broker.policy.unreadable import Unreadable, expansion_mapping, read_stored
+from persona_broker.store import change_sets
+from persona_broker.store.change_sets import NOBODY, Author, ChangeSet
+from persona_broker.store.schema import migrate
+
+log = logging.getLogger("persona.record")
 
 RECORDS_KEPT = 200_000  # about 100 MB; the audit issue will stream them on
 SESSIONS_KEPT = 4096  # of one guest: far more than are open, so the oldest is one that the guest forgot to end
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS documents (kind TEXT, name TEXT, version INTEGER, digest TEXT NOT NULL,
-    body TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (kind, name, version)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS applied (position INTEGER PRIMARY KEY, kind TEXT, name TEXT, version INTEGER);
-CREATE TABLE IF NOT EXISTS guests (name TEXT PRIMARY KEY, token_sha256 TEXT NOT NULL UNIQUE) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, guest TEXT NOT NULL, user TEXT NOT NULL,
-    groups TEXT NOT NULL, service TEXT NOT NULL, remote TEXT NOT NULL, opened_at REAL NOT NULL,
-    revoked INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS records (id INTEGER PRIMARY KEY AUTOINCREMENT, guest TEXT NOT NULL, body TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS health (seq INTEGER PRIMARY KEY AUTOINCREMENT, guest TEXT NOT NULL UNIQUE, at REAL NOT NULL,
-    report TEXT NOT NULL, past TEXT NOT NULL);
-INSERT OR IGNORE INTO meta VALUES ('generation', '1'), ('records_lost', '0');
-"""
+_SKIPPED_MAX = 1000  # rows that cannot be read of which the log tells
+T = TypeVar("T")
 
-_NEWEST_VERSIONS = "SELECT kind, name, max(version), digest FROM documents GROUP BY kind, name"  # digest of that row
+# how personas that use command sets came about is a row of its own, which an older broker does not look at
+_NEWEST_VERSIONS = (
+    "SELECT kind, name, version, d.digest, d.body, e.body FROM"
+    " (SELECT kind, name, max(version) AS version FROM documents GROUP BY kind, name)"
+    " JOIN documents d USING (kind, name, version) LEFT JOIN expansions e USING (kind, name, version)"
+)
+# a document whose own row is gone is applied all the same: its text cannot be read
+_APPLIED = (
+    "SELECT kind, name, version, d.digest, d.body, e.body FROM applied a LEFT JOIN documents d"
+    " USING (kind, name, version) LEFT JOIN expansions e USING (kind, name, version) ORDER BY a.position"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +65,28 @@ class SessionRow:
     remote: str
     opened_at: float
     revoked: bool
+    ending: bool = False  # what runs in it is asked to end as well
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The applied documents before and after an ``apply``, and what it changes."""
+
+    before: tuple[Stored, ...]
+    after: tuple[Stored, ...]
+    changes: Changes
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What an ``apply`` did, and the revision that holds now."""
+
+    revision: int
+    changes: Changes
 
 
 class Store:
-    """One connection behind a lock.  Raises ``sqlite3.Error`` where the file cannot be used."""
+    """One connection behind a lock.  Raises ``sqlite3.Error`` where the file cannot be used or is a newer broker's."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +97,16 @@ class Store:
                 os.chown(path, owner.st_uid, owner.st_gid)
         self._lock = threading.RLock()
         self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        self._db.executescript(_SCHEMA)
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            migrate(self._db)
+        except BaseException:
+            self._db.close()
+            raise
         self._parsed: dict[tuple[str, str, int], Document] = {}
+        self._told: set[Unreadable] = set()  # each is logged once
+        self._skipped: set[str] = set()  # the same
 
     def close(self) -> None:
         """Ends the connection."""
@@ -89,7 +121,8 @@ class Store:
             try:
                 yield self._db
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # with a full disk, SQLite has rolled it back itself
+                    self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
 
@@ -127,13 +160,13 @@ class Store:
             return _raise(db)
 
     def sample(self) -> Sample | None:
-        """The host's last load sample."""
-        value = self._meta("sample")
-        return Sample(value["at"], value["load"], value["source"]) if value else None
+        """The host's last load sample; none where it cannot be read."""
+        return self._meta("sample", lambda value: Sample(value["at"] + 0.0, dict(value["load"]), value["source"]), None)
 
-    def latches(self) -> Latches:
-        """The thresholds that count as exceeded."""
-        return frozenset(Threshold(*item) for item in self._meta("latches") or ())
+    def latches(self) -> Latches | None:
+        """The thresholds that count as exceeded; ``None`` where they cannot be read."""
+        none: Latches = frozenset()
+        return self._meta("latches", lambda value: frozenset(Threshold(*item) for item in value), none)
 
     def put_sample(self, sample: Sample, latches: Latches) -> None:
         """Replaces both at once."""
@@ -145,61 +178,171 @@ class Store:
 
     def set_load(self) -> dict[str, float]:
         """What the operator set with ``load set``."""
-        return dict(self._meta("load_set") or {})
+        return self._meta("load_set", lambda value: {str(key): value[key] + 0.0 for key in value}, {}) or {}
 
     def put_set_load(self, load: Mapping[str, float]) -> None:
         """The load that the settable source will report."""
         with self.writing() as db:
             _put(db, "load_set", dict(load))
 
-    def _meta(self, key: str) -> Any:
+    def _meta(self, key: str, parse: Callable[[Any], T], default: T) -> T | None:
+        """What is kept under a key; ``default`` where nothing is, ``None`` where it cannot be read."""
         rows = self.rows("SELECT value FROM meta WHERE key = ?", key)
-        return json.loads(rows[0][0]) if rows else None
+        if not rows:
+            return default
+        try:
+            return parse(json.loads(rows[0][0]))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            self._skip(f"meta {key}", error)
+            return None
+
+    def _skip(self, what: str, error: Exception) -> None:
+        if what not in self._skipped and len(self._skipped) < _SKIPPED_MAX:
+            self._skipped.add(what)
+            log.error("%s cannot be read and does not count: %r", what, error)
 
     # --- documents --------------------------------------------------------------------------------
 
-    def apply(self, documents: Sequence[Document]) -> Changes:
-        """Replaces the whole set in one transaction; a version is new only where the content is.
+    def apply(self, documents: Sequence[Document], how: How = WHOLE, seen: Changes | None = None) -> Changes:
+        """``change`` by nobody in particular."""
+        return self.change(documents, how, NOBODY, seen).changes
 
-        The generation rises only where something changed: leases outlive an ``apply`` of the same.
+    def change(
+        self,
+        documents: Sequence[Document],
+        how: How,
+        author: Author,
+        seen: Changes | None = None,
+        if_revision: int | None = None,
+    ) -> Changed:
+        """Does what ``plan`` says, in one transaction; a version is new only where the content is.
+
+        Generation and revision rise only where something changed: leases outlive an ``apply`` of the same.  Raises
+        ``PersonaError``, also where it would not be what was ``seen``, or another revision than ``if_revision`` holds.
         """
-        now, after = time.time(), identities(documents)
-        bodies = [json.dumps(to_mapping(document)) for document in documents]
         with self.writing() as db:
-            changes = compare(self.applied(), after)
-            if not changes:
-                return changes
+            change_sets.catch_up(db)
+            revision = change_sets.revision(db)
+            if if_revision is not None and if_revision != revision:
+                raise PersonaError(Fault.CONFLICT, change_sets.overtaken(db, if_revision))
+            plan = self.plan(documents, how)
+            if seen is not None and seen != plan.changes:
+                message = "refused: somebody else applied documents meanwhile; look again with --dry-run"
+                raise PersonaError(Fault.CONFLICT, message)
+            if not plan.changes:
+                return Changed(revision, plan.changes)
+            used = change_sets.applied(db)
             db.execute("DELETE FROM applied")
-            newest = {(kind, name): (version, key) for kind, name, version, key in db.execute(_NEWEST_VERSIONS)}
-            for position, ((kind, name, key), body) in enumerate(zip(after, bodies, strict=True)):
-                version, known = newest.get((kind, name), (0, None))
-                if key != known:
-                    version += 1
-                    db.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", (kind, name, version, key, body, now))
+            newest = {(kind, name): rest for kind, name, *rest in db.execute(_NEWEST_VERSIONS)}
+            kept, now = set(map(id, plan.before)), time.time()
+            for position, document in enumerate(plan.after):
+                kind, name = key_of(document)
+                if isinstance(document, Unreadable) or id(document) in kept:
+                    version = used[kind, name]
+                else:
+                    key, (body, expansion) = digest(document), _texts(document)
+                    version, known, *stored = newest.get((kind, name), (0, None, None, None))
+                    if key != known or not _intact(kind, name, key, tuple(stored), (body, expansion)):
+                        version = max(version, used.get((kind, name), 0)) + 1  # a number is never used twice
+                        values = (kind, name, version, key, body, now)
+                        db.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", values)
+                        row = (kind, name, version)
+                        db.execute("DELETE FROM expansions WHERE kind = ? AND name = ? AND version = ?", row)
+                        if expansion is not None:
+                            db.execute("INSERT INTO expansions VALUES (?, ?, ?, ?)", (*row, expansion))
                 db.execute("INSERT INTO applied VALUES (?, ?, ?, ?)", (position, kind, name, version))
+            change_sets.add(db, used, author)
             _raise(db)
-        return changes
+            return Changed(revision + 1, plan.changes)
 
-    def applied(self) -> list[Identity]:
-        """What is applied, in order; for comparison, without parsing it."""
-        query = "SELECT kind, name, digest FROM applied JOIN documents USING (kind, name, version) ORDER BY position"
-        return [(kind, name, key) for kind, name, key in self.rows(query)]
+    def revision(self) -> int:
+        """The number of the newest change-set; 0 = there is none."""
+        with self.reading():
+            return change_sets.revision(self._db)
 
-    def documents(self) -> list[tuple[Document, int]]:
-        """The applied set in order, each with its version."""
-        query = (
-            "SELECT kind, name, version, d.body FROM applied a JOIN documents d USING (kind, name, version)"
-            " ORDER BY a.position"
-        )
+    def history(self, limit: int, name: str | None = None) -> list[ChangeSet]:
+        """The newest change-sets first; with ``name`` those that changed a document of that name."""
+        with self.reading():
+            return change_sets.newest(self._db, limit, name)
+
+    def documents_at(self, revision: int) -> list[tuple[Document | Unreadable, int]] | None:
+        """What was applied at a revision, policies last and in order, each with its version.
+
+        ``None`` = there is no such revision.
+        """
+        with self.reading():
+            found = change_sets.find(self._db, revision)
+            if found is None:
+                return None
+            place = {name: number for number, name in enumerate(found.policies)}
+            versions = sorted(
+                change_sets.versions_at(self._db, revision).items(),
+                key=lambda item: (item[0][0] == "Policy", place.get(item[0][1], 0), item[0]),
+            )
+            return [(self._version(*key, version), version) for key, version in versions]
+
+    def _version(self, kind: str, name: str, version: int) -> Document | Unreadable:
+        found = self.version(kind, name, version)
+        return found[1] if found is not None else _read(kind, name, version, None, None)
+
+    def count(self) -> int:
+        """How many documents are applied."""
+        return int(self.rows("SELECT count(*) FROM applied")[0][0])
+
+    def plan(self, documents: Sequence[Document], how: How = WHOLE) -> Plan:
+        """What ``apply`` would do.  A document whose stored text cannot be read is changed by the same one.
+
+        Raises ``PersonaError`` for what ``apply`` would refuse.
+        """
+        with self.reading():
+            before = [document for document, _ in self.documents()]
+            rows = self.rows(_APPLIED)
+        after = merge(before, documents, how)
+        kept = set(map(id, before))
+        written = [document for document in after if not isinstance(document, Unreadable) and id(document) not in kept]
+        given = {key_of(document): (digest(document), _texts(document)) for document in written}
+        old: list[Identity] = []
+        new = {(kind, name): str(key) for kind, name, _version, key, *_ in rows}
+        for kind, name, _version, key, *stored in rows:
+            wanted, texts = given.get((kind, name), ("", ("", None)))
+            broken = key == wanted and not _intact(kind, name, key, tuple(stored), texts)
+            old.append((kind, name, "cannot be read" if broken else str(key)))
+        new |= {key: wanted for key, (wanted, _) in given.items()}
+        changes = compare(old, [(*key_of(document), new[key_of(document)]) for document in after])
+        return Plan(tuple(before), tuple(after), changes)
+
+    def documents(self) -> list[tuple[Document | Unreadable, int]]:
+        """The applied set in order, each with its version.  Those that cannot be read are logged once."""
         with self._lock:  # versions never change, so of a large set only what is new is parsed
-            rows = [((kind, name, version), body) for kind, name, version, body in self.rows(query)]
-            self._parsed = {key: self._parsed.get(key) or parse_document(json.loads(body)) for key, body in rows}
-            return [(self._parsed[key], key[2]) for key, _ in rows]
+            found = [(kind, name, version, texts) for kind, name, version, _digest, *texts in self.rows(_APPLIED)]
+            parsed: dict[tuple[str, str, int], Document | Unreadable] = {}
+            for kind, name, version, texts in found:
+                key = kind, name, version
+                parsed[key] = self._parsed.get(key) or _read(kind, name, version, *texts)
+            self._parsed = {key: item for key, item in parsed.items() if not isinstance(item, Unreadable)}
+            self._tell(item for item in parsed.values() if isinstance(item, Unreadable))
+            return [(parsed[kind, name, version], version) for kind, name, version, _ in found]
 
-    def versions(self, kind: str, name: str) -> list[tuple[int, Document]]:
-        """Every version of a document, oldest first."""
-        query = "SELECT version, body FROM documents WHERE kind = ? AND name = ? ORDER BY version"
-        return [(version, parse_document(json.loads(body))) for version, body in self.rows(query, kind, name)]
+    def texts(self) -> list[tuple[str, str, int, str | None]]:
+        """The applied set as it is stored: kind, name, version and JSON, ``None`` where that is gone."""
+        return [(kind, name, version, body) for kind, name, version, _digest, body, _expansion in self.rows(_APPLIED)]
+
+    def _tell(self, unreadable: Iterable[Unreadable]) -> None:
+        now = set(unreadable)
+        for item in now - self._told:
+            log.error("%s; it grants nothing until it is applied anew", item)
+        for item in self._told - now:
+            log.warning("%s %s is read again, or not applied any more", item.kind, item.name)
+        self._told = now
+
+    def version(self, kind: str, name: str, version: int | None = None) -> tuple[int, Document | Unreadable] | None:
+        """One version of a document, by default the newest; ``None`` where there is none."""
+        tables = "documents d LEFT JOIN expansions e USING (kind, name, version)"
+        query = f"SELECT version, d.body, e.body FROM {tables} WHERE kind = ? AND name = ?"  # noqa: S608 - constants
+        where = "AND version = ifnull(?, version) ORDER BY version DESC LIMIT 1"
+        for number, body, expansion in self.rows(f"{query} {where}", kind, name, version):
+            return number, _read(kind, name, number, body, expansion)
+        return None
 
     def snapshot(self) -> Snapshot:
         """The applied set as an index."""
@@ -220,6 +363,7 @@ class Store:
             found = db.execute("DELETE FROM guests WHERE name = ?", (name,)).rowcount > 0
             if found:
                 db.execute("DELETE FROM health WHERE guest = ?", (name,))
+                db.execute("DELETE FROM sessions WHERE guest = ?", (name,))  # nobody is left to say that they ended
                 _raise(db)
             return found
 
@@ -267,28 +411,61 @@ class Store:
         return self._sessions("ORDER BY opened_at")
 
     def _sessions(self, where: str, *values: Any) -> list[SessionRow]:
-        columns = "id, guest, user, groups, service, remote, opened_at, revoked"
+        columns = "id, guest, user, groups, service, remote, opened_at, revoked, id IN (SELECT id FROM ending)"
         rows = self.rows(f"SELECT {columns} FROM sessions {where}", *values)  # noqa: S608 - constants; values are bound
-        return [
-            SessionRow(i, g, Subject(u, tuple(json.loads(names)), g), s, r, at, bool(revoked))
-            for i, g, u, names, s, r, at, revoked in rows
-        ]
+        found = []
+        for i, g, u, names, s, r, at, revoked, ending in rows:
+            try:
+                groups = tuple(map(str, json.loads(names)))
+            except (ValueError, TypeError, RecursionError) as error:
+                self._skip(f"session {i}", error)  # its guest is answered as if there were none, and opens another
+                continue
+            found.append(SessionRow(i, g, Subject(u, groups, g), s, r, at, bool(revoked), bool(ending)))
+        return found
 
     def end_session(self, ident: str, guest: str) -> bool:
         """Whether the guest had such a session."""
         with self.writing() as db:
             return db.execute("DELETE FROM sessions WHERE id = ? AND guest = ?", (ident, guest)).rowcount > 0
 
-    def revoke_session(self, ident: str) -> int | None:
-        """From now on everything that it asks is denied; the new generation, ``None`` without such a session."""
+    def end_all_but(self, guest: str, alive: Iterable[str], opened_before: float) -> int:
+        """Ends what a guest opened before a moment and does not have any more; how many those were."""
         with self.writing() as db:
-            if not db.execute("UPDATE sessions SET revoked = 1 WHERE id = ?", (ident,)).rowcount:
-                return None
-            return _raise(db)
+            old = db.execute("SELECT id FROM sessions WHERE guest = ? AND opened_at < ?", (guest, opened_before))
+            gone = {ident for (ident,) in old} - set(alive)
+            db.executemany("DELETE FROM sessions WHERE id = ?", [(ident,) for ident in gone])
+        return len(gone)
+
+    def end_strays(self) -> int:
+        """Ends the sessions of guests that are not registered; how many those were."""
+        with self.writing() as db:
+            return db.execute("DELETE FROM sessions WHERE guest NOT IN (SELECT name FROM guests)").rowcount
+
+    def revoke(self, who: str, guest: str | None = None, *, end: bool = False) -> list[SessionRow]:
+        """The session of this id, and all of a user of this name, are denied everything from now on; which those are.
+
+        Only those of ``guest``, where it is given.  ``end``: what runs in them is asked to end, too.
+        """
+        where, values = "WHERE ? IN (id, user) AND guest = ifnull(?, guest)", (who, guest)
+        with self.writing() as db:
+            columns = "id, guest, user, service, remote, opened_at"
+            rows = db.execute(f"SELECT {columns} FROM sessions {where} ORDER BY opened_at", values)  # noqa: S608 - as above
+            # their groups matter to nobody now, and may be what cannot be read of them
+            found = [SessionRow(i, g, Subject(u, (), g), s, r, at, True, end) for i, g, u, s, r, at in rows]
+            db.execute(f"UPDATE sessions SET revoked = 1 {where}", values)  # noqa: S608 - as above
+            if end:
+                db.execute(f"INSERT OR IGNORE INTO ending SELECT id FROM sessions {where}", values)  # noqa: S608 - as above
+            if found:
+                _raise(db)
+        return found
 
     def revoked(self) -> frozenset[str]:
         """The sessions that are denied everything."""
         return frozenset(ident for (ident,) in self.rows("SELECT id FROM sessions WHERE revoked = 1"))
+
+    def ending(self) -> frozenset[str]:
+        """Those of them in which what runs is asked to end."""
+        return frozenset(ident for (ident,) in self.rows("SELECT id FROM ending"))
 
     def add_records(self, guest: str, records: Iterable[Record], lost: int) -> None:
         """Appends; the oldest beyond RECORDS_KEPT go."""
@@ -299,24 +476,43 @@ class Store:
             if lost:
                 db.execute("UPDATE meta SET value = value + ? WHERE key = 'records_lost'", (lost,))
 
-    def records(self, after: int = 0, limit: int = 100) -> list[tuple[int, str, dict[str, Any]]]:
-        """(number, guest, RECORD) after a number, oldest first; the newest ``limit`` for ``after = 0``."""
-        if after:
-            rows = self.rows("SELECT id, guest, body FROM records WHERE id > ? ORDER BY id LIMIT ?", after, limit)
-        else:
-            rows = self.rows("SELECT id, guest, body FROM records ORDER BY id DESC LIMIT ?", limit)[::-1]
-        return [(ident, guest, json.loads(body)) for ident, guest, body in rows]
-
     def records_lost(self) -> int:
         """How many records guests could not keep."""
-        return int(self._meta("records_lost") or 0)
+        return self._meta("records_lost", int, 0) or 0
 
 
-def make_snapshot(documents: Iterable[tuple[Document, int]]) -> Snapshot:
+def make_snapshot(documents: Iterable[tuple[Document | Unreadable, int]]) -> Snapshot:
     """An index over documents and their versions, policies in the order given."""
     documents = list(documents)
     personas = {d.name: Versioned(d, version) for d, version in documents if isinstance(d, Persona)}
-    return Snapshot([d for d, _ in documents if isinstance(d, Policy)], personas)
+    known = (d.policy if isinstance(d, Unreadable) else d for d, _ in documents)
+    unreadable = [d for d, _ in documents if isinstance(d, Unreadable)]
+    return Snapshot([d for d in known if isinstance(d, Policy)], personas, unreadable)
+
+
+_Texts = tuple[str, str | None]  # of a document and of its expansion
+
+
+def _texts(document: Document) -> _Texts:
+    expansion = expansion_mapping(document)
+    return json.dumps(to_mapping(document)), None if expansion is None else json.dumps(expansion)
+
+
+def _read(kind: str, name: str, version: int, body: Any, expansion: Any) -> Document | Unreadable:
+    def load() -> Any:
+        if body is None:
+            raise ValueError("its text is not there")
+        return json.loads(body)
+
+    return read_stored(kind, name, version, load, None if expansion is None else lambda: json.loads(expansion))
+
+
+def _intact(kind: str, name: str, key: str, stored: tuple[Any, ...], texts: _Texts) -> bool:
+    """Whether what is stored can be read and is the document of this digest, whose texts would be ``texts``."""
+    if stored == texts:
+        return True  # as nearly always, and a thousand times faster
+    document = _read(kind, name, 0, *stored)
+    return not isinstance(document, Unreadable) and digest(document) == key
 
 
 def _raise(db: sqlite3.Connection) -> int:

@@ -1,0 +1,35 @@
+"""For monitors: alive, ready, and the numbers.  No token needed, nothing secret said."""
+
+import sqlite3
+
+from flask import Blueprint, Response, jsonify
+
+from persona.problems import Fault, PersonaError
+from persona_broker import metrics
+from persona_broker.api.guests import state, store
+
+blueprint = Blueprint("health", __name__)
+
+
+@blueprint.get("/healthz")
+def healthz() -> Response:
+    """Says that the process answers."""
+    return jsonify(status="ok")
+
+
+@blueprint.get("/readyz")
+def readyz() -> Response:
+    """Says whether decisions can be made: the database can be read."""
+    try:
+        view = state().current()
+    except sqlite3.Error as error:
+        raise PersonaError(Fault.NOT_READY, f"the database cannot be read: {error}") from None
+    counts = {"policies": len(view.snapshot.policies), "unreadable": len(view.snapshot.unreadable)}
+    return jsonify(status="ready", generation=view.generation, **counts)
+
+
+@blueprint.get("/metrics")
+def numbers() -> Response:
+    """Shows the metrics as Prometheus text, of all workers of this broker whichever answers."""
+    view = state().current()
+    return Response(metrics.render(view, store().records_lost()), content_type="text/plain; version=0.0.4")

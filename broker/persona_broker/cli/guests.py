@@ -1,0 +1,56 @@
+"""``guest``: which guests there are, and their tokens.
+
+Each command takes the parsed arguments and the settings, prints, and returns the exit code.
+"""
+
+import argparse
+import os
+import re
+
+from persona.problems import Fault, PersonaError
+from persona_broker.cli.store import existing, say, store_of
+from persona_broker.settings import Settings
+
+NO_GUESTS = "no guests; 'persona-broker guest add NAME' registers one"
+
+
+def add(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``guest add NAME``: a token, shown this once; with ``--renew`` an old one is refused from now on."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", arguments.name):
+        rule = "a letter or digit, then letters, digits, '.', '_', '-'; at most 64"
+        raise PersonaError(Fault.BAD_REQUEST, f"{arguments.name!r} is not a valid VM name: {rule}")
+    store = store_of(settings)
+    if arguments.name in store.guests() and not arguments.renew:
+        fix = "--renew gives it another token, and the one it has is refused from then on"
+        raise PersonaError(Fault.CONFLICT, f"there is a guest {arguments.name!r} already; {fix}")
+    if arguments.token_file:
+        fd = os.open(arguments.token_file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with open(fd, "w") as file:  # before there is a token: none that cannot be written
+            os.fchmod(fd, 0o600)  # it may have been there before
+            token = store.add_guest(arguments.name)
+            file.truncate()
+            file.write(token + "\n")
+        say(
+            arguments,
+            {"vm": arguments.name, "token_file": str(arguments.token_file)},
+            f"{arguments.name} added",
+        )
+    else:
+        token = store.add_guest(arguments.name)
+        say(arguments, {"vm": arguments.name, "token": token}, token)
+    return 0
+
+
+def show(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``guest list``."""
+    names = existing(settings).guests()
+    say(arguments, [{"vm": name} for name in names], "\n".join(names) or NO_GUESTS)
+    return 0
+
+
+def remove(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``guest remove NAME``: its token and its event streams end."""
+    if not existing(settings).remove_guest(arguments.name):
+        raise PersonaError(Fault.NOT_FOUND, f"there is no guest {arguments.name!r}")
+    say(arguments, {"removed": arguments.name}, f"{arguments.name} removed")
+    return 0

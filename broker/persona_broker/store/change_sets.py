@@ -1,0 +1,145 @@
+"""Change-sets: who changed which documents, when and why.
+
+Each has a number of its own, the revision, which rises by one; once written, none changes.  The document of each
+version stays as well, so what was applied at a revision can be told for ever.  All functions work on a connection in
+a transaction of the caller's and raise ``sqlite3.Error``.
+"""
+
+import json
+import sqlite3
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from persona.shown import line
+
+Versions = dict[tuple[str, str], int]  # by kind and name
+
+_NAMED_MAX = 3  # of those who were faster
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    """Who changes documents, as the broker's machine knows them, and why; an empty name = nobody knows."""
+
+    name: str
+    message: str = ""
+
+
+NOBODY = Author("")
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One document in a change-set: its version before and after, ``None`` where it was not applied."""
+
+    kind: str
+    name: str
+    before: int | None
+    after: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeSet:
+    """One entry of the history.
+
+    ``at`` is in Unix seconds; ``policies`` are all of that revision, in the order in which they are asked.
+    """
+
+    revision: int
+    at: float
+    author: Author
+    policies: tuple[str, ...]
+    items: tuple[Item, ...]
+
+
+def revision(db: sqlite3.Connection) -> int:
+    """The number of the newest change-set; 0 = there is none."""
+    return int(db.execute("SELECT coalesce(max(revision), 0) FROM change_sets").fetchone()[0])
+
+
+def applied(db: sqlite3.Connection) -> Versions:
+    """The version of each document that is applied."""
+    return {(kind, name): version for kind, name, version in db.execute("SELECT kind, name, version FROM applied")}
+
+
+def add(db: sqlite3.Connection, before: Mapping[tuple[str, str], int], author: Author) -> None:
+    """Writes down what is applied now against the versions ``before``."""
+    after, number = applied(db), revision(db) + 1
+    query = "SELECT name FROM applied WHERE kind = 'Policy' ORDER BY position"
+    policies = json.dumps([name for (name,) in db.execute(query)])
+    same = policies == _policies(db, number)
+    row = (number, time.time(), author.name, author.message, None if same else policies)
+    db.execute("INSERT INTO change_sets VALUES (?, ?, ?, ?, ?)", row)
+    items = (
+        (number, *key, before.get(key), after.get(key))
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    )
+    db.executemany("INSERT INTO change_items VALUES (?, ?, ?, ?, ?)", items)
+
+
+def catch_up(db: sqlite3.Connection) -> None:
+    """Writes down what a broker of 0.1 applied meanwhile, to which one may have gone back: it keeps no change-sets."""
+    known = versions_at(db, revision(db))
+    if known != applied(db):
+        add(db, known, Author("", "what a broker that keeps no revisions applied"))
+
+
+def overtaken(db: sqlite3.Connection, wanted: int) -> str:
+    """Why documents that were written for revision ``wanted`` are not applied: who was faster, and what to do."""
+    now = revision(db)
+    if wanted > now:
+        return f"refused: the revision is {now}; there is no revision {wanted}"
+    query = "SELECT revision, author, message FROM change_sets WHERE revision > ? ORDER BY revision DESC LIMIT ?"
+    by = [
+        f"{number} by {author or 'somebody unknown'}" + (f" ({message})" if message else "")
+        for number, author, message in db.execute(query, (wanted, _NAMED_MAX))
+    ]
+    more = f" and {now - wanted - len(by)} before" if now - wanted > len(by) else ""
+    fix = "'persona-broker history' shows what changed"
+    return line(f"refused: the revision is {now} by now, no longer {wanted}: {', '.join(by)}{more}; {fix}")
+
+
+def newest(db: sqlite3.Connection, limit: int, name: str | None = None) -> list[ChangeSet]:
+    """The newest ``limit`` first; with ``name`` those that changed a document of that name."""
+    every = "SELECT revision, at, author, message FROM change_sets"
+    if name is None:
+        rows = db.execute(f"{every} ORDER BY revision DESC LIMIT ?", (limit,))
+    else:
+        of = "revision IN (SELECT revision FROM change_items WHERE name = ?)"
+        rows = db.execute(f"{every} WHERE {of} ORDER BY revision DESC LIMIT ?", (name, limit))
+    return [_read(db, row) for row in rows.fetchall()]
+
+
+def find(db: sqlite3.Connection, number: int) -> ChangeSet | None:
+    """The one of this revision; ``None`` = there is none."""
+    query = "SELECT revision, at, author, message FROM change_sets WHERE revision = ?"
+    row = db.execute(query, (number,)).fetchone()
+    return _read(db, row) if row is not None else None
+
+
+def versions_at(db: sqlite3.Connection, number: int) -> Versions:
+    """The version of each document that was applied at a revision."""
+    # SQLite takes the other columns from the row that has the maximum
+    query = (
+        "SELECT kind, name, after FROM (SELECT kind, name, after, max(revision) FROM change_items"
+        " WHERE revision <= ? GROUP BY kind, name) WHERE after IS NOT NULL"
+    )
+    return {(kind, name): version for kind, name, version in db.execute(query, (number,))}
+
+
+def _read(db: sqlite3.Connection, row: tuple[int, float, str, str]) -> ChangeSet:
+    number, at, author, message = row
+    query = "SELECT kind, name, before, after FROM change_items WHERE revision = ? ORDER BY kind, name"
+    items = tuple(Item(*item) for item in db.execute(query, (number,)))
+    return ChangeSet(number, at, Author(author, message), tuple(json.loads(_policies(db, number))), items)
+
+
+def _policies(db: sqlite3.Connection, number: int) -> str:
+    """The policies' order at a revision, as it is stored: with the newest change-set that changed it."""
+    query = (
+        "SELECT policies FROM change_sets WHERE revision <= ? AND policies IS NOT NULL ORDER BY revision DESC LIMIT 1"
+    )
+    row = db.execute(query, (number,)).fetchone()
+    return str(row[0]) if row is not None else "[]"

@@ -1,0 +1,90 @@
+"""The tables of the database, as numbered migrations: number N brings a database of version N - 1 to version N.
+
+The version is SQLite's ``PRAGMA user_version``.  Version 0.1.0 of the broker did not set it, so a database without one
+may have its tables already: the first two migrations make only what is not there.  A migration is never changed once
+it was released; what is new is a new one at the end.  A broker of 0.1.0 goes on with a database of any version here:
+it looks at none of what was added.
+"""
+
+import sqlite3
+
+# One field of a record, as the indexes have it; of a text that is no JSON there is none.
+RECORD_FIELD = "CASE WHEN json_valid(body) THEN json_extract(body, '$.{}') END"
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (  # 1: what 0.1.0 has
+        "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+        "CREATE TABLE IF NOT EXISTS documents (kind TEXT, name TEXT, version INTEGER, digest TEXT NOT NULL,"
+        " body TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (kind, name, version)) WITHOUT ROWID",
+        "CREATE TABLE IF NOT EXISTS applied (position INTEGER PRIMARY KEY, kind TEXT, name TEXT, version INTEGER)",
+        "CREATE TABLE IF NOT EXISTS guests (name TEXT PRIMARY KEY, token_sha256 TEXT NOT NULL UNIQUE) WITHOUT ROWID",
+        "CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, guest TEXT NOT NULL, user TEXT NOT NULL,"
+        " groups TEXT NOT NULL, service TEXT NOT NULL, remote TEXT NOT NULL, opened_at REAL NOT NULL,"
+        " revoked INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID",
+        "CREATE TABLE IF NOT EXISTS records"
+        " (id INTEGER PRIMARY KEY AUTOINCREMENT, guest TEXT NOT NULL, body TEXT NOT NULL)",
+        "CREATE TABLE IF NOT EXISTS health (seq INTEGER PRIMARY KEY AUTOINCREMENT, guest TEXT NOT NULL UNIQUE,"
+        " at REAL NOT NULL, report TEXT NOT NULL, past TEXT NOT NULL)",
+        "INSERT OR IGNORE INTO meta VALUES ('generation', '1'), ('records_lost', '0')",
+    ),
+    (  # 2: command sets, sessions that are to end, and records found by guest, user and denial
+        "CREATE TABLE IF NOT EXISTS expansions (kind TEXT, name TEXT, version INTEGER, body TEXT NOT NULL,"
+        " PRIMARY KEY (kind, name, version)) WITHOUT ROWID",
+        "CREATE TABLE IF NOT EXISTS ending (id TEXT PRIMARY KEY) WITHOUT ROWID",
+        "CREATE TRIGGER IF NOT EXISTS session_over AFTER DELETE ON sessions"
+        " BEGIN DELETE FROM ending WHERE id = OLD.id; END",
+        "CREATE INDEX IF NOT EXISTS records_guest ON records (guest)",
+        f"CREATE INDEX IF NOT EXISTS records_user ON records ({RECORD_FIELD.format('user')})",
+        f"CREATE INDEX IF NOT EXISTS records_denied ON records ({RECORD_FIELD.format('reason')})"
+        f" WHERE {RECORD_FIELD.format('decision')} = 'denied'",
+    ),
+    (  # 3: change-sets; what is applied already is the first.  ``policies``: their names in order, NULL = as before
+        "CREATE TABLE change_sets (revision INTEGER PRIMARY KEY, at REAL NOT NULL, author TEXT NOT NULL,"
+        " message TEXT NOT NULL, policies TEXT)",
+        "CREATE TABLE change_items (revision INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,"
+        " before INTEGER, after INTEGER, PRIMARY KEY (kind, name, revision)) WITHOUT ROWID",
+        "CREATE INDEX change_items_revision ON change_items (revision)",
+        "CREATE INDEX change_items_name ON change_items (name)",
+        "INSERT INTO change_sets SELECT 1, (julianday('now') - 2440587.5) * 86400, '',"
+        " 'what was applied before there were revisions',"
+        " (SELECT json_group_array(name) FROM (SELECT name FROM applied WHERE kind = 'Policy' ORDER BY position))"
+        " WHERE EXISTS (SELECT 1 FROM applied)",
+        "INSERT INTO change_items SELECT 1, kind, name, NULL, version FROM applied",
+    ),
+)
+
+
+class NewerSchemaError(sqlite3.DatabaseError):
+    """The database is of a version that this broker does not know."""
+
+
+def migrate(db: sqlite3.Connection) -> None:
+    """Brings the database to the newest version, in one transaction: where it fails, everything is as it was.
+
+    ``db`` is in autocommit mode.  Raises ``NewerSchemaError``, ``sqlite3.Error``.
+    """
+    if _version(db) == len(MIGRATIONS):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for migration in MIGRATIONS[_version(db) :]:  # another process may have been faster
+            for statement in migration:
+                db.execute(statement)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    except BaseException:
+        if db.in_transaction:  # with a full disk, SQLite has rolled it back itself
+            db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+def _version(db: sqlite3.Connection) -> int:
+    """Raises ``NewerSchemaError`` rather than returning one that is not known."""
+    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    if not 0 <= version <= len(MIGRATIONS):
+        file = db.execute("PRAGMA database_list").fetchone()[2]
+        raise NewerSchemaError(
+            f"{file} has schema version {version}, and this persona-broker knows {len(MIGRATIONS)} at most: it was"
+            " written by a newer one; install that version again, or restore a backup that this one made"
+        )
+    return version

@@ -1,0 +1,132 @@
+"""The database's schema version: every old database becomes a new one, whole or not at all, and a newer one is left."""
+
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from persona_broker.store import schema
+from persona_broker.store.schema import MIGRATIONS, NewerSchemaError
+from persona_broker.store.sqlite import Store
+
+from tests.broker.conftest import ROOT, environment, here
+
+KILLS = 12
+RECORDS = 20_000
+BODY = '{"user": "alice", "decision": "denied", "reason": "no_matching_policy"}'
+OPEN = "import sys; from pathlib import Path; from persona_broker.store.sqlite import Store; Store(Path(sys.argv[1]))"
+
+
+def old(path: Path, records: int = 10) -> Path:
+    """A database as 0.1.0 leaves it behind."""
+    with closing(sqlite3.connect(path)) as db, db:
+        for statement in MIGRATIONS[0]:
+            db.execute(statement)
+        db.execute("UPDATE meta SET value = '7' WHERE key = 'generation'")
+        db.execute("INSERT INTO guests VALUES ('analytics-1', 'abc')")
+        db.executemany("INSERT INTO records (guest, body) VALUES ('analytics-1', ?)", [(BODY,)] * records)
+    return path
+
+
+def content(path: Path) -> list[str]:
+    with closing(sqlite3.connect(path)) as db:
+        return list(db.iterdump())
+
+
+def version(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as db:
+        return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def test_a_new_database_has_the_newest_version(tmp_path: Path) -> None:
+    Store(tmp_path / "db").close()
+    assert version(tmp_path / "db") == len(MIGRATIONS)
+
+
+def test_one_of_0_1_0_keeps_everything(tmp_path: Path) -> None:
+    before = content(old(tmp_path / "db"))
+    store = Store(tmp_path / "db")
+    assert (store.generation(), store.guests()) == (7, ["analytics-1"])
+    store.close()
+    assert version(tmp_path / "db") == len(MIGRATIONS)
+    assert {line for line in before if line.startswith("INSERT")} <= set(content(tmp_path / "db"))
+
+
+def test_a_newer_one_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "db"
+    Store(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE moons (phase TEXT)")
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    before = content(path)
+    with pytest.raises(NewerSchemaError, match=f"{path} has schema version {len(MIGRATIONS) + 1}"):
+        Store(path)
+    assert content(path) == before
+    done = here([sys.executable, "-m", "persona_broker", "--db", str(path), "guest", "list"])
+    assert done.returncode == 3
+    assert "was written by a newer one; install that version again, or restore a backup" in done.stderr
+
+
+def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(old(tmp_path / "db"))
+    broken = ("CREATE TABLE moons (phase TEXT)", "DELETE FROM records", "INSERT INTO moon VALUES (1)")
+    monkeypatch.setattr(schema, "MIGRATIONS", (*MIGRATIONS, broken))
+    with pytest.raises(sqlite3.OperationalError, match="no such table: moon"):
+        Store(tmp_path / "db")
+    assert (content(tmp_path / "db"), version(tmp_path / "db")) == (before, 0)
+    monkeypatch.undo()
+    Store(tmp_path / "db").close()
+    assert version(tmp_path / "db") == len(MIGRATIONS)
+
+
+def test_on_a_full_disk_nothing_changes(tmp_path: Path) -> None:
+    before = content(old(tmp_path / "db", 2000))
+    with closing(sqlite3.connect(tmp_path / "db", isolation_level=None)) as db:
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {pages + 2}")
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            schema.migrate(db)
+    assert (content(tmp_path / "db"), version(tmp_path / "db")) == (before, 0)
+
+
+def test_of_many_at_once_one_migrates(tmp_path: Path) -> None:
+    old(tmp_path / "db", 2000)
+    with ThreadPoolExecutor(8) as pool:
+        for store in pool.map(lambda _: Store(tmp_path / "db"), range(8)):
+            store.close()
+    assert version(tmp_path / "db") == len(MIGRATIONS)
+
+
+def test_a_kill_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    whole = old(tmp_path / "whole", RECORDS)
+    tables = len(content(whole)) - 1
+    began = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-c", OPEN, str(old(tmp_path / "first", RECORDS))],
+        check=True,
+        env=environment(ROOT),
+        timeout=60,
+    )
+    takes = time.monotonic() - began
+    versions = []
+    for number in range(KILLS):
+        path = tmp_path / f"db{number}"
+        path.write_bytes(whole.read_bytes())
+        with subprocess.Popen([sys.executable, "-c", OPEN, str(path)], env=environment(ROOT)) as process:
+            time.sleep(takes * (number + random.random()) / KILLS)  # noqa: S311 - a moment, no secret
+            process.send_signal(signal.SIGKILL)
+        versions.append(version(path))
+        with closing(sqlite3.connect(path)) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+            assert db.execute("SELECT count(*) FROM records").fetchone()[0] == RECORDS
+            added = db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'records_denied'").fetchone()[0]
+        assert (versions[-1], added) in ((0, 0), (len(MIGRATIONS), 1))
+        Store(path).close()
+        assert len(content(path)) > tables
+    assert 0 in versions
