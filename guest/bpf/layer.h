@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0 */
 /*
  * What the agent and the kernel programs share: the contents of the maps.  Its mirror is
- * persona_guest/kernel/layer_abi.py; a change here is a new LAYOUT there.
+ * persona_guest/lsm/abi.py; a change here is a new LAYOUT there.
  */
 #ifndef PERSONA_LAYER_H
 #define PERSONA_LAYER_H
@@ -9,6 +9,7 @@
 #define CHAIN_MAX 6 /* a file and five interpreters: exec_binprm() follows no more */
 #define PAGE_BYTES 4096
 #define PAGES_MAX 17 /* a little over the 64 KiB of arguments that the agent reads */
+#define PATH_BYTES 256 /* of a script's path that is compared, with the NUL */
 #define NOBODY 0xffffffffu
 
 /* A file while it exists: the device of its super block and its inode number, as the kernel has them. */
@@ -21,10 +22,12 @@ struct image {
 struct approval {
 	__u64 expires; /* CLOCK_MONOTONIC, ns */
 	__u32 count; /* images in the chain: the file, then for a script its interpreters */
-	__u32 argc;
+	__u32 argc; /* 0: any number, argv[0] alone was looked at */
 	__u32 argv_bytes; /* the arguments with their NULs, in "arguments"; 0: the decision did not look */
-	__u32 unused;
+	__u32 named; /* index in the chain of the script that must be called "path"; CHAIN_MAX: none */
 	struct image chain[CHAIN_MAX];
+	struct image loader; /* the ELF interpreter of the last in the chain; zeros: none */
+	__u64 path[PATH_BYTES / 8]; /* filled up with zeros */
 };
 
 /* arguments, by thread and page: the approved command line, the last page filled up with zeros. */
@@ -40,7 +43,7 @@ struct page {
 /* settings, one entry. */
 struct settings {
 	__u32 enforce; /* 0: complain, record what would be stopped */
-	__u32 uid_min; /* logins of users below are not gated */
+	__u32 uid_min; /* logins of root and of system accounts are not gated: accounts.h */
 	__u32 break_glass; /* a group whose members are not gated; NOBODY: none */
 	__u32 unused;
 };

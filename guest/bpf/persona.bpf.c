@@ -4,12 +4,13 @@
  *
  * The agent answers a seccomp notification, and then the kernel reads path and arguments of that execve
  * again: a second thread may have changed them.  So the agent writes down first what it allowed: this
- * task, this file, these interpreters, these arguments.  check_file lets a gated task start nothing else;
- * check_arguments kills it, before its first instruction, if other arguments arrived.  Nobody to approve
- * (a dead agent, a listener of the user's own, a road into the machine that no PAM module watches): no start.
+ * task, this file, these interpreters, this loader, these arguments.  check_file and check_loader let a gated
+ * task start nothing else; check_arguments kills it, before its first instruction, if other arguments arrived.
+ * Nobody to approve (a dead agent, a listener of the user's own, a road into the machine that no PAM module
+ * watches): no start.
  *
  * Gated is who logged in as a user (the audit login uid, which takes a capability to change), and whoever
- * descends from a task that once had an approval.  Not gated: logins of root and of system users, members
+ * descends from a task that once had an approval.  Not gated: logins of root and of system accounts, members
  * of the break-glass group, and what a service still runs as root before the session is the user's.
  */
 #include <linux/bpf.h>
@@ -18,12 +19,15 @@
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 
+#include "accounts.h"
 #include "kernel_types.h"
 #include "layer.h"
 
 #define SIGKILL 9
+#define FMODE_EXEC 0x20 /* include/linux/fs.h: in f_flags of what an execve opens, and of nothing else */
 #define BLOCK 128 /* bytes of arguments compared at a time: the stack has 512 */
-#define GROUPS_MAX 128 /* as the PAM module reads */
+#define GROUPS_MAX 65536 /* NGROUPS_MAX of the kernel: no task is in more */
+#define HALVINGS 17 /* after so many none of them is left */
 
 /* A gated task: that there is one says that it is gated. */
 struct state {
@@ -32,6 +36,8 @@ struct state {
 	__u64 file; /* of the last step that was let through */
 	__u32 next; /* index in the chain */
 	__u32 tid; /* under which the arguments lie: an exec from a thread changes it */
+	__u64 path[PATH_BYTES / 8]; /* the path that arrived: the stack has no room */
+	__u64 differs; /* it, from the one that was approved; 0: in nothing */
 };
 
 struct {
@@ -56,7 +62,7 @@ struct {
 	__type(value, struct state);
 } states SEC(".maps");
 
-/* Audit sessions that a member of the break-glass group opened: his sudo to somebody else stays free. */
+/* Audit sessions that a member of the break-glass group opened: their sudo to somebody else stays free. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 1024);
@@ -93,7 +99,7 @@ static void count(__u32 which)
 		__sync_fetch_and_add(counter, 1);
 }
 
-static void tell(struct linux_binprm *bprm, struct task_struct *task, __u32 why, __u32 enforced)
+static void tell(const struct file *file, const void *path, struct task_struct *task, __u32 why, __u32 enforced)
 {
 	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
 
@@ -113,31 +119,62 @@ static void tell(struct linux_binprm *bprm, struct task_struct *task, __u32 why,
 	event->loginuid = task->loginuid.val;
 	event->sessionid = task->sessionid;
 	event->unused = 0;
-	event->image.device = bprm->file->f_inode->i_sb->s_dev;
-	event->image.inode = bprm->file->f_inode->i_ino;
+	event->image.device = file->f_inode->i_sb->s_dev;
+	event->image.inode = file->f_inode->i_ino;
 	bpf_get_current_comm(event->comm, sizeof(event->comm));
-	if (bpf_probe_read_kernel_str(event->path, sizeof(event->path), bprm->filename) < 0)
+	if (bpf_probe_read_kernel_str(event->path, sizeof(event->path), path) < 0)
 		event->path[0] = '\0';
 	bpf_ringbuf_submit(event, 0);
 }
 
 /* ---- who is gated ------------------------------------------------------------------------------ */
 
+/* A group that is looked for in a task's list, from low to before high. */
+struct search {
+	__u64 list; /* a number: the verifier lets nothing be added to a pointer that it knows too well */
+	__u32 wanted;
+	__u32 low;
+	__u32 high;
+	__u32 found;
+};
+
+static long halve(__u32 number, struct search *search)
+{
+	__u32 middle;
+	kgid_t gid;
+
+	if (search->low >= search->high)
+		return 1;
+	middle = search->low + (search->high - search->low) / 2;
+	if (bpf_probe_read_kernel(&gid, sizeof(gid), (const void *)(search->list + (__u64)middle * sizeof(gid))))
+		return 1;
+	search->found = gid.val == search->wanted;
+	if (gid.val < search->wanted)
+		search->low = middle + 1;
+	else
+		search->high = middle;
+	return search->found;
+}
+
+/*
+ * However many groups there are: the kernel keeps them in order (groups_sort() comes before each
+ * set_current_groups()) and looks for one just like this, in groups_search().  A callback, since a loop
+ * here would be walked by the verifier along each of its 2^17 ways.
+ */
 static int in_group(const struct cred *cred, __u32 wanted)
 {
-	struct group_info *info = cred->group_info;
-	int total = info->ngroups;
-	kgid_t gid;
+	struct search search = { .wanted = wanted };
 
 	if (cred->gid.val == wanted)
 		return 1;
-	for (int i = 0; i < GROUPS_MAX; i++) {
-		if (i >= total || bpf_probe_read_kernel(&gid, sizeof(gid), &info->gid[i]))
-			return 0;
-		if (gid.val == wanted)
-			return 1;
-	}
-	return 0;
+	search.high = (__u32)cred->group_info->ngroups;
+	if (search.high > GROUPS_MAX)
+		search.high = GROUPS_MAX;
+	if (bpf_probe_read_kernel(&search.list, sizeof(search.list), &cred->group_info))
+		return 0;
+	search.list += bpf_core_field_offset(struct group_info, gid);
+	bpf_loop(HALVINGS, halve, &search, 0);
+	return search.found != 0;
 }
 
 /* Break glass: looked at only before something would be stopped, so it costs nobody else anything. */
@@ -167,7 +204,8 @@ static int prepares_session(struct task_struct *task)
 }
 
 /* ``why`` 0: an exec of complain mode that was told of at an earlier step. */
-static int refuse(struct linux_binprm *bprm, struct task_struct *task, struct state *state, __u32 why)
+static int refuse_file(const struct file *file, const void *path, struct task_struct *task, struct state *state,
+		       __u32 why)
 {
 	__u32 zero = 0;
 	const struct settings *set = bpf_map_lookup_elem(&settings, &zero);
@@ -179,8 +217,13 @@ static int refuse(struct linux_binprm *bprm, struct task_struct *task, struct st
 	else if (prepares_session(task) || breaks_glass(task, set))
 		return 0;
 	if (why)
-		tell(bprm, task, why, set->enforce);
+		tell(file, path, task, why, set->enforce);
 	return set->enforce ? -EACCES : 0;
+}
+
+static int refuse(struct linux_binprm *bprm, struct task_struct *task, struct state *state, __u32 why)
+{
+	return refuse_file(bprm->file, bprm->filename, task, state, why);
 }
 
 static int login_is_gated(const struct task_struct *task)
@@ -188,7 +231,7 @@ static int login_is_gated(const struct task_struct *task)
 	__u32 zero = 0, login = task->loginuid.val;
 	const struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 
-	return login != NOBODY && (!set || login >= set->uid_min);
+	return login != NOBODY && (!set || !is_root_or_system(login, set->uid_min));
 }
 
 /* ---- the file ---------------------------------------------------------------------------------- */
@@ -196,6 +239,31 @@ static int login_is_gated(const struct task_struct *task)
 static int is(const struct image *image, const struct file *file)
 {
 	return image->inode == file->f_inode->i_ino && image->device == file->f_inode->i_sb->s_dev;
+}
+
+static long compare_word(__u32 number, struct state **with)
+{
+	__u64 word = number; /* as wide as a pointer, as in let_through */
+	struct state *state = *with;
+
+	if (word >= PATH_BYTES / 8)
+		return 1;
+	state->differs |= state->path[word] ^ state->approval.path[word];
+	return 0;
+}
+
+/*
+ * A script's interpreter opens it by the path that the kernel hands on: it must be the one that was looked at.
+ * A callback, which the verifier walks once: a loop it would walk along each of its ways, for many seconds.
+ */
+static int is_named(struct state *state, const struct linux_binprm *bprm)
+{
+	__builtin_memset(state->path, 0, PATH_BYTES);
+	if (bpf_probe_read_kernel_str(state->path, PATH_BYTES, bprm->interp) < 0)
+		return 0;
+	state->differs = 0;
+	bpf_loop(PATH_BYTES / 8, compare_word, &state, 0);
+	return state->differs == 0;
 }
 
 /* The next step of an exec under way; a script must have a next one, and the last must be no script. */
@@ -207,6 +275,8 @@ static int follows(struct state *state, struct linux_binprm *bprm)
 	if (step >= CHAIN_MAX || step >= state->approval.count)
 		return 0;
 	if (!is(&state->approval.chain[step], bprm->file) || script != (step + 1 < state->approval.count))
+		return 0;
+	if (step == state->approval.named && !is_named(state, bprm))
 		return 0;
 	state->next = step + 1;
 	state->file = (__u64)bprm->file;
@@ -223,14 +293,15 @@ static int is_first(const struct linux_binprm *bprm)
  * both run, and the first has used the approval up.  It also lets an exec that failed half-way be tried
  * again with the same file and arguments until its approval expires, which gains nobody anything.
  */
-static int let_through(const struct state *state, struct linux_binprm *bprm)
+static int let_through(struct state *state, struct linux_binprm *bprm)
 {
 	__u64 step = (__u64)state->next - 1; /* as wide as a pointer: the verifier must see that the bound holds */
 
 	if (step >= CHAIN_MAX || (step == 0) != is_first(bprm))
 		return 0;
 	return state->bprm == (__u64)bprm && state->file == (__u64)bprm->file &&
-	       is(&state->approval.chain[step], bprm->file) && bpf_ktime_get_ns() < state->approval.expires;
+	       is(&state->approval.chain[step], bprm->file) && bpf_ktime_get_ns() < state->approval.expires &&
+	       (step != state->approval.named || is_named(state, bprm));
 }
 
 /* Called for the file of an execve, and again for each interpreter that a script names. */
@@ -271,6 +342,34 @@ int BPF_PROG(check_file, struct linux_binprm *bprm)
 	if (bpf_ktime_get_ns() >= state->approval.expires)
 		return refuse(bprm, task, state, WHY_EXPIRED);
 	return follows(state, bprm) ? 0 : refuse(bprm, task, state, WHY_OTHER_FILE);
+}
+
+/* ---- the loader -------------------------------------------------------------------------------- */
+
+/*
+ * An ELF program's interpreter is opened and mapped without a look by check_file.  Once the chain is through,
+ * that is all that an exec still opens; what an exec opens first has no exec under way, or, where the one
+ * before it failed half-way, an approval of its own, for that very file.
+ */
+SEC("lsm/file_open")
+int BPF_PROG(check_loader, struct file *file)
+{
+	struct task_struct *task;
+	struct state *state;
+	struct approval *approval;
+	__u32 tid;
+
+	if (!(file->f_flags & FMODE_EXEC))
+		return 0;
+	task = bpf_get_current_task_btf();
+	state = bpf_task_storage_get(&states, task, 0, 0);
+	if (!state || state->bprm == 0 || state->next < state->approval.count || is(&state->approval.loader, file))
+		return 0;
+	tid = (__u32)task->pid;
+	approval = bpf_map_lookup_elem(&approvals, &tid);
+	if (approval && is(&approval->chain[0], file))
+		return 0;
+	return refuse_file(file, file->f_path.dentry->d_name.name, task, state, WHY_OTHER_FILE);
 }
 
 /* ---- the arguments ----------------------------------------------------------------------------- */
@@ -338,12 +437,12 @@ int BPF_PROG(check_arguments, struct linux_binprm *bprm)
 		bpf_loop((bytes + BLOCK - 1) / BLOCK, compare_block, &with, 0);
 		bpf_loop(PAGES_MAX, forget_page, &tid, 0);
 	}
-	if (whole && with.same && (__u32)bprm->argc == state->approval.argc)
+	if (whole && with.same && (!state->approval.argc || (__u32)bprm->argc == state->approval.argc))
 		return 0;
 	set = bpf_map_lookup_elem(&settings, &zero);
 	if (!set || set->enforce)
 		bpf_send_signal(SIGKILL);
-	tell(bprm, task, WHY_OTHER_ARGUMENTS, !set || set->enforce);
+	tell(bprm->file, bprm->filename, task, WHY_OTHER_ARGUMENTS, !set || set->enforce);
 	return 0;
 }
 

@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -57,7 +58,7 @@ static bool peer_is_trusted(int fd)
 
 	if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0)
 		return false;
-	/* Not running as root: a test of the stack by an ordinary user, with an agent of his own. */
+	/* Not running as root: a test of the stack by an ordinary user, with an agent of their own. */
 	return peer.uid == 0 || (geteuid() != 0 && peer.uid == geteuid());
 }
 
@@ -126,37 +127,85 @@ bool wire_send(int fd, enum op op, int passed, long deadline)
 	return send_packet(fd, &head, sizeof(head), passed, deadline);
 }
 
-static bool append(char *packet, size_t *size, const char *string)
+/* Cut where it is too long: for what is only recorded. */
+static void append(char *packet, size_t *size, const char *string)
 {
-	size_t length = strlen(string) + 1;
+	size_t length = strnlen(string, STRING_MAX);
 
-	if (length > STRING_MAX + 1 || *size + length > PACKET_MAX)
-		return false;
 	memcpy(packet + *size, string, length);
-	*size += length;
+	packet[*size + length] = '\0';
+	*size += length + 1;
+}
+
+bool wire_add_name(struct names *names, const char *name)
+{
+	size_t length = strlen(name) + 1;
+
+	if (length > STRING_MAX + 1)
+		return true;
+	if (names->size + length > names->room) {
+		size_t room = names->room == 0 ? PACKET_MAX : names->room * 2;
+		char *larger = realloc(names->text, room);
+
+		if (larger == NULL)
+			return false;
+		names->text = larger;
+		names->room = room;
+	}
+	memcpy(names->text + names->size, name, length);
+	names->size += length;
+	names->count++;
 	return true;
+}
+
+/* Names that fit into ``room`` bytes, from *at on; *at is moved behind them. */
+static uint16_t append_names(char *packet, size_t *size, size_t room, const struct names *names, size_t *at)
+{
+	uint16_t count = 0;
+
+	while (*at < names->size && count < GROUPS_MAX) {
+		size_t length = strlen(names->text + *at) + 1;
+		if (*size + length > room)
+			break;
+		memcpy(packet + *size, names->text + *at, length);
+		*size += length;
+		*at += length;
+		count++;
+	}
+	return count;
 }
 
 bool wire_send_caller(int fd, enum op op, const struct caller *caller, long deadline)
 {
 	char packet[PACKET_MAX];
 	struct head head = { MAGIC, (uint16_t)op, 0 };
-	size_t size = sizeof(head) + sizeof(caller->uid);
+	size_t at = 0, size, begins = sizeof(head) + sizeof(caller->uid);
 
-	if (!append(packet, &size, caller->service) || !append(packet, &size, caller->user) ||
-	    !append(packet, &size, caller->remote) || !append(packet, &size, caller->shell)) {
-		errno = E2BIG;
+	if (strlen(caller->user) > STRING_MAX) {
+		errno = ENAMETOOLONG;
 		return false;
 	}
-	for (unsigned int i = 0; i < caller->group_count; i++) {
-		if (!append(packet, &size, caller->groups[i])) {
-			errno = E2BIG;
-			return false;
-		}
-		head.count++;
-	}
-	memcpy(packet, &head, sizeof(head));
 	memcpy(packet + sizeof(head), &caller->uid, sizeof(caller->uid));
+	append(packet, &begins, caller->service);
+	append(packet, &begins, caller->user);
+	append(packet, &begins, caller->remote);
+	append(packet, &begins, strlen(caller->shell) > STRING_MAX ? "" : caller->shell); /* no other file's path */
+	/* What does not fit beside that goes before it; nearly always everything fits. */
+	if (caller->groups->count > GROUPS_MAX || begins + caller->groups->size > PACKET_MAX) {
+		while (at < caller->groups->size) {
+			char names[PACKET_MAX];
+			struct head of_names = { MAGIC, OP_GROUPS, 0 };
+
+			size = sizeof(of_names);
+			of_names.count = append_names(names, &size, sizeof(names), caller->groups, &at);
+			memcpy(names, &of_names, sizeof(of_names));
+			if (!send_packet(fd, names, size, -1, deadline))
+				return false;
+		}
+	}
+	size = begins;
+	head.count = append_names(packet, &size, sizeof(packet), caller->groups, &at);
+	memcpy(packet, &head, sizeof(head));
 	return send_packet(fd, packet, size, -1, deadline);
 }
 
@@ -181,6 +230,10 @@ static ssize_t receive_packet(int fd, char *packet, int *passed, long deadline)
 	} while (size < 0 && (errno == EAGAIN || errno == EINTR));
 	if (size < 0)
 		return -1;
+	if (message.msg_flags & MSG_CTRUNC) { /* no descriptor left for the one that came: never go on without it */
+		errno = EMFILE;
+		return -1;
+	}
 	item = CMSG_FIRSTHDR(&message);
 	if (item != NULL && item->cmsg_level == SOL_SOCKET && item->cmsg_type == SCM_RIGHTS &&
 	    item->cmsg_len == CMSG_LEN(sizeof(int)))

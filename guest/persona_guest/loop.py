@@ -1,13 +1,14 @@
 """The agent's event loop: epoll, timers, and a mailbox for other threads.
 
 One thread runs every handler, so the state that handlers share needs no locks.  A handler must never
-wait; what could wait goes to a thread and comes back through ``deliver``.
+wait; what could wait goes to a thread and comes back through ``call_soon_threadsafe``.
 """
 
 import heapq
 import itertools
 import os
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,7 @@ Handler = Callable[[int], None]
 READABLE = select.EPOLLIN
 GONE = select.EPOLLHUP | select.EPOLLERR
 _TICK_MAX_S = 1.0
+_LOOK_S = 0.02  # what run_until waits for may come about outside of the loop
 
 
 class Timer:
@@ -33,24 +35,32 @@ class Timer:
 
 
 class Loop:
-    """``watch`` descriptors, ``call_later``, ``deliver`` from any thread, ``run`` until ``stop``."""
+    """Waits for descriptors (``add_reader``), timers (``call_later``) and other threads (``call_soon_threadsafe``)."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """``clock`` tells the seconds by which timers go."""
+        self._clock = clock
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
+        self._fresh: set[int] = set()  # watched since the round began
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._mail: deque[Callable[[], None]] = deque()
+        self._bell_lock = threading.RLock()  # a signal handler may ring while this thread does
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._running = True
-        self.watch(self._bell, READABLE, self._collect)
+        self.add_reader(self._bell, READABLE, self._collect)
 
-    def watch(self, fd: int, events: int, handler: Handler) -> None:
-        """Calls ``handler(events)`` when ``fd`` is ready, or hung up (which is always watched)."""
-        self._handlers[fd] = handler
+    def add_reader(self, fd: int, events: int, handler: Handler) -> None:
+        """Calls ``handler(events)`` when ``fd`` is ready, or hung up (which is always watched).
+
+        Raises ``OSError`` where the kernel has no room for it.
+        """
         self._epoll.register(fd, events)
+        self._handlers[fd] = handler
+        self._fresh.add(fd)
 
-    def unwatch(self, fd: int) -> None:
+    def remove_reader(self, fd: int) -> None:
         """Forgets ``fd``; call before closing it."""
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
@@ -58,7 +68,7 @@ class Loop:
     def call_later(self, seconds: float, call: Callable[[], None]) -> Timer:
         """Calls once, after at least ``seconds``."""
         timer = Timer(call)
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
+        heapq.heappush(self._timers, (self._clock() + seconds, next(self._order), timer))
         return timer
 
     def call_every(self, seconds: float, call: Callable[[], None]) -> None:
@@ -70,31 +80,63 @@ class Loop:
 
         self.call_later(seconds, again)
 
-    def deliver(self, call: Callable[[], None]) -> None:
-        """Runs ``call`` in the loop's thread soon.  The only method that other threads may call."""
-        self._mail.append(call)
-        os.eventfd_write(self._bell, 1)
+    def call_soon_threadsafe(self, call: Callable[[], None]) -> None:
+        """Runs ``call`` in the loop's thread soon.  The only method that other threads may call.
+
+        Once the loop is closed it does nothing: the bell's number may be another descriptor's by then.
+        """
+        with self._bell_lock:
+            if self._bell >= 0:
+                self._mail.append(call)
+                os.eventfd_write(self._bell, 1)
 
     def stop(self) -> None:
         """Ends ``run`` after the handlers of this round."""
         self._running = False
 
     def run(self) -> None:
-        """Serves until ``stop``."""
-        poll, handlers, timers = self._epoll.poll, self._handlers, self._timers
+        """Serves until ``stop``; may be called again after that."""
         while self._running:
-            wait = _TICK_MAX_S
-            if timers:
-                wait = max(0.0, min(wait, timers[0][0] - time.monotonic()))
-            for fd, events in poll(wait, 64):
-                handler = handlers.get(fd)  # an earlier handler of this round may have closed it
-                if handler is not None:
-                    handler(events)
-            if timers and timers[0][0] <= time.monotonic():
-                self._fire()
+            self._turn(_TICK_MAX_S)
+        self._running = True
+
+    def run_until(self, done: Callable[[], object], seconds: float) -> None:
+        """Serves until ``done()`` is true; it is asked after each round.  Raises ``TimeoutError`` after ``seconds``."""
+        over = self._clock() + seconds
+        while not done():
+            left = over - self._clock()
+            if left <= 0:
+                raise TimeoutError(f"not done within {seconds} s of the loop's time")
+            self._turn(min(left, _LOOK_S))
+
+    def close(self) -> None:
+        """Gives its own descriptors back and forgets all calls; what was watched is its owners' to close."""
+        self._handlers.clear()
+        self._timers.clear()
+        self._mail.clear()
+        self._epoll.close()
+        with self._bell_lock:
+            os.close(self._bell)
+            self._bell = -1
+
+    def _turn(self, wait: float) -> None:
+        """One round: waits until something is ready or a timer is due, at most so long, and calls the handlers."""
+        timers = self._timers
+        if timers:
+            wait = max(0.0, min(wait, timers[0][0] - self._clock()))
+        ready = self._epoll.poll(wait, 64)
+        self._fresh.clear()
+        for fd, events in ready:
+            # an earlier handler of this round may have closed it, and another descriptor may have its number now:
+            # what that one has to tell, the next round tells
+            handler = self._handlers.get(fd)
+            if handler is not None and fd not in self._fresh:
+                handler(events)
+        if timers and timers[0][0] <= self._clock():
+            self._fire()
 
     def _fire(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.call is not None:

@@ -7,14 +7,15 @@ import os
 import re
 import socket
 import tomllib
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import StrEnum
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from persona.patterns import SECURE_PATH
 from persona.problems import Fault, PersonaError
+from persona.wildcards import matches
+from persona_guest.core.accounts import UID_MIN, uid_min_of
 
 
 class Mode(StrEnum):
@@ -54,14 +55,16 @@ class Broker:
 class Gate:
     """Who is gated, and what a program must be to be run."""
 
-    never_gate_root: bool = True  # a trial run by root sets this to false; a machine must not
-    uid_min: int = 1000  # login.defs UID_MIN on Debian: below are system users
+    never_gate_root: bool = True  # a trial, which gates whoever starts it, sets this to false; a machine must not
+    uid_min: int = UID_MIN  # ``load`` takes what /etc/login.defs says: below are system accounts
     break_glass_group: str = "persona-break-glass"  # shipped empty
     secure_path: tuple[str, ...] = SECURE_PATH  # where a bare name in a pattern is looked for
-    # Programs that are many programs: argv[0] says which.
+    # Files that are several programs, of which argv[0] says one, beside those of persona/called_names.py.
     multicall: tuple[str, ...] = ("busybox", "toybox", "coreutils")
-    # Programs (patterns of fnmatch) that need not be root's own and unwritable for others.  Debian
-    # ships at(1) as a setuid program of the system user daemon.
+    # Files (any of their names) that do the same under each name, so that an entry with one allows them under all.
+    same_by_any_name: tuple[str, ...] = ()
+    # Programs (paths with the wildcards of docs/patterns.md) that need not be root's own and unwritable for
+    # others.  Debian ships at(1) as a setuid program of the system user daemon.
     trusted_writable: tuple[str, ...] = ("/usr/bin/at",)
     # What the session's own machinery starts (user manager, sshd's environment hooks) before and
     # beside any command.  Each is root-owned and everything it starts is gated again.
@@ -74,6 +77,8 @@ class Gate:
         "/usr/bin/dbus-update-activation-environment",
         "/usr/bin/systemd-tmpfiles",
     )
+    # The user's own command says what is denied and why: never denied, as machinery is not.
+    user_command: str = "/usr/bin/persona"
     greeting: bool = True  # one line at an interactive login that names the persona
     # Without the kernel layer, whatever is raced, programs start below these only; it takes mount(2) away, and with it
     # every container and sandbox, hence not the default.
@@ -81,13 +86,13 @@ class Gate:
     require_kernel_layer: bool = False  # refuse sessions without it; not every kernel has it, hence not the default
 
     def is_plumbing(self, path: str) -> bool:
-        """Whether ``plumbing`` names the program."""
-        return any(fnmatchcase(path, pattern) for pattern in self.plumbing)
+        """Whether it is the user's own command, or ``plumbing`` names the program."""
+        return path == self.user_command or any(matches(path, pattern) for pattern in self.plumbing)
 
 
 @dataclass(frozen=True, slots=True)
 class Dependencies:
-    """What the installer may do for personas that need what is not there; patterns of fnmatch.
+    """What the installer may do for personas that need what is not there; names with wildcards (docs/patterns.md).
 
     Documents come from the broker, and installing is root's work: who wants a broker to have it says so here.
     """
@@ -121,17 +126,32 @@ class Settings:
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LOGIN_DEFS = Path("/etc/login.defs")
 
 
-def load(path: Path) -> Settings:
-    """Reads guest.toml; a missing file is all defaults.  Raises ``SettingsError``."""
+def load(path: Path, login_defs: Path = LOGIN_DEFS) -> Settings:
+    """Reads guest.toml; a missing file is all defaults.  Raises ``SettingsError``.
+
+    Where guest.toml has no ``gate.uid_min``, it is the ``UID_MIN`` of ``login_defs``.
+    """
     try:
         document = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        return Settings()
+        document = {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{path}: {error}") from error
-    return parse(document, str(path))
+    settings = parse(document, str(path))
+    if "uid_min" in document.get("gate", {}):
+        return settings
+    return replace(settings, gate=replace(settings.gate, uid_min=_uid_min(login_defs)))
+
+
+def _uid_min(login_defs: Path) -> int:
+    """A machine whose login.defs cannot be read must not lose its agent for that: then Debian's own number."""
+    try:
+        return uid_min_of(login_defs.read_bytes())
+    except OSError:
+        return UID_MIN
 
 
 def parse(document: dict[str, Any], source: str) -> Settings:
@@ -149,6 +169,7 @@ def parse(document: dict[str, Any], source: str) -> Settings:
         ("dependencies.deadline_s", 1 <= settings.dependencies.deadline_s <= 3600, "1 to 3600 seconds"),
         ("gate.uid_min", 0 <= settings.gate.uid_min <= 0x7FFFFFFF, "0 or more"),
         ("gate.secure_path", all(map(os.path.isabs, settings.gate.secure_path)), "absolute directories"),
+        ("gate.user_command", os.path.isabs(settings.gate.user_command), "an absolute path"),
         ("gate.landlock_execute", _are_directories(settings.gate.landlock_execute), "at most 64 absolute directories"),
         ("paths.cgroup_root", settings.paths.cgroup_root[:1] in ("", "/"), "an absolute directory, or none"),
         ("paths.bpf_dir", _is_below_bpffs(settings.paths.bpf_dir), "a directory below /sys/fs/bpf, or nothing"),

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from persona_guest.gate import kernel_loader
-from persona_guest.gate.kernel_layer import LastWord, NoKernelLayer
-from persona_guest.gate.kernel_loader import KernelLayerError, Machine
-from persona_guest.kernel import bpf, layer_abi
-from persona_guest.kernel.inode import kernel_image
+from persona_guest.kernel import bpf
+from persona_guest.kernel.fd_inode import kernel_device, kernel_image
 from persona_guest.loop import Loop
+from persona_guest.lsm import abi, loader
+from persona_guest.lsm.layer import KernelLayer, NoKernelLayer
+from persona_guest.lsm.loader import KernelLayerError, Machine
 from persona_guest.settings import Paths, Settings
 
 from persona.problems import Reason
@@ -42,14 +42,14 @@ def test_python_and_c_agree_on_the_layout(tmp_path: Path) -> None:
     binary = tmp_path / "sizes"
     subprocess.run(["cc", f"-I{SOURCES}", "-o", str(binary), str(tmp_path / "sizes.c")], check=True, timeout=60)
     out = subprocess.run([str(binary)], capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
-    sizes = layer_abi.APPROVAL, layer_abi.PAGE_KEY, layer_abi.PAGE_BYTES, layer_abi.SETTINGS, layer_abi.EVENT
+    sizes = abi.APPROVAL, abi.PAGE_KEY, abi.PAGE_BYTES, abi.SETTINGS, abi.EVENT
     assert out[0].split() == [str(size if isinstance(size, int) else size.size) for size in sizes]
-    value = layer_abi.approval(7, [(1, 2)], 3, 4)
+    value = abi.approval(7, [(1, 2)], 3, 4)
     count, argv_bytes, chain, _ = map(int, out[1].split())
     assert struct.unpack_from("=I", value, count) == (1,)
     assert struct.unpack_from("=I", value, argv_bytes) == (4,)
     assert struct.unpack_from("=QQ", value, chain) == (1, 2)
-    assert out[2].split() == [str(layer_abi.CHAIN_MAX), str(layer_abi.ARGV_MAX), str(len(layer_abi.COUNTERS))]
+    assert out[2].split() == [str(abi.CHAIN_MAX), str(abi.ARGV_MAX), str(len(abi.COUNTERS))]
 
 
 def test_the_object_has_the_programs_that_the_loader_attaches(tmp_path: Path) -> None:
@@ -58,24 +58,24 @@ def test_the_object_has_the_programs_that_the_loader_attaches(tmp_path: Path) ->
         ["readelf", "-sW", str(SOURCES / "persona.bpf.o")], capture_output=True, text=True, check=True, timeout=60
     ).stdout
     functions = {line.split()[-1] for line in symbols.splitlines() if " FUNC " in line and " GLOBAL " in line}
-    assert functions == set(layer_abi.PROGRAMS)
+    assert functions == set(abi.PROGRAMS)
 
 
 @given(st.integers(1, 4095), st.integers(0, (1 << 20) - 1))
 def test_a_device_as_the_kernel_numbers_it(major: int, minor: int) -> None:
-    assert layer_abi.kernel_device(os.makedev(major, minor)) == major << 20 | minor
+    assert kernel_device(os.makedev(major, minor)) == major << 20 | minor
 
 
 def test_an_event_is_read() -> None:
-    raw = layer_abi.EVENT.pack(3, 1, 10, 11, 1000, 1000, layer_abi.NOBODY, 0, 5, 6, b"bash", b"/bin/\xff")
-    event = layer_abi.event(raw)
+    raw = abi.EVENT.pack(3, 1, 10, 11, 1000, 1000, abi.NOBODY, 0, 5, 6, b"bash", b"/bin/\xff")
+    event = abi.event(raw)
     assert (event.reason, event.enforced, event.tid, event.tgid) == (Reason.OTHER_FILE, True, 10, 11)
     assert (event.login, event.audit_session, event.comm) == (1000, None, "bash")
     assert os.fsencode(event.path) == b"/bin/\xff"
     with pytest.raises(struct.error):
-        layer_abi.event(raw[:-1])
+        abi.event(raw[:-1])
     with pytest.raises(KeyError):
-        layer_abi.event(b"\x09" + raw[1:])
+        abi.event(b"\x09" + raw[1:])
 
 
 @pytest.mark.parametrize("place", ["/", "/dev/shm", "/proc/self"])
@@ -115,20 +115,27 @@ def test_a_broken_object_is_refused_and_leaves_nothing_attached(tmp_path: Path) 
     (tmp_path / "object.o").write_bytes(b"no ELF file")
     paths = Paths(bpf_dir=str(tmp_path / "persona"), bpf_object=str(tmp_path / "object.o"))
     with pytest.raises(KernelLayerError):
-        kernel_loader.load(Settings(paths=paths), machine(tmp_path, "bpf"))
+        loader.load(Settings(paths=paths), machine(tmp_path, "bpf"))
     assert list((tmp_path / "persona").glob("*/links/*")) == []
-    kernel_loader.unload(paths.bpf_dir)
+    loader.unload(paths.bpf_dir)
     assert not os.path.exists(paths.bpf_dir)
-    kernel_loader.unload(paths.bpf_dir)
+    loader.unload(paths.bpf_dir)
+
+
+def test_where_no_layer_is_wanted_none_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "somebody" / "links").mkdir(parents=True)
+    loader.unload("")
+    assert (tmp_path / "somebody" / "links").exists()
 
 
 @pytest.mark.parametrize("directory", ["", "/nonexistent/persona"])
 def test_without_the_layer_something_stands_in_its_place(directory: str) -> None:
-    last_word = LastWord(Settings(paths=Paths(bpf_dir=directory)), Loop(), lambda event: None)
-    last_word.check()
-    assert isinstance(last_word.layer, NoKernelLayer)
-    assert last_word.layer.why
-    assert not last_word.layer.active
+    kernel_layer = KernelLayer(Settings(paths=Paths(bpf_dir=directory)), Loop(), lambda event: None)
+    kernel_layer.check()
+    assert isinstance(kernel_layer.layer, NoKernelLayer)
+    assert kernel_layer.layer.why
+    assert not kernel_layer.layer.active
 
 
 def fake_ring(size: int) -> int:

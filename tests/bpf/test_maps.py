@@ -9,25 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from persona_guest.core.script import Format
-from persona_guest.gate.attempt import Attempt
-from persona_guest.gate.identity import Identified, Image
-from persona_guest.gate.kernel_layer import KernelLayer, LastWord
-from persona_guest.gate.shares import Shares
-from persona_guest.kernel import bpf, layer_abi
-from persona_guest.kernel.layer_abi import Event
+from persona_guest.kernel import bpf
 from persona_guest.loop import Loop
+from persona_guest.lsm import abi
+from persona_guest.lsm.abi import Event
+from persona_guest.lsm.layer import AttachedLayer, HangsOn, KernelLayer
+from persona_guest.lsm.quota import Quota
+from persona_guest.program.exec_request import ExecRequest, Stage
+from persona_guest.program.identity import Identified, Image
+from persona_guest.program.shebang import Format
 from persona_guest.settings import Mode, Paths, Settings
 
 from persona.decisions import Program
 
 HASH, ARRAY, RINGBUF, NO_PREALLOC = 1, 2, 27, 1
 MAPS = {
-    "approvals": (HASH, 4, layer_abi.APPROVAL.size, 64, 0),
-    "arguments": (HASH, 8, layer_abi.PAGE_BYTES, 64, NO_PREALLOC),
-    "settings": (ARRAY, 4, layer_abi.SETTINGS.size, 1, 0),
-    "counters": (ARRAY, 4, 8, len(layer_abi.COUNTERS), 0),
-    "events": (RINGBUF, 0, 0, layer_abi.EVENTS_BYTES, 0),
+    "approvals": (HASH, 4, abi.APPROVAL.size, 64, 0),
+    "arguments": (HASH, 8, abi.PAGE_BYTES, 64, NO_PREALLOC),
+    "settings": (ARRAY, 4, abi.SETTINGS.size, 1, 0),
+    "counters": (ARRAY, 4, 8, len(abi.COUNTERS), 0),
+    "events": (RINGBUF, 0, 0, abi.EVENTS_BYTES, 0),
 }
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making and pinning maps takes root")
@@ -58,31 +59,31 @@ def directory(tmp_path: Path) -> Iterator[str]:
     """A bpf file system with the layer's maps; directories stand in for the links of its programs."""
     subprocess.run(["mount", "-t", "bpf", "none", str(tmp_path)], check=True, timeout=20)
     try:
-        home = tmp_path / "persona" / layer_abi.LAYOUT
+        home = tmp_path / "persona" / abi.LAYOUT
         (home / "links").mkdir(parents=True)
         for name, shape in MAPS.items():
             make(*shape, home / name)
-        for program in layer_abi.PROGRAMS:
+        for program in abi.PROGRAMS:
             (home / "links" / program).mkdir()
         yield str(tmp_path / "persona")
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True, timeout=20)
 
 
-def attempt(argv: tuple[bytes, ...], complete: bool = True) -> Attempt:
+def exec_request(argv: tuple[bytes, ...], complete: bool = True) -> ExecRequest:
     image = Image(8, 99)
     found = Identified(image, (7, 99), Program("/bin/x", ("x",), ("/bin/x",)), True, True, False, Format.ELF)
-    return Attempt(b"/bin/x", argv, complete, ((found, argv),))
+    return ExecRequest(b"/bin/x", argv, complete, (Stage(found, argv, b"/bin/x"),))
 
 
 def pinned(directory: str, name: str) -> bpf.Map:
     _, key, value, _, _ = MAPS[name]
-    return bpf.Map(bpf.open_pinned(f"{directory}/{layer_abi.LAYOUT}/{name}"), key, value)
+    return bpf.Map(bpf.open_pinned(f"{directory}/{abi.LAYOUT}/{name}"), key, value)
 
 
 def test_an_approval_as_the_kernel_finds_it(directory: str) -> None:
-    layer, approvals = KernelLayer(directory), pinned(directory, "approvals")
-    layer.approve(42, 1000, attempt((b"x",)), arguments=False)
+    layer, approvals = AttachedLayer(directory), pinned(directory, "approvals")
+    layer.approve(42, 1000, exec_request((b"x",)))
     value = approvals.lookup(struct.pack("=I", 42))
     assert value is not None
     expires, count, argc, size, _, device, inode = struct.unpack_from("=QIIIIQQ", value)
@@ -95,8 +96,8 @@ def test_an_approval_as_the_kernel_finds_it(directory: str) -> None:
 
 @pytest.mark.parametrize("argv", [(), (b"x",), (b"x", b"", b"y" * 4092), (b"x", b"y" * 9000), (b"",) * 1024])
 def test_arguments_in_pages(directory: str, argv: tuple[bytes, ...]) -> None:
-    layer, arguments = KernelLayer(directory), pinned(directory, "arguments")
-    layer.approve(42, 1000, attempt(argv), arguments=True)
+    layer, arguments = AttachedLayer(directory), pinned(directory, "arguments")
+    layer.approve(42, 1000, exec_request(argv), hangs_on=HangsOn.ARGUMENTS)
     value = pinned(directory, "approvals").lookup(struct.pack("=I", 42))
     assert value is not None
     argc, size = struct.unpack_from("=II", value, 12)
@@ -106,49 +107,63 @@ def test_arguments_in_pages(directory: str, argv: tuple[bytes, ...]) -> None:
     assert b"".join(page or b"" for page in pages) == flat.ljust(len(pages) * 4096, b"\0")
 
 
-@pytest.mark.parametrize(("argv", "complete"), [((b"x",), False), ((b"x" * layer_abi.ARGV_MAX,), True)])
+@pytest.mark.parametrize("argv", [(b"x",), (b"x", b"y"), (b"x" * 5000, b"y"), ()])
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_name_alone(directory: str, argv: tuple[bytes, ...], complete: bool) -> None:
+    """Also where the arguments are too many to read: the kernel compares no number of them."""
+    layer, arguments = AttachedLayer(directory), pinned(directory, "arguments")
+    layer.approve(42, 1000, exec_request(argv, complete), hangs_on=HangsOn.NAME)
+    value = pinned(directory, "approvals").lookup(struct.pack("=I", 42))
+    assert value is not None
+    flat = (argv or (b"",))[0] + b"\0"
+    assert struct.unpack_from("=II", value, 12) == (0, len(flat))
+    pages = [arguments.lookup(struct.pack("=II", 42, number)) for number in range((len(flat) + 4095) // 4096)]
+    assert b"".join(page or b"" for page in pages) == flat.ljust(len(pages) * 4096, b"\0")
+
+
+@pytest.mark.parametrize(("argv", "complete"), [((b"x",), False), ((b"x" * abi.ARGV_MAX,), True)])
 def test_what_cannot_be_compared_is_not_approved(directory: str, argv: tuple[bytes, ...], complete: bool) -> None:
-    layer = KernelLayer(directory)
-    layer.approve(42, 1000, attempt(argv, complete), arguments=True)
+    layer = AttachedLayer(directory)
+    layer.approve(42, 1000, exec_request(argv, complete), hangs_on=HangsOn.ARGUMENTS)
     assert pinned(directory, "approvals").lookup(struct.pack("=I", 42)) is None
 
 
 def test_a_full_map_is_tidied_and_takes_approvals_again(directory: str) -> None:
-    layer, approvals = KernelLayer(directory), pinned(directory, "approvals")
+    layer, approvals = AttachedLayer(directory), pinned(directory, "approvals")
     for tid in range(64):
-        approvals.update(struct.pack("=I", 1000 + tid), layer_abi.approval(1, [(1, 2)], 0, 0))  # long expired
-    layer.approve(42, 1000, attempt((b"x",)), arguments=False)
-    layer.approve(42, 1000, attempt((b"x",)), arguments=False)
+        approvals.update(struct.pack("=I", 1000 + tid), abi.approval(1, [(1, 2)], 0, 0))  # long expired
+    layer.approve(42, 1000, exec_request((b"x",)))
+    layer.approve(42, 1000, exec_request((b"x",)))
     assert list(approvals.keys(100)) == [struct.pack("=I", 42)]
 
 
 def test_no_user_fills_the_maps_with_execs_that_fail(directory: str) -> None:
-    layer, arguments = KernelLayer(directory), pinned(directory, "arguments")
-    layer._shares = Shares(layer._is_used, layer._forget, most=16)
-    long = attempt((b"x" * 4 * 4096,))  # five pages
+    layer, arguments = AttachedLayer(directory), pinned(directory, "arguments")
+    layer._quota = Quota(layer._is_used, layer._forget, most=16)
+    long = exec_request((b"x" * 4 * 4096,))  # five pages
     for tid in range(20):
-        layer.approve(1000 + tid, 1000, long, arguments=True)
+        layer.approve(1000 + tid, 1000, long, hangs_on=HangsOn.ARGUMENTS)
     assert len(list(arguments.keys(100))) == 15
-    layer.approve(42, 1001, long, arguments=True)
+    layer.approve(42, 1001, long, hangs_on=HangsOn.ARGUMENTS)
     assert pinned(directory, "approvals").lookup(struct.pack("=I", 42)) is not None, "another user has his own share"
     pinned(directory, "approvals").delete(struct.pack("=I", 1000))
     for number in range(5):  # as the kernel does once they are compared
         arguments.delete(struct.pack("=II", 1000, number))
-    layer.approve(2000, 1000, long, arguments=True)
+    layer.approve(2000, 1000, long, hangs_on=HangsOn.ARGUMENTS)
     assert pinned(directory, "approvals").lookup(struct.pack("=I", 2000)) is not None
 
 
 def test_pages_of_an_exec_that_failed_go_with_the_threads_next_one(directory: str) -> None:
-    layer, arguments = KernelLayer(directory), pinned(directory, "arguments")
-    layer.approve(42, 1000, attempt((b"x" * 4 * 4096,)), arguments=True)
-    layer.approve(42, 1000, attempt((b"x",)), arguments=False)
+    layer, arguments = AttachedLayer(directory), pinned(directory, "arguments")
+    layer.approve(42, 1000, exec_request((b"x" * 4 * 4096,)), hangs_on=HangsOn.ARGUMENTS)
+    layer.approve(42, 1000, exec_request((b"x",)))
     assert list(arguments.keys(10)) == []
 
 
 def test_tidying_removes_arguments_of_the_dead_and_no_others(directory: str) -> None:
-    layer, arguments = KernelLayer(directory), pinned(directory, "arguments")
-    layer.approve(os.getpid(), 1000, attempt((b"x",)), arguments=True)
-    layer.approve(4_194_303, 1000, attempt((b"x",)), arguments=True)  # no such process
+    layer, arguments = AttachedLayer(directory), pinned(directory, "arguments")
+    layer.approve(os.getpid(), 1000, exec_request((b"x",)), hangs_on=HangsOn.ARGUMENTS)
+    layer.approve(4_194_303, 1000, exec_request((b"x",)), hangs_on=HangsOn.ARGUMENTS)  # no such process
     layer.sweep()
     assert list(arguments.keys(10)) == [struct.pack("=II", os.getpid(), 0)]
     assert len(list(pinned(directory, "approvals").keys(10))) == 2  # neither has expired
@@ -157,27 +172,27 @@ def test_tidying_removes_arguments_of_the_dead_and_no_others(directory: str) -> 
 def test_the_settings_are_written_and_the_counters_read(directory: str) -> None:
     told: list[Event] = []
     settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=directory))
-    last_word = LastWord(settings, Loop(), told.append)
+    kernel_layer = KernelLayer(settings, Loop(), told.append)
     value = pinned(directory, "settings").lookup(bytes(4))
     assert value is not None
     assert struct.unpack("=IIII", value)[:2] == (1, 1000)
     counters = pinned(directory, "counters")
     for number in range(4):
         counters.update(struct.pack("=I", number), struct.pack("=Q", number + 5))
-    assert last_word.layer.counts() == {"stopped": 5, "would_stop": 6, "killed": 7, "lost": 8}
+    assert kernel_layer.layer.counts() == {"stopped": 5, "would_stop": 6, "killed": 7, "lost": 8}
 
 
 def test_the_layer_is_taken_up_and_let_go_while_the_agent_runs(directory: str) -> None:
-    links = Path(directory) / layer_abi.LAYOUT / "links"
+    links = Path(directory) / abi.LAYOUT / "links"
     (links / "inherit").rmdir()
-    last_word = LastWord(Settings(paths=Paths(bpf_dir=directory)), Loop(), lambda event: None)
-    assert not last_word.layer.active
-    assert "not loaded" in last_word.layer.why
+    kernel_layer = KernelLayer(Settings(paths=Paths(bpf_dir=directory)), Loop(), lambda event: None)
+    assert not kernel_layer.layer.active
+    assert "not loaded" in kernel_layer.layer.why
     (links / "inherit").mkdir()
-    last_word.check()
-    assert last_word.layer.active
-    last_word.check()
-    assert last_word.layer.active
+    kernel_layer.check()
+    assert kernel_layer.layer.active
+    kernel_layer.check()
+    assert kernel_layer.layer.active
     (links / "check_file").rmdir()
-    last_word.check()
-    assert not last_word.layer.active
+    kernel_layer.check()
+    assert not kernel_layer.layer.active

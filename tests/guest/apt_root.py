@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from persona_guest.installer.apt import Apt
-from persona_guest.kernel.dpkg import Dpkg
+from persona_guest.dependencies.dpkg import Dpkg
+from persona_guest.dependencies.installer.apt import Apt
 
 from persona.dependencies import Package, parse_dependency
 from tests.debs import build_deb

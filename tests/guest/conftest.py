@@ -1,21 +1,26 @@
 """Real parts to test with: an agent and a broker as 'persona try' starts them, apt's own world, a table in a kernel."""
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from persona_guest.enforce.nft import Network
-from persona_guest.enforce.table import Table
+from persona_guest.enforce.network.facility import Network
+from persona_guest.enforce.network.table import Table
+from persona_guest.shell import trial
 
 from persona.documents import Persona
 from tests.guest import netns
 from tests.guest.apt_root import AptRoot
+from tests.guest.migrate_site import STUBBORN
 from tests.guest.netns import FAR4, FAR6, OTHER4, OTHER6, World
 from tests.guest.nft_world import number
-from tests.guest.sorter_site import STUBBORN
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -32,24 +37,97 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def agent(documents: Path) -> Iterator[Path]:
+    with trial_of(documents) as socket:
+        yield socket
+
+
+@contextlib.contextmanager
+def trial_of(documents: Path) -> Iterator[Path]:
+    """The socket of an agent, with a broker that has these documents: as 'persona try' starts them."""
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="persona-")))
+        trial.start(stack, home, [str(documents)])
+        yield home / "run" / "agent.sock"
+
+
+# What 'persona try' does once its broker and its agent are there.
+GATED = "import sys; from persona_guest.shell import trial; sys.exit(trial._gated(sys.argv[1], sys.argv[2:]))"
+
+
 @pytest.fixture
-def gated(documents: Path, tmp_path: Path) -> Run:
-    """Runs a bash script gated by that persona."""
+def gated(agent: Path, tmp_path: Path) -> Run:
+    """Runs a bash script gated by that persona, by another agent, or by 'persona try' with the documents ``files``."""
 
     def run(
-        script: str, *arguments: str, files: Path = documents, timeout: float = 60
+        script: str, *arguments: str, files: Path | None = None, by: Path = agent, timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(str(ROOT / part) for part in ("", "broker", "guest"))
         home = tmp_path / "home"
         home.mkdir(exist_ok=True)
+        head = ["-c", GATED, str(by)]
+        if files is not None:
+            head = ["-m", "persona_guest.shell.cli", "try", "-q", str(files), "--"]
         return subprocess.run(
-            [sys.executable, "-m", "persona_guest.shell.cli", "try", "-q", str(files), "--",
-             "bash", "-c", script, "bash", *arguments],
+            [sys.executable, *head, "bash", "-c", script, "bash", *arguments],
             capture_output=True, text=True, timeout=timeout, cwd=home, stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "SHELL": "/bin/bash", "PATH": "/usr/bin:/bin"},
         )  # fmt: skip
 
     return run
+
+
+class SmallDisk:
+    """A file system of 64 KiB and 16 files at ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fill(self) -> None:
+        """Not a byte more fits."""
+        with contextlib.suppress(OSError), open(self.path / "filling", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def fill_files(self) -> None:
+        """Not a file more fits."""
+        with contextlib.suppress(OSError):
+            for number in range(100):
+                (self.path / f"filling{number}").touch()
+
+    def empty(self) -> None:
+        """There is space again."""
+        for path in self.path.glob("filling*"):
+            path.unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A real one: what is written to it meets ENOSPC."""
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=16", "none", str(path)], check=True)
+    yield SmallDisk(path)
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@contextlib.contextmanager
+def no_descriptor() -> Iterator[None]:
+    """Whatever would need one fails with EMFILE, in all of this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    used = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 1, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
 
 
 @pytest.fixture
@@ -72,6 +150,15 @@ def world() -> Iterator[World]:
         yield found
 
 
+@pytest.fixture(autouse=True)
+def _programs_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "world" not in request.fixturenames:
+        yield
+        return
+    with request.getfixturevalue("world").ending():
+        yield
+
+
 @pytest.fixture
 def table(world: World) -> Iterator[Table]:
     found = world.in_near(lambda: Table(number))
@@ -82,13 +169,13 @@ def table(world: World) -> Iterator[Table]:
 
 
 @pytest.fixture
-def bases() -> dict[int, Persona]:
+def user_rules() -> dict[int, Persona]:
     return {}
 
 
 @pytest.fixture
-def network(world: World, table: Table, bases: dict[int, Persona]) -> Network:
-    return Network(table, number, str(world.root), bases)
+def network(world: World, table: Table, user_rules: dict[int, Persona]) -> Network:
+    return Network(table, number, str(world.root), user_rules)
 
 
 @pytest.fixture

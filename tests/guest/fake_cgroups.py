@@ -9,13 +9,15 @@ import os
 import shutil
 from pathlib import Path
 
-from persona_guest.core.limits import IO_UNLIMITED
+from persona_guest.enforce.cgroups.limits import IO_UNLIMITED
 from persona_guest.kernel.cgroup import Hierarchy
 
 FILES = {
     "cpu.max": "max 100000",
     "cpu.weight": "100",
     "memory.max": "max",
+    "memory.current": "0",
+    "memory.stat": "",
     "memory.swap.max": "max",
     "pids.max": "max",
     "io.max": "",
@@ -31,7 +33,7 @@ class FakeHierarchy(Hierarchy):
     def __init__(self, root: Path) -> None:
         super().__init__(str(root))
         root.mkdir(exist_ok=True)
-        self.notes: dict[str, str] = {}
+        self.notes: dict[tuple[str, str], str] = {}
         self._fill("")
 
     def _fill(self, cgroup: str) -> None:
@@ -57,15 +59,22 @@ class FakeHierarchy(Hierarchy):
         if self.processes(cgroup) or self.children(cgroup):
             raise OSError(errno.EBUSY, "busy", cgroup)
         shutil.rmtree(self.path(cgroup))
+        self.notes = {key: text for key, text in self.notes.items() if key[0] != cgroup}
 
     def populated(self, cgroup: str) -> bool:
         return bool(self.processes(cgroup)) or any(self.populated(f"{cgroup}/{name}") for name in self.children(cgroup))
 
-    def note(self, cgroup: str, text: str) -> None:
-        self.notes[cgroup] = text
+    def note(self, cgroup: str, text: str, name: str = "user.persona") -> None:
+        self.notes[cgroup, name] = text
 
-    def noted(self, cgroup: str) -> str:
-        return self.notes.get(cgroup, "") if self.exists(cgroup) else ""
+    def noted(self, cgroup: str, name: str = "user.persona") -> str:
+        return self.notes.get((cgroup, name), "") if self.exists(cgroup) else ""
+
+    def use(self, cgroup: str, shmem: int, cache: int = 0) -> None:
+        """So much memory is counted in a cgroup: ``shmem`` that stays, and ``cache`` that the kernel could drop."""
+        Path(self.path(cgroup, "memory.current")).write_text(f"{shmem + cache}\n")
+        stat = f"anon 0\nfile {shmem + cache}\nshmem {shmem}\nslab_reclaimable 0\nslab_unreclaimable 0\n"
+        Path(self.path(cgroup, "memory.stat")).write_text(stat)
 
     def write(self, cgroup: str, file: str, text: str) -> None:
         path = Path(self.path(cgroup, file))

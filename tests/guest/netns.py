@@ -63,14 +63,23 @@ class World:
         self.ip(self.near, "-6", "route", "add", "default", "via", FAR6)
         self.near_run("sh", "-c", "echo 0 2147483647 > /proc/sys/net/ipv4/ping_group_range")
 
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """What is started in the block ends with it."""
+        before = len(self._running)
+        try:
+            yield
+        finally:
+            for process in self._running[before:]:
+                process.kill()
+                process.wait()
+                for stream in (process.stdout, process.stdin):
+                    if stream is not None:
+                        stream.close()
+            del self._running[before:]
+
     def down(self) -> None:
-        """Takes it away, with every program that runs in it."""
-        for process in self._running:
-            process.kill()
-            process.wait()
-            for stream in (process.stdout, process.stdin):
-                if stream is not None:
-                    stream.close()
+        """Takes it away."""
         for name in (self.near, self.far):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
         top = self.root / self.cgroups.partition("/")[0]
@@ -167,8 +176,9 @@ def world(name: str) -> Iterator[World]:
         raise RuntimeError("no cgroup v2 here")
     found = World(f"{name}{os.getpid()}", root)
     try:
-        found.up()
-        yield found
+        with found.ending():
+            found.up()
+            yield found
     finally:
         found.down()
 

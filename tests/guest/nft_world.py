@@ -2,9 +2,9 @@
 
 import json
 
-from persona_guest.core.places import Place
+from persona_guest.core.persona_cgroups import PersonaCgroup
 from persona_guest.enforce import plan as plans
-from persona_guest.enforce.nft import Network
+from persona_guest.enforce.network.facility import Network
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona
@@ -24,9 +24,9 @@ RULES = [
 ]
 
 
-def under(network: Network, bases: dict[int, Persona], uid: int, *rules: str) -> None:
+def under(network: Network, user_rules: dict[int, Persona], uid: int, *rules: str) -> None:
     """A user's base."""
-    bases[uid] = persona(*rules, name="Base")
+    user_rules[uid] = persona(*rules, name="Base")
     plans.apply(network.base(uid))
 
 
@@ -38,8 +38,8 @@ def persona(*rules: str, name: str = "Analyst") -> Persona:
     return Persona(name, Whitelist(()), network_access=tuple(map(parse_rule, rules)))
 
 
-def place(world: World, name: str = "Analyst", version: int = 1) -> Place:
-    return Place("s-1", PersonaRef(name, version), world.cgroup(name), UID)
+def place(world: World, name: str = "Analyst", version: int = 1) -> PersonaCgroup:
+    return PersonaCgroup("s-1", PersonaRef(name, version), world.cgroup(name), UID)
 
 
 def enter(network: Network, world: World, *rules: str, name: str = "Analyst") -> str:

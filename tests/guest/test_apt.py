@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from persona_guest.installer.apt import AptError
-from persona_guest.kernel.dpkg import Dpkg
+from persona_guest.dependencies.dpkg import Dpkg
+from persona_guest.dependencies.installer.apt import AptError
 
 from tests.guest.apt_root import AptRoot, apt, installed, until, wish
 
@@ -92,6 +92,22 @@ def test_a_source_that_is_out_of_reach(root: AptRoot) -> None:
     (root.path / "etc/apt/sources.list").write_text("deb [trusted=yes] http://127.0.0.1:9/nothing ./\n")
     with pytest.raises(AptError, match=r"not installable.*cannot be renewed either.*Failed to fetch"):
         apt(root).install(wish("hello"))
+    assert root.audit() == ""
+
+
+@pytest.mark.parametrize("dead", ["http://127.0.0.1:9/third-party", "file:/nowhere"])
+def test_one_source_out_of_reach_stops_nothing_that_another_has(root: AptRoot, dead: str) -> None:
+    sources = root.path / "etc/apt/sources.list"
+    sources.write_text(f"deb [trusted=yes] {dead} ./\n" + sources.read_text())
+    apt(root).install(wish("hello"))
+    root.package("later")
+    apt(root).install(wish("later"))
+    assert installed(root) == {"hello", "helper", "later"}
+    with pytest.raises(AptError, match=f"Depends: nowhere but.*; the package lists cannot be renewed either: .*{dead}"):
+        apt(root).install(wish("nowhere"))
+    with pytest.raises(AptError, match="installation script subprocess returned error") as failed:
+        apt(root).install(wish("broken"))
+    assert dead not in str(failed.value)
     assert root.audit() == ""
 
 

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_guest.core.limits import Setting, settings_of, weight_of
-from persona_guest.core.places import HOUSE, Place, directory_name, manager_of, place_of, scope_of
-from persona_guest.enforce.cgroups import Cgroups
-from persona_guest.enforce.disks import disks
+from persona_guest.core.persona_cgroups import (
+    FALLBACK_ROOT,
+    PersonaCgroup,
+    directory_name,
+    manager_of,
+    place_of,
+    scope_of,
+)
+from persona_guest.enforce.cgroups.disks import disks
+from persona_guest.enforce.cgroups.facility import Cgroups
+from persona_guest.enforce.cgroups.limits import Setting, settings_of, weight_of
 from persona_guest.enforce.plan import PlanError, apply, describe, undo
 from persona_guest.kernel.cgroup import Hierarchy
 
@@ -32,7 +39,7 @@ def persona(limits: ResourceLimits = LIMITS, name: str = "P", priority: int = 50
 
 def place(
     found: str = SCOPE, name: str = "P", version: int = 1, *, shared: bool = False, session: str = "s-1"
-) -> Place:
+) -> PersonaCgroup:
     return place_of(session, 1000, PersonaRef(name, version), found, shared=shared)
 
 
@@ -68,9 +75,9 @@ def test_places_and_their_names() -> None:
     assert place().cgroup == f"{SCOPE}/P"
     assert place().level == 4
     assert place(f"{SCOPE}/login").cgroup == f"{SCOPE}/P"
-    assert place("system.slice/cron.service").cgroup == f"{HOUSE}/s-1/P"
+    assert place("system.slice/cron.service").cgroup == f"{FALLBACK_ROOT}/user-1000/s-1:P"
     assert place("system.slice/cron.service").origin == "system.slice/cron.service"
-    assert place(shared=True).cgroup == f"{HOUSE}/shared-P/s-1"
+    assert place(shared=True).cgroup == f"{FALLBACK_ROOT}/shared-P/s-1"
     assert place(f"{MANAGER}/app.slice/x.service").cgroup == MANAGER
     assert place(f"{MANAGER}/app.slice/x.service").managed
     assert (directory_name("cpu.max"), directory_name("login"), directory_name("A-b")) == ("_cpu.max", "_login", "A-b")
@@ -107,7 +114,8 @@ def test_entering_makes_and_limits_and_is_done_once(tree: FakeHierarchy, cgroups
 def test_another_version_changes_only_what_differs(tree: FakeHierarchy, cgroups: Cgroups) -> None:
     apply(cgroups.enter(place(), persona()))
     plan = cgroups.enter(place(version=2), persona(ResourceLimits(cpu_percent=150.0, pids=64)))
-    assert [(step["file"], step["value"], step["before"]) for step in describe(plan)] == [
+    here = [step for step in describe(plan) if step["cgroup"] == place().cgroup]
+    assert [(step["file"], step["value"], step["before"]) for step in here] == [
         ("memory.max", "max", f"{1 << 30}"),
         ("memory.swap.max", "max", "0"),
         ("io.max", "254:0 rbps=max wbps=max riops=max wiops=max", "rbps=1000 wbps=max riops=max wiops=max"),
@@ -146,9 +154,9 @@ def test_sessions_without_a_scope_come_and_go(tree: FakeHierarchy, cgroups: Cgro
     tree.move(here.cgroup, 20)
     with pytest.raises(PlanError):
         apply(cgroups.leave(here))  # something lives there
-    apply(cgroups.reconcile({}))
+    apply(cgroups.release())
     assert tree.processes("system.slice/cron.service") == [20]
-    assert not tree.exists(HOUSE)
+    assert not tree.exists(FALLBACK_ROOT)
 
 
 def test_who_has_nowhere_to_go_back_to_stays_in_the_house(tree: FakeHierarchy, cgroups: Cgroups) -> None:
@@ -156,22 +164,24 @@ def test_who_has_nowhere_to_go_back_to_stays_in_the_house(tree: FakeHierarchy, c
     apply(cgroups.enter(here, persona()))
     tree.move(here.cgroup, 20)
     tree.remove("system.slice/cron.service")
-    apply(cgroups.reconcile({}))
-    assert tree.processes(f"{HOUSE}/login") == [20]
-    assert tree.children(HOUSE) == ["login"]
-    assert cgroups.reconcile({}) == ()
+    apply(cgroups.release())
+    assert tree.processes(f"{FALLBACK_ROOT}/login") == [20]
+    assert tree.children(FALLBACK_ROOT) == ["login"]
+    assert cgroups.release() == ()
 
 
 def test_limits_of_all_sessions_are_the_parents(tree: FakeHierarchy, cgroups: Cgroups) -> None:
     one, other = place(shared=True), place(shared=True, session="s-2")
     apply(cgroups.enter(one, persona()))
     apply(cgroups.enter(other, persona()))
-    assert tree.read(f"{HOUSE}/shared-P", "pids.max") == "64\n"
+    assert tree.read(f"{FALLBACK_ROOT}/shared-P", "pids.max") == "64\n"
     assert tree.read(one.cgroup, "pids.max") == "max\n"
     apply(cgroups.leave(one))
-    assert tree.exists(f"{HOUSE}/shared-P")
+    assert tree.exists(f"{FALLBACK_ROOT}/shared-P")
     apply(cgroups.leave(other))
-    assert not tree.exists(HOUSE)
+    assert tree.children(f"{FALLBACK_ROOT}/shared-P") == []
+    apply(cgroups.release())
+    assert not tree.exists(FALLBACK_ROOT)
 
 
 def test_a_service_manager_is_limited_as_it_is_and_put_back(tree: FakeHierarchy, cgroups: Cgroups) -> None:
@@ -191,11 +201,11 @@ def test_reconciling_puts_right_and_clears_away(tree: FakeHierarchy, cgroups: Cg
     tree.write(here.cgroup, "pids.max", "max")
     tree.make(f"{SCOPE}/Stray")
     tree.grow(f"{SCOPE}/Lived", 12)
-    tree.grow(f"{HOUSE}/s-9/P")
+    tree.grow(f"{FALLBACK_ROOT}/s-9/P")
     apply(cgroups.reconcile(wanted))
     assert tree.read(here.cgroup, "pids.max") == "64\n"
     assert tree.children(SCOPE) == ["Lived", "P", "login"]  # what lives under a persona that is not known stays bound
-    assert tree.children(HOUSE) == []
+    assert tree.children(FALLBACK_ROOT) == []
     apply(cgroups.reconcile({}))
     assert tree.children(SCOPE) == []
     assert sorted(tree.processes(SCOPE)) == [10, 11, 12]

@@ -4,23 +4,27 @@ import contextlib
 import json
 import struct
 import threading
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from persona_guest.advice import advice
-from persona_guest.broker_client.http import Connection
-from persona_guest.broker_client.recorder import Recorder
-from persona_guest.core import pam_wire
-from persona_guest.core.admission import Exemption, Recent, exemption
+from persona_guest.agent.sshd_config import advice
+from persona_guest.audit.upload import Recorder
+from persona_guest.broker.http import Body, Connection
+from persona_guest.core import pam_protocol
 from persona_guest.core.leases import LeaseBook, Question
 from persona_guest.core.messages import denial_line, printable
-from persona_guest.core.script import Format, Shebang, interpreter_argv, parse_head
 from persona_guest.kernel import seccomp
+from persona_guest.login.exemptions import Exemption, Recent, exemption
+from persona_guest.program import elf
+from persona_guest.program.shebang import Format, Shebang, interpreter_argv, parse_head
 from persona_guest.settings import Broker, Gate, Mode, SettingsError, load, parse
 
+from persona import wire
 from persona.codec import MAX_BODY, Record, decode_record
 from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Subject, Width
 from persona.problems import Reason
@@ -28,8 +32,8 @@ from persona.problems import Reason
 LS = Program("/usr/bin/ls", ("ls",), ("/usr/bin/ls",))
 
 
-def question(*argv: bytes, image: tuple[int, int] = (1, 2), argv0: bytes = b"", complete: bool = True) -> Question:
-    return Question(1, image, argv0, argv, complete, LS)
+def question(*argv: bytes, file: int = 2, argv0: bytes = b"", complete: bool = True) -> Question:
+    return Question(1, file, argv0, argv, complete, LS)
 
 
 def granted(width: Width, seconds: float = 30, generation: int = 0) -> Granted:
@@ -40,7 +44,7 @@ def test_wide_leases_cover_any_arguments_of_one_file() -> None:
     book = LeaseBook()
     book.keep(question(b"ls"), granted(Width.PROGRAM), 0)
     assert book.lookup(question(b"ls", b"-l"), 1) is not None
-    assert book.lookup(question(b"ls", image=(1, 3)), 1) is None
+    assert book.lookup(question(b"ls", file=3), 1) is None
     assert book.lookup(question(b"ls", argv0=b"cat"), 1) is None
 
 
@@ -69,8 +73,32 @@ def test_leases_end_by_time_by_event_and_never_begin_stale() -> None:
 def test_the_book_is_bounded() -> None:
     book = LeaseBook()
     for number in range(40_000):
-        book.keep(question(b"ls", image=(1, number)), granted(Width.PROGRAM), 0)
+        book.keep(question(b"ls", file=number), granted(Width.PROGRAM), 0)
     assert len(book._wide) <= 16_384
+
+
+def test_the_book_is_bounded_in_bytes_and_no_holder_pushes_out_another() -> None:
+    book = LeaseBook()
+    book.keep(question(b"ls"), granted(Width.PROGRAM), 0)
+    mine = question(b"git", b"log")
+    book.keep(mine, granted(Width.ARGV), 0)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for number in range(1000):  # 64 KB each, as much of a command line as is read
+            other = question(b"x", b"%d" % number, b"x" * 65_000)._replace(holder=2)
+            book.keep(other, granted(Width.ARGV), 0)
+        for number in range(1000):  # as many arguments as are read
+            other = question(*(b"%d-%d" % (number, index) for index in range(1024)))._replace(holder=3)
+            book.keep(other, granted(Width.ARGV), 0)
+        assert tracemalloc.get_traced_memory()[0] - before < 24 << 20
+    finally:
+        tracemalloc.stop()
+    assert book.lookup(other, 1) is not None
+    assert book.lookup(question(b"ls", b"-l"), 1) is not None and book.lookup(mine, 1) is not None
+    for _ in range(10_000):  # the same again takes no more room
+        book.keep(mine, granted(Width.ARGV), 0)
+    assert book.lookup(question(b"ls"), 1) is not None
 
 
 @pytest.mark.parametrize(
@@ -100,35 +128,60 @@ def test_any_head_is_read(head: bytes) -> None:
         assert b" " not in found.interpreter
 
 
+@given(st.binary(max_size=256), st.binary(max_size=512))
+def test_any_elf_is_read(head: bytes, rest: bytes) -> None:
+    whole = b"\x7fELF" + head + rest
+    found = elf.parse(whole[:256], lambda at, size: whole[at : at + size])
+    assert found.interpreter is None or b"\0" not in found.interpreter
+
+
 def test_interpreter_argv_is_the_kernels() -> None:
     made = interpreter_argv(b"./x", Shebang(b"/usr/bin/env", b"python3 -u"), (b"x", b"a"))
     assert made == (b"/usr/bin/env", b"python3 -u", b"./x", b"a")
 
 
-def packet(op: int, count: int, body: bytes, magic: int = pam_wire.MAGIC) -> bytes:
+def packet(op: int, count: int, body: bytes, magic: int = pam_protocol.MAGIC) -> bytes:
     return struct.pack("=IHH", magic, op, count) + body
 
 
 def test_pam_packets() -> None:
     body = struct.pack("=I", 1000) + b"sshd\0alice\x0010.0.0.5\0/bin/bash\0staff\0"
-    op, caller = pam_wire.parse(packet(2, 1, body))
-    assert op is pam_wire.Op.OPEN
-    assert caller == pam_wire.Caller(1000, "sshd", "alice", "10.0.0.5", "/bin/bash", ("staff",))
+    op, caller = pam_protocol.parse(packet(2, 1, body))
+    assert op is pam_protocol.Op.OPEN
+    assert caller == pam_protocol.Caller(1000, "sshd", "alice", "10.0.0.5", "/bin/bash", ("staff",))
     for bad in (
         packet(2, 2, body), packet(2, 0, body), packet(9, 1, body), packet(2, 1, body, magic=7),
         packet(2, 1, body[:-1]), packet(3, 0, b"x"), packet(2, 1, b""), b"", b"x" * 9000,
         packet(2, 1, body.replace(b"alice", b"")), packet(2, 1, body.replace(b"alice", b"\xff")),
         packet(2, 1, body.replace(b"alice", b"a" * 300)),
     ):  # fmt: skip
-        with pytest.raises(pam_wire.WireError):
-            pam_wire.parse(bad)
+        with pytest.raises(pam_protocol.WireError):
+            pam_protocol.parse(bad)
+
+
+def test_pam_packets_of_more_groups() -> None:
+    assert pam_protocol.parse(packet(5, 2, b"a\0b\0")) == (pam_protocol.Op.GROUPS, pam_protocol.Groups(("a", "b")))
+    # a name that no policy can have is no reason to refuse anybody
+    assert pam_protocol.parse(packet(5, 2, b"\xff\0b\0"))[1] == pam_protocol.Groups(("b",))
+    body = struct.pack("=I", 1000) + b"ss\xffhd\0alice\0\xff\0/bin/bash\0sta\xfff\0users\0"
+    caller = pam_protocol.parse(packet(2, 2, body))[1]
+    assert isinstance(caller, pam_protocol.Caller)
+    assert (caller.user, caller.groups) == ("alice", ("users",))
+    for bad in (
+        packet(5, 2, b"a\0"),
+        packet(5, 0, b"a\0"),
+        packet(5, 129, b"a\0" * 129),
+        packet(5, 1, b"a" * 256 + b"\0"),
+    ):
+        with pytest.raises(pam_protocol.WireError):
+            pam_protocol.parse(bad)
 
 
 @given(st.binary(max_size=300))
 def test_any_packet_is_refused_or_read(data: bytes) -> None:
-    for prefix in (b"", struct.pack("=I", pam_wire.MAGIC)):
-        with contextlib.suppress(pam_wire.WireError):
-            pam_wire.parse(prefix + data)
+    for prefix in (b"", struct.pack("=I", pam_protocol.MAGIC)):
+        with contextlib.suppress(pam_protocol.WireError):
+            pam_protocol.parse(prefix + data)
 
 
 def test_messages_cannot_drive_a_terminal() -> None:
@@ -213,8 +266,8 @@ def test_records_of_long_command_lines_fit_into_the_brokers_bodies(
 ) -> None:
     bodies: list[dict[str, Any]] = []
 
-    def call(_self: Connection, _method: str, _path: str, body: dict[str, Any], _deadline: float) -> tuple[int, None]:
-        bodies.append(json.loads(json.dumps(body)))
+    def call(_self: Connection, _method: str, _path: str, body: Body, _deadline: float) -> tuple[int, None]:
+        bodies.append(json.loads(json.dumps(body(wire.CURRENT))))
         return 204, None
 
     monkeypatch.setattr(Connection, "call", call)
@@ -228,6 +281,52 @@ def test_records_of_long_command_lines_fit_into_the_brokers_bodies(
     assert sum(len(body["records"]) for body in bodies) == 300
     assert max(len(json.dumps(body)) for body in bodies) <= MAX_BODY
     assert all(decode_record(record) for body in bodies for record in body["records"])
+
+
+@pytest.mark.parametrize("refusal", [400, 413, 422])
+def test_a_record_that_the_broker_refuses_costs_no_other(monkeypatch: pytest.MonkeyPatch, refusal: int) -> None:
+    kept: list[float] = []
+    lost: list[int] = []
+
+    def call(_self: Connection, _method: str, _path: str, body: Body, _deadline: float) -> tuple[int, None]:
+        said: Any = body(wire.FIRST)
+        numbers = [record["at"] for record in said["records"]]
+        if 77 in numbers or 78 in numbers:
+            return refusal, None  # as 0.1.0, which says no more
+        kept.extend(numbers)
+        lost.append(said["lost"])
+        return 204, None
+
+    monkeypatch.setattr(Connection, "call", call)
+    recorder = Recorder(Broker(), lambda _record: None)
+    for number in range(300):
+        recorder.add(Record(number, "s", "u", "/x", (), "denied", None, None, None, None, "exec", False, False))
+    recorder.close()
+    assert kept == [number for number in range(300) if number not in (77, 78)]
+    assert sum(lost) == 2
+
+
+@pytest.mark.parametrize("status", [401, 429, 500, 503])
+def test_a_broker_that_takes_no_records_now_gets_them_later(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    answers = [status, status]
+    kept: list[float] = []
+
+    def call(_self: Connection, _method: str, _path: str, body: Body, _deadline: float) -> tuple[int, None]:
+        if answers:
+            return answers.pop(), None
+        said: Any = body(wire.CURRENT)
+        kept.extend(record["at"] for record in said["records"])
+        assert said["lost"] == 0
+        return 204, None
+
+    monkeypatch.setattr(Connection, "call", call)
+    recorder = Recorder(Broker(), lambda _record: None)
+    recorder.add(Record(1, "s", "u", "/x", (), "denied", None, None, None, None, "exec", False, False))
+    deadline = time.monotonic() + 10
+    while answers and time.monotonic() < deadline:
+        time.sleep(0.05)
+    recorder.close()
+    assert kept == [1]
 
 
 def test_what_a_record_needs_to_be_looked_up_is_looked_up_by_the_recorder(monkeypatch: pytest.MonkeyPatch) -> None:

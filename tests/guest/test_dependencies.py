@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
-from persona_guest.core.dependencies import Lacking
-from persona_guest.dependencies import Dependencies, Looker
-from persona_guest.installer.client import Done, Installation, Say
-from persona_guest.kernel.dpkg import Dpkg, DpkgError, stamp
-from persona_guest.kernel.units import Units
-from persona_guest.lacking import Look
+from persona_guest.dependencies.check import DependencyCheck
+from persona_guest.dependencies.dpkg import Dpkg, DpkgError, stamp
+from persona_guest.dependencies.installer.client import Done, Installation, Say
+from persona_guest.dependencies.resolve import Dependencies, DependencyChecker, Installed
+from persona_guest.dependencies.rules import Lacking, not_allowed
 from persona_guest.loop import Loop
 from persona_guest.settings import Dependencies as Allowed
+from persona_guest.system.units import Units
 
 from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Program, Request, Subject, Width
 from persona.dependencies import Dependency, parse_dependency
@@ -31,7 +31,7 @@ def request(session: str = "s-1") -> Request:
     return Request(Subject("u", (), "vm"), session, Program("/usr/bin/x"), ("x",), "/")
 
 
-class FakeLook(Look):
+class FakeLook(DependencyCheck):
     """A machine that has what ``there`` says."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Site:
             self.loop,
             allowed or Allowed(install=("*",), start=("*",), deadline_s=1),
             NEEDS.__getitem__,
-            Looker(self.look, self.loop.deliver),
+            DependencyChecker(self.look, self.loop.call_soon_threadsafe),
             self.installation,
             lambda: stamp(self.status),
             lambda request, line: self.said.append((request.session, line)),
@@ -86,26 +86,15 @@ class Site:
         self.changes += 1
 
     def run(self, until: Callable[[], object], seconds: float = 5) -> None:
-        deadline = time.monotonic() + seconds
+        self.loop.run_until(until, seconds)
 
-        def look() -> None:
-            if until() or time.monotonic() > deadline:
-                self.loop.stop()
-            else:
-                self.loop.call_later(0.01, look)
-
-        self.loop._running = True
-        look()
-        self.loop.run()
-        assert until()
-
-    def ask(self, decision: Decision, session: str = "s-1") -> list[Decision | str]:
-        """What came of it: a decision, or "again"."""
-        found: list[Decision | str] = []
-        self.dependencies.backed(decision, found.append, request(session), lambda: found.append("again"))
+    def ask(self, decision: Decision, session: str = "s-1") -> list[Decision | Installed]:
+        """What came of it: a decision, or that it was installed."""
+        found: list[Decision | Installed] = []
+        self.dependencies.installed(decision, request(session), found.append)
         return found
 
-    def outcome(self, decision: Decision) -> Decision | str:
+    def outcome(self, decision: Decision) -> Decision | Installed:
         found = self.ask(decision)
         self.run(lambda: found)
         return found[0]
@@ -140,7 +129,7 @@ def test_a_change_of_dpkg_s_state_ends_what_was_known_and_leased(tmp_path: Path)
 
 def test_services_are_looked_at_again_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(tmp_path)
-    monkeypatch.setattr("persona_guest.dependencies._SERVICES_S", 0.05)
+    monkeypatch.setattr("persona_guest.dependencies.resolve._SERVICES_S", 0.05)
     site.look.there = {"db"}
     assert site.outcome(granted(SERVED)) == granted(SERVED)
     time.sleep(0.1)
@@ -171,7 +160,7 @@ def test_one_installation_for_all_who_wait_and_then_ask_again(tmp_path: Path) ->
     assert not any(waiting)
     site.look.there = {"client"}
     wish[2]("")
-    assert waiting == [["again"]] * 5
+    assert waiting == [[Installed()]] * 5
     assert site.outcome(granted()) == granted()
 
 
@@ -197,18 +186,17 @@ def test_who_waits_too_long_is_denied_and_the_installation_goes_on(tmp_path: Pat
     assert isinstance(first[0], Denied) and "still being installed" in first[0].help
     second = site.ask(granted())
     site.loop.call_later(0.2, site.loop.stop)
-    site.loop._running = True
     site.loop.run()
     assert len(site.installation.wishes) == 1
     site.installation.wishes[0][2]("")
-    assert (len(first), second) == (1, ["again"])
+    assert (len(first), second) == (1, [Installed()])
 
 
 def test_who_waits_too_long_for_a_look_is_denied_and_a_hanging_one_is_not_begun_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = Site(tmp_path)
-    monkeypatch.setattr("persona_guest.dependencies._LOOK_MAX_S", 0.2)
+    monkeypatch.setattr("persona_guest.dependencies.resolve._LOOK_MAX_S", 0.2)
     site.look.there = {"client", "db"}
     site.look.free.clear()  # the system bus hangs
     for _ in range(2):
@@ -224,7 +212,7 @@ def test_who_waits_too_long_for_a_look_is_denied_and_a_hanging_one_is_not_begun_
 def test_a_question_installs_nothing(tmp_path: Path) -> None:
     site = Site(tmp_path)
     found: list[Decision] = []
-    site.dependencies.backed(granted(), found.append)
+    site.dependencies.backed(granted(), found.append, "would first have installed:")
     site.run(lambda: found)
     assert isinstance(found[0], Denied) and "would first have installed: client" in found[0].help
     assert site.installation.wishes == []
@@ -239,5 +227,13 @@ def test_what_cannot_be_told_is_not_there(tmp_path: Path) -> None:
 
 def test_without_a_bus_a_service_does_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/none")
-    (lacking,) = Look(Dpkg(tmp_path / "status"), Units()).lacking([parse_dependency("service:cron")])
+    (lacking,) = DependencyCheck(Dpkg(tmp_path / "status"), Units()).lacking([parse_dependency("service:cron")])
     assert lacking.found.startswith("systemd cannot be asked")
+
+
+@pytest.mark.parametrize("pattern", ["cron", "cron.service", "cr*", "*.service", "*"])
+def test_a_service_may_be_named_with_its_ending_in_the_settings(pattern: str) -> None:
+    lacking = [Lacking(parse_dependency("service:cron"), "inactive")]
+    assert not_allowed(lacking, (), (pattern,)) == []
+    assert not_allowed(lacking, (pattern,), ()) == lacking
+    assert not_allowed(lacking, (), ("cron.socket", "cro")) == lacking

@@ -1,24 +1,32 @@
 """What is looked after where a document is missing, over a fake hierarchy."""
 
+import json
+import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from persona_guest.core.places import place_of
-from persona_guest.core.sessions import Session
-from persona_guest.enforce.cgroups import Cgroups
-from persona_guest.enforce.home import Home
-from persona_guest.enforcer import Enforcer
-from persona_guest.gate.identity import Image
+from persona_guest.broker.documents import Personas
+from persona_guest.core.persona_cgroups import place_of
+from persona_guest.enforce.cgroups.facility import Cgroups
+from persona_guest.enforce.enforcer import Enforcer
+from persona_guest.enforce.plan_text import WORDS
 from persona_guest.gate.pending import Gated
 from persona_guest.loop import Loop
-from persona_guest.personas import Personas
+from persona_guest.program.identity import Image
+from persona_guest.session.model import Session
+from persona_guest.session.placement import Placement
 
 from persona.decisions import Denied, PersonaRef, Subject
+from persona.documents import Persona, ResourceLimits
+from persona.patterns import Whitelist
 from persona.problems import Reason
-from tests.guest.fake_cgroups import FakeHierarchy
+from tests.guest.conftest import ROOT
+from tests.guest.fake_cgroups import FILES, FakeHierarchy
 
-SCOPE = "user.slice/user-1000.slice/session-5.scope"
+SLICE = "user.slice/user-1000.slice"
+SCOPE = f"{SLICE}/session-5.scope"
 REFS = PersonaRef("One", 1), PersonaRef("Two", 1)
 
 
@@ -61,7 +69,7 @@ def enforcer(tree: FakeHierarchy, broker: Broker, tmp_path: Path) -> Enforcer:
     enforcer = Enforcer(
         Loop(), tree, [Cgroups(tree, "/dev/null")], personas, tmp_path / "places", lambda _: None, lambda _: None
     )
-    home = enforcer.homes["s-1"] = Home("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
+    home = enforcer.homes["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
     for ref in REFS:
         home.add(place_of("s-1", 1000, ref, SCOPE))
     return enforcer
@@ -77,7 +85,7 @@ def test_an_agent_thaws_what_the_one_before_it_stopped_and_leaves_what_was_withd
         tree.make(place.cgroup)
         tree.freeze(place.cgroup)
     session = Session("s-1", Subject("alice", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0.0)
-    enforcer.restore({"s-1": Gated(session, -1, 0, (), b"s-1")})
+    enforcer.restore({"s-1": Gated(session, -1, 0, (), (), b"s-1")})
     assert [place.cgroup for place in home.places.values() if tree.freezes(place.cgroup)] == [f"{SCOPE}/-One"]
 
 
@@ -94,6 +102,20 @@ def test_with_the_last_document_that_was_missing_all_is_looked_after_at_once(
     assert not broker.asked
 
 
+def test_how_much_of_a_limit_is_taken_by_what_was_left(enforcer: Enforcer, tree: FakeHierarchy) -> None:
+    place = enforcer.homes["s-1"].places["One"]
+    persona = Persona("One", Whitelist(()), ResourceLimits(memory_bytes=(128 << 20) + 5))
+    tree.make(place.cgroup)
+    tree.write(place.cgroup, "memory.max", str(40 << 20))
+    assert enforcer.left(place, persona) == 88 << 20
+    tree.write(place.cgroup, "memory.max", str(128 << 20))
+    assert enforcer.left(place, persona) == 0
+    tree.write(place.cgroup, "memory.max", "max")
+    assert enforcer.left(place, persona) == 0
+    tree.remove(place.cgroup)
+    assert enforcer.left(place, persona) == 0
+
+
 def test_a_broker_that_refuses_is_not_asked_again_at_once(
     enforcer: Enforcer, broker: Broker, tree: FakeHierarchy
 ) -> None:
@@ -104,3 +126,49 @@ def test_a_broker_that_refuses_is_not_asked_again_at_once(
     enforcer.reconcile()  # when it is due
     broker.answer()
     assert tree.exists(f"{SCOPE}/One")
+
+
+def test_the_journal_has_one_line_for_each_change_that_matters(
+    enforcer: Enforcer, broker: Broker, tree: FakeHierarchy, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(level: int = logging.INFO) -> list[str]:
+        lines = [record.getMessage() for record in caplog.records if record.levelno == level]
+        caplog.clear()
+        return lines
+
+    caplog.set_level(logging.DEBUG, "persona.enforce")
+    home = enforcer.homes["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
+    enforcer._personas.ensure(REFS[0], lambda _: None)
+    ask, broker.asked = broker.asked, []
+    limits = {"pids": 60, "memory": "256MiB"}
+    document = {"kind": "Persona", "name": "One", "command_whitelist": ["ls"], "resource_limits": limits}
+    ask[0][1]({"version": 1, "document": document})
+    tree.use(SLICE, 100 << 20)
+    place = enforcer.enter(home, REFS[0])
+    assert said() == ["session s-1 (uid 1000): One v1 is in use"]
+    enforcer.reconcile()
+    said()
+    for number in range(100, 0, -1):  # what the user left in memory becomes less, and their limit more
+        tree.use(SLICE, number << 20)
+        enforcer.reconcile()
+    assert len([record for record in caplog.records if record.levelno == logging.DEBUG]) > 10  # there were plans
+    assert said() == []
+    tree.write(place.cgroup, "memory.max", str(300 << 20))
+    enforcer.reconcile()
+    assert "memory.max" in said()[0]
+    tree.write(place.cgroup, "pids.max", "77")
+    enforcer.reconcile()
+    (line,) = said()
+    assert line == f"cgroups was not as it should be and is again: pids.max of {place.cgroup} was 77 and is 60"
+    tree.write(place.cgroup, "pids.max", "77")
+    enforcer.reconcile()
+    (line,) = said(logging.DEBUG)
+    plan = json.loads(line.removeprefix("plan: "))
+    assert [(step["op"], step["file"], step["value"]) for step in plan] == [("cgroup.set", "pids.max", "60")]
+
+
+def test_every_operation_has_its_words() -> None:
+    code = "".join(file.read_text() for file in (ROOT / "guest" / "persona_guest").rglob("*.py"))
+    named = set(re.findall(r'"((?:cgroup|network|routes)\.[a-z_]+)"', code)) - set(FILES)
+    used = {op for op in named if re.search(rf'"op":[^\n]*"{op}"', code)}
+    assert used == WORDS.keys()

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_guest.core import dependencies as core
-from persona_guest.core.dependencies import Lacking, Outcome, Progress
-from persona_guest.installer import service
-from persona_guest.installer.client import Installation
-from persona_guest.installer.service import Installer
-from persona_guest.kernel.dpkg import Dpkg, DpkgError
-from persona_guest.kernel.units import Units
-from persona_guest.lacking import Look
+from persona_guest.dependencies import rules as core
+from persona_guest.dependencies.check import DependencyCheck
+from persona_guest.dependencies.dpkg import Dpkg, DpkgError
+from persona_guest.dependencies.installer import service
+from persona_guest.dependencies.installer.client import Installation
+from persona_guest.dependencies.installer.service import Installer
+from persona_guest.dependencies.rules import Lacking, Outcome, Progress
 from persona_guest.settings import Dependencies as Allowed
 from persona_guest.settings import Settings
+from persona_guest.system.units import Units
 
 from persona.dependencies import Dependency, Service, parse_dependency
 from tests.guest.apt_root import AptRoot, apt, installed, until, wish
@@ -122,7 +122,7 @@ class FakeUnits(Units):
 def installer(root: AptRoot, units: Units, **allowed: Any) -> Installer:
     settings = replace(Settings(), dependencies=Allowed(**allowed))
     dpkg = Dpkg(root.status)
-    return Installer(settings, Look(dpkg, units), units, lambda say: apt(root))
+    return Installer(settings, DependencyCheck(dpkg, units), units, lambda say: apt(root))
 
 
 def parsed(*texts: str) -> tuple[Dependency, ...]:

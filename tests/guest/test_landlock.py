@@ -12,11 +12,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from persona_guest.gate.fallback import Fallback
-from persona_guest.gate.kernel_layer import LastWord, NoKernelLayer
-from persona_guest.ipc.pam_socket import listen
+from persona_guest.ipc.pam import listen
 from persona_guest.kernel import landlock, seccomp
 from persona_guest.loop import Loop
+from persona_guest.lsm.landlock_fallback import Fallback
+from persona_guest.lsm.layer import KernelLayer, NoKernelLayer
 from persona_guest.settings import Mode, Settings, SettingsError, parse
 
 pytestmark = pytest.mark.skipif(not landlock.is_usable(), reason="this kernel has no Landlock")
@@ -74,9 +74,9 @@ def settings(mode: str = "enforce", below: tuple[str, ...] = ("/usr",)) -> Setti
     return parse({"mode": mode, "gate": {"landlock_execute": list(below)}, "paths": {"bpf_dir": ""}}, "test")
 
 
-def fallback(chosen: Settings) -> tuple[Fallback, LastWord]:
-    last_word = LastWord(chosen, Loop(), lambda _event: None)
-    return Fallback(chosen, last_word), last_word
+def fallback(chosen: Settings) -> tuple[Fallback, KernelLayer]:
+    kernel_layer = KernelLayer(chosen, Loop(), lambda _event: None)
+    return Fallback(chosen, kernel_layer), kernel_layer
 
 
 class Loaded(NoKernelLayer):
@@ -87,7 +87,7 @@ class Loaded(NoKernelLayer):
 
 def test_it_is_for_where_the_kernel_layer_is_missing_and_commands_are_stopped() -> None:
     assert settings().mode is Mode.ENFORCE
-    found, last_word = fallback(settings())
+    found, kernel_layer = fallback(settings())
     assert found.active
     assert found.layers() == {"landlock": True}
     assert found.directories == ("/usr",)
@@ -95,7 +95,7 @@ def test_it_is_for_where_the_kernel_layer_is_missing_and_commands_are_stopped() 
     assert ruleset is not None
     assert os.readlink(f"/proc/self/fd/{ruleset}") == "anon_inode:[landlock-ruleset]"
     os.close(ruleset)
-    last_word.layer = Loaded("")
+    kernel_layer.layer = Loaded("")
     assert found.layers() == {"landlock": False}
     assert not found.directories
     assert found.ruleset() is None
@@ -106,10 +106,10 @@ def test_it_is_for_where_the_kernel_layer_is_missing_and_commands_are_stopped() 
 
 def test_a_kernel_without_it_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(landlock, "is_usable", lambda: False)
-    found, last_word = fallback(settings())
+    found, kernel_layer = fallback(settings())
     assert (found.layers(), found.ruleset(), found.missing) == ({"landlock": False}, None, True)
     assert "gate.landlock_execute" in caplog.text
-    last_word.layer = Loaded("")
+    kernel_layer.layer = Loaded("")
     assert not found.missing
     assert not fallback(settings("complain"))[0].missing
 
@@ -153,6 +153,7 @@ def test_persona_shell_is_bound_too(tmp_path: Path, below: object, said: str) ->
             for listener in fds:
                 while notification := seccomp.receive(listener, buffer):
                     seccomp.respond_continue(listener, notification.id)
+                os.close(listener)
 
     threading.Thread(target=agent, daemon=True).start()
     done = subprocess.run(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from persona_guest import __main__ as agent
-from persona_guest import commands
-from persona_guest.core.places import HOUSE, Place, place_of
-from persona_guest.enforce.cgroups import Cgroups
+from persona_guest.agent import admin
+from persona_guest.core.persona_cgroups import FALLBACK_ROOT, PersonaCgroup, place_of
+from persona_guest.enforce.cgroups.facility import Cgroups
 from persona_guest.enforce.plan import apply
 from persona_guest.settings import Paths, Settings
 from persona_guest.shell.client import AgentError
@@ -41,8 +41,8 @@ class FakeNet:
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHierarchy:
     """Bound by an agent that died: a frozen place in a login's scope, a service manager, a job of cron's."""
     tree = FakeHierarchy(tmp_path / "cgroup")
-    monkeypatch.setattr(commands, "Hierarchy", lambda root: tree if root == tree.root else None)
-    monkeypatch.setattr(commands, "Net", FakeNet)
+    monkeypatch.setattr(admin, "Hierarchy", lambda root: tree if root == tree.root else None)
+    monkeypatch.setattr(admin, "Net", FakeNet)
     monkeypatch.setattr(FakeNet, "cleared", 0)
     for found, pid in ((SCOPE, 10), (MANAGER, 30), (CRON, 20)):
         tree.grow(found, pid)
@@ -54,12 +54,12 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHierarchy:
     return tree
 
 
-def place(found: str) -> Place:
+def place(found: str) -> PersonaCgroup:
     return place_of("s-1", 1000, PersonaRef("P", 1), found, shared=False)
 
 
 def release(tree: FakeHierarchy, tmp_path: Path) -> int:
-    return commands.release(Settings(paths=Paths(runtime_dir=str(tmp_path), cgroup_root=tree.root)))
+    return admin.release(Settings(paths=Paths(runtime_dir=str(tmp_path), cgroup_root=tree.root)))
 
 
 @pytest.mark.parametrize("lacking", [False, True])
@@ -70,7 +70,7 @@ def test_a_dead_agents_cgroups_go(
     assert release(tree, tmp_path) == 1
     assert FakeNet.cleared == (not lacking)
     assert (tree.processes(SCOPE), tree.children(SCOPE)) == ([10], [])
-    assert (tree.processes(CRON), tree.exists(HOUSE)) == ([20], False)
+    assert (tree.processes(CRON), tree.exists(FALLBACK_ROOT)) == ([20], False)
     assert tree.read(MANAGER, "pids.max") == "max\n"
     assert Cgroups(tree).reconcile({}) == ()
 
@@ -99,11 +99,11 @@ def test_release_needs_no_settings_that_can_be_read(
     for path in (config, other):
         path.write_text(text)
 
-    def told(settings: Settings) -> int:
+    def told(settings: Settings, *, as_json: bool) -> int:
         asked.append(settings)
         return 0
 
-    monkeypatch.setattr(commands, "release", told)
+    monkeypatch.setattr(admin, "release", told)
     monkeypatch.setattr(agent, "CONFIG", str(config))
     assert agent.main(["release"]) == 0
     assert [settings.paths for settings in asked] == [Paths()]
@@ -121,7 +121,7 @@ def test_who_may_not_release_takes_nothing_away(
     def refused(_path: str) -> None:
         raise AgentError(Fault.UNAUTHENTICATED, "only root")
 
-    monkeypatch.setattr(commands, "Client", refused)
+    monkeypatch.setattr(admin, "Client", refused)
     assert release(tree, tmp_path) == 1
     assert capsys.readouterr().err == "persona-agent: only root\n"
     assert FakeNet.cleared == 0

@@ -2,18 +2,18 @@
 
 import time
 
-from persona_guest.core.leases import LeaseBook
-from persona_guest.core.sessions import Session
-from persona_guest.gate.guard import Guard
-from persona_guest.gate.identity import Identifier
+from persona_guest.core.leases import LeaseBook, Question
+from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.inflight import InFlight
-from persona_guest.gate.kernel_layer import LastWord
 from persona_guest.gate.pending import Gated
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.loop import Loop
+from persona_guest.lsm.layer import KernelLayer
+from persona_guest.program.identity import Identifier
+from persona_guest.session.model import Session
 from persona_guest.settings import Mode, Paths, Settings
 
-from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Request, Subject, Width
+from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Program, Request, Subject, Width
 from persona.problems import Reason
 from tests.guest.test_supervisor import gated_child, outcome
 
@@ -33,7 +33,7 @@ class Site:
         settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""))
         self.supervisor = Supervisor(
             settings, self.loop, Identifier(Settings().gate), self.leases, InFlight(),
-            Guard(lambda: None), LastWord(settings, self.loop, lambda event: None), self._ask,
+            HangWatchdog(lambda: None), KernelLayer(settings, self.loop, lambda event: None), self._ask,
             lambda record: None, lambda session: None,
         )  # fmt: skip
 
@@ -60,7 +60,6 @@ class Site:
             now.confirmed, now.revoked = known.confirmed, known.revoked
         self.known[ident] = now
         self.loop.call_later(0.5, self.loop.stop)
-        self.loop._running = True
         self.loop.run()
         return outcome(pid)
 
@@ -104,3 +103,18 @@ def test_a_revoked_session_starts_no_shell_either() -> None:
     site.away = True
     site.leases.advance(2)
     assert site.run("s-b", "/usr/bin/dash", login_shell="/usr/bin/dash") == 0  # nobody said that this one was
+
+
+def test_what_an_older_broker_is_not_asked_does_not_make_a_session_hold_again() -> None:
+    site = Site()
+    site.revoked.add("s-a")
+    site.leases.advance(1)
+    assert site.run("s-a") == 13
+    gated = site.known["s-a"]
+    site.leases.advance(2)
+    tool = Program("/home/u/tool", (), ("/home/u/tool",), home="tool")
+    question = Question(gated.holder, 1, b"tool", (b"tool",), True, tool)
+    site.supervisor._told(gated, question, Denied(Reason.PROGRAM_NOT_TRUSTED))  # as it is of a broker of 0.1.0
+    assert gated.revoked is not None
+    site.away = True
+    assert site.run("s-a", "/usr/bin/dash", login_shell="/usr/bin/dash") == 13

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_guest.accounts import caller_of
-from persona_guest.broker_client.fair import FairQueue
-from persona_guest.ipc.user_socket import Answer, Call, UserSocket, Whois
-from persona_guest.journal import PER_SECOND, Journal
+from persona_guest.audit.journal import PER_SECOND, Journal
+from persona_guest.broker.client import _bounded
+from persona_guest.broker.fair_queue import FairQueue
+from persona_guest.ipc.users import Answer, Call, UserSocket, Whois
 from persona_guest.loop import Loop
-from persona_guest.questions import _bounded
+from persona_guest.system.accounts import caller_of
 
 from persona.codec import MAX_BODY, Record, encode_request
 from persona.decisions import Program, Request, Subject
@@ -101,7 +101,10 @@ class Served:
         return connection
 
     def stop(self) -> None:
-        self.loop.deliver(self.loop.stop)
+        deadline = time.monotonic() + 2
+        while self.socket._count and time.monotonic() < deadline:  # until it has seen that they hung up
+            time.sleep(0.01)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(5)
 
 
@@ -125,7 +128,7 @@ def test_nobody_asks_faster_than_he_is_answered(served: Served) -> None:
         time.sleep(0.3)
         assert len(served.calls) == 1
         for number in range(1, 51):
-            served.loop.deliver(lambda: served.held.pop()({"ok": True}))
+            served.loop.call_soon_threadsafe(lambda: served.held.pop()({"ok": True}))
             assert json.loads(connection.recv(1000)) == {"ok": True}
             deadline = time.monotonic() + 2
             while len(served.calls) < min(number + 1, 50) and time.monotonic() < deadline:
@@ -142,7 +145,7 @@ def test_whoever_hangs_up_before_his_answer_is_forgotten(served: Served) -> None
                 time.sleep(0.002)
         answer = served.held.pop()
         time.sleep(0.01)
-        served.loop.deliver(lambda answer=answer: answer({"ok": True}))  # type: ignore[misc]
+        served.loop.call_soon_threadsafe(lambda answer=answer: answer({"ok": True}))  # type: ignore[misc]
     time.sleep(0.2)
     assert len(os.listdir("/proc/self/fd")) <= before + 1
     with served.connect() as connection:
@@ -181,7 +184,7 @@ def test_a_descriptor_whose_closing_waits_for_its_sender_delays_nobody(served: S
                 held.set()
                 closed.wait(20)
 
-            served.loop.deliver(hold)  # or its copy might be closed before ours, which then waits
+            served.loop.call_soon_threadsafe(hold)  # or its copy might be closed before ours, which then waits
             assert held.wait(5)
             socket.send_fds(mine, [b'{"op": "now"}'], [full.fileno()])
             os.close(full.detach())  # the copy that was sent is the last

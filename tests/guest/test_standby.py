@@ -1,5 +1,7 @@
 """The standby: it holds what the agent gave it, answers only without an agent, and gives everything back."""
 
+import contextlib
+import errno
 import os
 import socket
 import threading
@@ -8,27 +10,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from persona_guest import standby
 from persona_guest.gate.inflight import InFlight
-from persona_guest.ipc.standby_socket import FDS_MAX, Keeping, PacketError, batches, decode, encode
+from persona_guest.ipc.standby import FDS_MAX, Keeping, PacketError, batches, decode, encode
 from persona_guest.kernel import seccomp
 from persona_guest.loop import Loop
-from persona_guest.standby import Standby, enforcing
+from persona_guest.standby import service
+from persona_guest.standby.service import Standby, enforcing
+from persona_guest.system.start_progress import LOADER, Progress, Start
 
+from tests.guest.apt_root import until
+from tests.guest.conftest import no_descriptor
 from tests.guest.test_supervisor import gated_child, outcome
 
 NAME = "s-0123456789abcdef"
-SOON = (0.1, 0.1)  # after how long it answers
+SOON = (0.1, 0.1, 5.0)  # after how long it answers
 
 
 class Running:
     """A standby in a thread of its own, and the agent's end of it."""
 
-    def __init__(self, directory: Path, kept: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, directory: Path, kept: dict[str, int] | None = None, waits: tuple[float, float, float] = SOON
+    ) -> None:
         self.path = directory / "standby.sock"
         self.state = directory / "gate.state"
         self.loop = Loop()
-        self.standby = Standby(self.loop, self.path, self.state, kept or {}, SOON)
+        self.starting = directory / "starting"
+        self.standby = Standby(self.loop, self.path, self.state, kept or {}, Progress(self.starting), waits)
         self._thread = threading.Thread(target=self.loop.run)
         self._thread.start()
 
@@ -36,8 +44,11 @@ class Running:
         return Keeping(Loop(), str(self.path), list)
 
     def stop(self) -> None:
-        self.loop.deliver(self.loop.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(5)
+        with contextlib.suppress(ChildProcessError):  # who tells terminals: systemd's to wait for, once it has ended
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
 
 
 @pytest.fixture
@@ -92,6 +103,7 @@ def test_the_next_agent_gets_everything_back(running: Running) -> None:
     assert notification is not None
     seccomp.respond_continue(taken[NAME], notification.id)
     assert outcome(pid) == 0
+    os.close(taken[NAME])
     back.close()
 
 
@@ -196,8 +208,184 @@ def test_a_line_that_cannot_be_told_is_the_end_of_its_process_only(monkeypatch: 
     def broken(_pid: int, _line: str) -> bool:
         raise KeyError("unforeseen")
 
-    monkeypatch.setattr(standby, "tell", broken)
+    monkeypatch.setattr(service, "tell", broken)
     before = os.getpid()
-    assert standby._tell_aside(before)
+    assert service._tell_aside(before)
     assert os.getpid() == before
     assert os.waitpid(-1, 0)[1] == 0
+
+
+# --- its patience with a start ------------------------------------------------------------------------
+
+
+PATIENT = (0.1, 0.6, 4.0)  # between two signs of life, and in all
+
+
+class Awaiting:
+    """A session without an agent in enforce mode, its exec waiting, and a standby with ``PATIENT``."""
+
+    def __init__(self, directory: Path) -> None:
+        (directory / "gate.state").write_text("mode=enforce\nuid_min=1000\n")
+        self.running = Running(directory, waits=PATIENT)
+        self.pid, self.agent = handed_over(self.running)
+
+    def lose(self) -> None:
+        self.agent.close()
+
+    def starts(self, process: int | str, count: int) -> None:
+        self.running.starting.write_text(f"{process} {count}".ljust(31) + "\n")
+
+
+@pytest.fixture
+def awaiting(tmp_path: Path) -> Iterator[Awaiting]:
+    found = Awaiting(tmp_path)
+    yield found
+    found.running.stop()
+
+
+def test_a_start_that_makes_progress_is_waited_for(awaiting: Awaiting) -> None:
+    awaiting.lose()
+    for count in range(10):
+        awaiting.starts(7, count)
+        assert not ended(awaiting.pid, 0.2)
+    back = awaiting.running.agent()
+    listener = back.take()[NAME]
+    for count in range(10, 14):
+        awaiting.starts(7, count)
+        assert not ended(awaiting.pid, 0.2)
+    awaiting.running.starting.unlink()
+    back.ready()
+    assert not ended(awaiting.pid, 1.5)  # it is the agent's now, however long that takes
+    notification = seccomp.receive(listener, bytearray(seccomp.NOTIF_SIZE))
+    assert notification is not None
+    seccomp.respond_continue(listener, notification.id)
+    assert outcome(awaiting.pid) == 0
+    os.close(listener)
+    back.close()
+
+
+def test_the_load_of_the_kernel_layer_is_waited_for_and_the_start_after_it(awaiting: Awaiting) -> None:
+    awaiting.lose()
+    for who in (LOADER, 7):
+        for count in range(8):
+            awaiting.starts(who, count)
+            assert not ended(awaiting.pid, 0.2)
+    assert outcome(awaiting.pid) == 13  # it hangs from here on
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_start_that_hangs_is_found_soon(awaiting: Awaiting, *, connected: bool) -> None:
+    awaiting.lose()
+    awaiting.starts(7, 1)
+    back = awaiting.running.agent()
+    if connected:
+        os.close(back.take()[NAME])
+    began = time.monotonic()
+    assert outcome(awaiting.pid) == 13
+    assert time.monotonic() - began < 3
+    back.close()
+
+
+def test_a_start_takes_no_longer_than_a_start_may(awaiting: Awaiting) -> None:
+    awaiting.lose()
+    began, count = time.monotonic(), 0
+    while not ended(awaiting.pid, 0.1) and time.monotonic() - began < 12:
+        awaiting.starts(7, count := count + 1)
+    assert 3 < time.monotonic() - began < 8
+    assert outcome(awaiting.pid) == 13
+
+
+def test_starts_that_fail_again_and_again_are_no_progress(awaiting: Awaiting) -> None:
+    """Also where each of them came as far as to take the listeners."""
+    awaiting.lose()
+    began, process = time.monotonic(), 7
+    while not ended(awaiting.pid, 0.05) and time.monotonic() - began < 12:
+        awaiting.starts(process := process + 1, 1)
+        back = awaiting.running.agent()
+        for fd in back.take().values():
+            os.close(fd)
+        back.close()
+    assert time.monotonic() - began < 3
+    assert outcome(awaiting.pid) == 13
+
+
+def test_what_a_killed_start_left_is_no_start(awaiting: Awaiting) -> None:
+    awaiting.starts(7, 12)
+    awaiting.lose()
+    began = time.monotonic()
+    assert outcome(awaiting.pid) == 13
+    assert time.monotonic() - began < 3
+
+
+def test_a_start_tells_while_it_does_anything_and_only_then(tmp_path: Path) -> None:
+    start = Start(tmp_path)
+    progress = Progress(tmp_path / "starting")
+    progress.begin()
+    assert progress.is_starting
+    moved = 0
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        sum(range(1000))
+        moved += progress.has_moved()
+    assert moved >= 3
+    time.sleep(0.6)
+    progress.has_moved()
+    time.sleep(1.0)  # it hangs
+    assert not progress.has_moved()
+    with pytest.raises(OSError, match="runs already"):
+        Start(tmp_path)
+    start.ready()
+    assert not progress.is_starting
+    start.close()
+    Start(tmp_path).close()
+    assert os.listdir(tmp_path) == []
+
+
+# --- when there is no descriptor left -------------------------------------------------------------------
+
+
+def test_without_a_descriptor_the_standby_answers_all_the_same(running: Running) -> None:
+    running.state.write_text("mode=enforce\n")
+    pid, agent = handed_over(running)
+    deadline = time.monotonic() + 5
+    while not running.standby._listeners and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with no_descriptor():
+        agent.close()
+        time.sleep(0.7)
+    assert outcome(pid) == 13
+    assert running._thread.is_alive()
+
+
+def test_listeners_that_cannot_be_taken_end_no_connection(running: Running) -> None:
+    agent = running.agent()
+    agent.take()
+    first, second = (os.memfd_create(name) for name in ("a", "b"))
+    with no_descriptor():
+        agent.keep("s-00000000000000aa", first)
+        time.sleep(0.3)
+    agent.keep("s-00000000000000bb", second)
+    deadline = time.monotonic() + 5
+    while not running.standby._listeners and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert list(running.standby._listeners) == ["s-00000000000000bb"]
+    assert running.standby._agent is not None
+    agent.close()
+    os.close(first)
+    os.close(second)
+
+
+def test_a_listener_that_the_agent_cannot_take_is_nobodys(running: Running) -> None:
+    """If the standby alone had it, which does not answer while there is an agent, its session would hang."""
+    pid, agent = handed_over(running)
+    agent.close()
+    until(lambda: running.standby._agent is None, 10)
+    back = running.agent()
+    connection = back._connect(10.0)
+    assert connection is not None
+    until(lambda: running.standby._agent is not None, 10)  # it shares our table: without descriptors it takes none
+    with pytest.MonkeyPatch.context() as patch, no_descriptor():
+        patch.setattr(back, "_connect", lambda _timeout: connection)
+        assert back.take() == {}
+    assert outcome(pid) == errno.ENOSYS
+    back.close()

@@ -12,7 +12,9 @@ COUNT = (
 )
 
 
-@pytest.mark.parametrize(("module", "most"), [("persona_guest.shell.login", 60), ("persona_guest.standby", 120)])
+@pytest.mark.parametrize(
+    ("module", "most"), [("persona_guest.shell.login", 60), ("persona_guest.standby.service", 120)]
+)
 def test_what_is_imported(module: str, most: int) -> None:
     code = COUNT.format(path=[str(ROOT), str(ROOT / "guest")], module=module)
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True, timeout=30)

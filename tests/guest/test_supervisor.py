@@ -2,28 +2,37 @@
 
 import ctypes
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from persona_guest.core.leases import LeaseBook
-from persona_guest.core.sessions import Session
-from persona_guest.gate import attempt
-from persona_guest.gate.guard import Guard
-from persona_guest.gate.identity import Identifier
+from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.inflight import InFlight
-from persona_guest.gate.kernel_layer import LastWord
-from persona_guest.gate.pending import Pending
+from persona_guest.gate.pending import Gated, Pending
+from persona_guest.gate.post_exec_check import Wrong
 from persona_guest.gate.supervisor import Place, Supervisor
 from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Task
 from persona_guest.loop import Loop
-from persona_guest.settings import Mode, Paths, Settings
+from persona_guest.lsm.layer import KernelLayer
+from persona_guest.program import exec_request
+from persona_guest.program.identity import Identifier, image_of
+from persona_guest.session.model import Session
+from persona_guest.settings import Gate, Mode, Paths, Settings
 
-from persona.decisions import Decision, Granted, Lease, PersonaRef, Request, Subject, Width
+from persona.codec import Record
+from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Request, Subject, Width
+from persona.problems import Reason
 
 
-def gated_child(program: str) -> tuple[int, int]:
-    """A child that puts the filter on itself and execs, its exit code the errno: (pid, its listener)."""
+def gated_child(program: str, uid: int = 0) -> tuple[int, int]:
+    """A child that puts the filter on itself and execs, its exit code the errno: (pid, its listener).
+
+    It becomes ``uid`` before, where that is not 0.
+    """
     parent, child = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -32,6 +41,9 @@ def gated_child(program: str) -> tuple[int, int]:
         os.write(child[1], str(own).encode())
         os.read(parent[0], 1)
         os.close(own)
+        if uid:
+            os.setgid(uid)
+            os.setuid(uid)
         try:
             os.execv(program, [program])
         except OSError as error:
@@ -40,29 +52,48 @@ def gated_child(program: str) -> tuple[int, int]:
     pidfd = os.pidfd_open(pid)
     listener: int = ctypes.CDLL(None).syscall(438, pidfd, number, 0)
     os.write(parent[1], b"x")
-    os.close(pidfd)
+    for fd in (pidfd, *parent, *child):
+        os.close(fd)
     return pid, listener
 
 
 def supervise(
-    listener: int, decide: Callable[[Request], Decision], place: Place | None = None, guard: Guard | None = None
-) -> None:
+    listener: int,
+    decide: Callable[[Request], Decision],
+    place: Place | None = None,
+    hang_watchdog: HangWatchdog | None = None,
+    *,
+    shell: str = "/nonexistent",
+    uid: int | None = None,
+    home: str = "",
+    before: Callable[[Session], None] = lambda _session: None,
+    record: Callable[[Record], None] = lambda _record: None,
+    gate: Gate | None = None,
+    fresh: bool = False,
+) -> Supervisor:
+    """``before`` is called once the session has begun, and the program starts after it."""
     loop = Loop()
 
     def ask(request: Request, done: Callable[[Decision], None]) -> None:
-        loop.deliver(lambda: done(decide(request)))  # later, as the broker answers
+        loop.call_soon_threadsafe(lambda: done(decide(request)))  # later, as the broker answers
 
-    settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""))
+    settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""), gate=gate or Gate())
     supervisor = Supervisor(
         settings, loop, Identifier(Settings().gate), LeaseBook(), InFlight(),
-        guard or Guard(lambda: None), LastWord(settings, loop, lambda event: None), ask,
-        lambda record: None, lambda session: loop.stop(),
+        hang_watchdog or HangWatchdog(lambda: None), KernelLayer(settings, loop, lambda event: None), ask,
+        record, lambda session: loop.stop(),
     )  # fmt: skip
     supervisor.place = place
-    session = Session("s-1", Subject("u", (), "vm"), os.getuid(), "t", "", "/nonexistent", os.getpid(), None, 0)
-    supervisor.add(session, listener)
+    supervisor.home_of = lambda asked: home if asked == uid else ""
+    owner = os.getuid() if uid is None else uid
+    session = Session("s-1", Subject("u", (), "vm"), owner, "t", "", shell, os.getpid(), None, 0)
+    supervisor.add(session, listener, fresh=fresh)
+    before(session)
     loop.call_later(10, loop.stop)
     loop.run()
+    loop.run_until(lambda: not supervisor.verifier._open, 5)  # what was started has been looked at, or is gone
+    supervisor.notes.flush()
+    return supervisor
 
 
 def granted(_request: Request) -> Decision:
@@ -79,14 +110,86 @@ def test_granted() -> None:
     assert outcome(pid) == 0
 
 
+def denied(_request: Request) -> Decision:
+    return Denied(Reason.NO_MATCHING_POLICY)
+
+
+@pytest.mark.parametrize("upgraded", [False, True])
+def test_the_login_shell_is_what_lies_at_its_path(upgraded: bool) -> None:
+    """By its number alone, a file that got it later would be the shell, and an upgraded shell would be none."""
+    with tempfile.TemporaryDirectory(dir=Path.home(), prefix="shell-") as name:
+        Path(name).chmod(0o755)
+        shell, kept = f"{name}/shell", f"{name}/kept"
+        shutil.copy("/usr/bin/true", shell)
+
+        def upgrade(_session: Session) -> None:
+            os.rename(shell, kept)
+            shutil.copy("/usr/bin/true", shell)
+
+        pid, listener = gated_child(shell if upgraded else kept)
+        supervise(listener, denied, shell=shell, before=upgrade)
+        assert outcome(pid) == (0 if upgraded else 13)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_the_user_s_own_command_waits_for_no_broker_where_the_session_is_known_to_hold(fresh: bool) -> None:
+    """Otherwise it is asked for: the session may have been revoked."""
+    asked: list[Request] = []
+
+    def away(request: Request) -> Decision:
+        asked.append(request)
+        return Denied(Reason.BROKER_UNREACHABLE)
+
+    pid, listener = gated_child("/usr/bin/true")
+    supervise(listener, away, gate=Gate(user_command="/usr/bin/true"), fresh=fresh)
+    assert outcome(pid) == 0
+    assert bool(asked) is not fresh
+
+
+def test_the_user_s_own_command_does_not_start_in_a_revoked_session() -> None:
+    pid, listener = gated_child("/usr/bin/true")
+    gate = Gate(user_command="/usr/bin/true")
+    supervise(listener, lambda _request: Denied(Reason.SESSION_REVOKED), gate=gate)
+    assert outcome(pid) == 13
+
+
 def test_an_error_while_judging_is_a_denial(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise KeyError("unforeseen")
 
-    monkeypatch.setattr(attempt, "read", broken)
+    monkeypatch.setattr(exec_request, "read", broken)
     pid, listener = gated_child("/usr/bin/true")
-    supervise(listener, granted)
+    records: list[Record] = []
+    supervisor = supervise(listener, granted, record=records.append)
     assert outcome(pid) == 13
+    seen = [(record.program, record.decision, record.reason) for record in records]
+    assert seen == [("unknown", "denied", Reason.PROGRAM_UNREADABLE)]
+    assert [one.reason for one in supervisor.denials.of(os.getuid())] == [Reason.PROGRAM_UNREADABLE]
+
+
+def test_what_runs_in_the_place_of_what_was_allowed_is_what_the_record_names() -> None:
+    """As after a race that was won: the look after the start finds another file."""
+    pid, listener = gated_child("/usr/bin/true")
+    records: list[Record] = []
+    supervisor = supervise(listener, granted, record=records.append)
+    assert outcome(pid) == 0
+    pending = Pending(gated(), 0, 0, Task(os.getpid()), look_at("/usr/bin/true"))
+    ran = image_of("/usr/bin/sleep")
+    supervisor._caught(pending, Wrong("another program", ran, (b"sleep", b"60")))
+    supervisor.notes.flush()
+    assert [(record.event, record.program, record.argv) for record in records[-1:]] == [
+        ("killed", "/usr/bin/sleep", ("sleep", "60"))
+    ]
+
+
+def gated() -> Gated:
+    session = Session("s-1", Subject("u", (), "vm"), os.getuid(), "t", "", "/bin/sh", os.getpid(), None, 0)
+    return Gated(session, -1, 1, (), (), b"s-1")
+
+
+def look_at(path: str) -> exec_request.ExecRequest:
+    found = os.open(path, os.O_PATH)
+    return exec_request.look(Task(os.getpid()), found, path.encode(), (path.encode(),), Identifier(Settings().gate))
 
 
 def test_an_error_after_the_broker_s_answer_is_a_denial_and_the_agent_goes_on() -> None:
@@ -99,20 +202,20 @@ def test_an_error_after_the_broker_s_answer_is_a_denial_and_the_agent_goes_on() 
 
 
 def test_a_program_is_looked_at_while_the_guard_watches(monkeypatch: pytest.MonkeyPatch) -> None:
-    guard, running = Guard(lambda: None), Task.running
+    hang_watchdog, running = HangWatchdog(lambda: None), Task.running
     watched: list[bool] = []  # at each look at the program of a task, which may lie on its user's own file system
 
     def looked(task: Task) -> tuple[int, int]:
-        watched.append(guard._entered is not None)
+        watched.append(hang_watchdog._entered is not None)
         return running(task)
 
     def place(pending: Pending, _granted: Granted | None) -> None:
-        assert guard._entered is None
+        assert hang_watchdog._entered is None
         pending.before()
 
     monkeypatch.setattr(Task, "running", looked)
     pid, listener = gated_child("/usr/bin/true")
-    supervise(listener, granted, place, guard)
+    supervise(listener, granted, place, hang_watchdog)
     assert outcome(pid) == 0
     assert watched
     assert all(watched)

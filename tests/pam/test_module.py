@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_guest.core.pam_wire import Caller, Op, Verdict, parse, reply
+from persona_guest.core.pam_protocol import Caller, Groups, Op, Verdict, WireError, parse, reply
 from persona_guest.kernel import landlock, seccomp
 
 ROOT = Path(__file__).parents[2]
 MODULE = ROOT / "guest" / "pam" / "pam_persona.so"
 SUCCESS, PERM_DENIED, AUTHINFO_UNAVAIL, SESSION_ERR = 0, 6, 9, 14
-USER = "games"  # a system user of every Debian; uid_min decides whether it would be gated
+USER = "games"  # a system account of every Debian; uid_min decides whether it would be gated
+ENFORCE = "mode=enforce\nuid_min=1\n"
 UID = pwd.getpwnam(USER).pw_uid
 
 pytestmark = [
@@ -42,13 +43,14 @@ class FakeAgent:
     """One conversation at a time on a real socket; ``calls`` is what the module asked."""
 
     def __init__(self, path: Path, script: Script) -> None:
-        self.calls: list[tuple[Op, Caller | None]] = []
+        self.calls: list[tuple[Op, Caller | Groups | None]] = []
         self.notified = 0
         path.unlink(missing_ok=True)
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._server.bind(str(path))
         self._server.listen(8)
         self._script = script
+        self._taken: list[int] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -64,12 +66,18 @@ class FakeAgent:
     def take(self, connection: socket.socket) -> list[int]:
         packet, fds, _, _ = socket.recv_fds(connection, 8192, 4)
         self.calls.append(parse(packet))
+        self._taken += fds
         return fds
 
     def close(self) -> None:
         self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
         self._thread.join(5)
+        self.let_go()
+
+    def let_go(self) -> None:
+        while self._taken:
+            os.close(self._taken.pop())
 
     def serve_execs(self, listener: int) -> None:
         def loop() -> None:
@@ -99,6 +107,8 @@ class Stack:
         self.directory = directory
         self.socket = directory / "pam.sock"
         self.state = directory / "gate.state"
+        self.state.write_text(ENFORCE)
+        self.starting = directory / "starting"
         self.agent: FakeAgent | None = None
         self.options = "timeout=1500"
 
@@ -108,7 +118,7 @@ class Stack:
 
     def run(self, *steps: str, user: str = USER) -> dict[str, Any]:
         control = "[success=ok new_authtok_reqd=ok ignore=ignore module_unknown=ignore default=bad]"
-        line = f"{control} {MODULE} socket={self.socket} state={self.state} {self.options}\n"
+        line = f"{control} {MODULE} socket={self.socket} state={self.state} starting={self.starting} {self.options}\n"
         (self.directory / "test").write_text(f"account {line}session {line}")
         done = subprocess.run(
             [sys.executable, str(Path(__file__).parent / "drive.py"), str(self.directory), "test", user, *steps],
@@ -159,7 +169,7 @@ def test_pass(stack: Stack) -> None:
     assert stack.run("account", "session") == {"start": 0, "account": 0, "session": 0, "messages": []}
     op, caller = agent.calls[0]
     assert op is Op.ACCOUNT
-    assert caller is not None
+    assert isinstance(caller, Caller)
     assert (caller.uid, caller.user, caller.service) == (UID, USER, "test")
     assert USER in caller.groups
 
@@ -265,8 +275,8 @@ def test_an_agent_that_hangs_up_is_a_refusal(stack: Stack, cut: int) -> None:
         agent.take(connection)
         if cut:
             connection.send(reply(Verdict.GATE, instructions=seccomp.gate_filter()))
-            for fd in agent.take(connection):
-                os.close(fd)
+            agent.take(connection)
+            agent.let_go()
 
     stack.state.write_text("mode=enforce\nuid_min=1\n")
     agent = stack.serve(script)
@@ -324,7 +334,90 @@ def test_an_agent_that_does_not_come_back_is_not_waited_for_till_the_deadline(st
     stack.state.write_text("mode=enforce\nuid_min=1\n")
     started = time.monotonic()
     assert stack.run("account")["account"] == AUTHINFO_UNAVAIL
-    assert 2.5 < time.monotonic() - started < 8
+    assert 4.5 < time.monotonic() - started < 10
+
+
+class Starting:
+    """A start of the agent that makes progress for some seconds; ``process`` tells its number at each moment."""
+
+    def __init__(self, path: Path, seconds: float, process: Callable[[float], int | str] = lambda _at: 7) -> None:
+        self._path = path
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._go_on, args=(time.monotonic() + seconds, process))
+        self._thread.start()
+
+    def _go_on(self, until: float, process: Callable[[float], int | str]) -> None:
+        count = 0
+        while time.monotonic() < until and not self._end.wait(0.2):
+            count += 1
+            self._path.write_text(f"{process(time.monotonic())} {count}".ljust(31) + "\n")
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def test_a_start_that_makes_progress_is_waited_for_and_has_its_time_then(stack: Stack) -> None:
+    stack.options = "timeout=1000"
+    stack.state.write_text("mode=enforce\nuid_min=1\n")
+    began = time.monotonic()  # the kernel layer is loaded before the agent starts
+    starting = Starting(stack.starting, 12, lambda at: "kernel" if at < began + 5 else 7)
+    later = threading.Timer(12, lambda: stack.serve(says(reply(Verdict.PASS))))
+    later.start()
+    try:
+        assert stack.run("account") == {"start": 0, "account": SUCCESS, "messages": []}
+    finally:
+        later.join()
+        starting.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "process"),
+    [(1, lambda _at: 7), (20, lambda at: int(at / 0.6))],
+    ids=["one that hangs", "one that fails again and again"],
+)
+def test_a_start_that_comes_to_nothing_is_not_waited_for(
+    stack: Stack, seconds: float, process: Callable[[float], int]
+) -> None:
+    stack.options = "timeout=60000"
+    stack.state.write_text("mode=enforce\nuid_min=1\n")
+    starting = Starting(stack.starting, seconds, process)
+    started = time.monotonic()
+    try:
+        assert stack.run("account")["account"] == AUTHINFO_UNAVAIL
+        assert time.monotonic() - started < 12
+    finally:
+        starting.close()
+
+
+def test_nobody_who_is_let_in_anyway_waits_for_a_start(stack: Stack) -> None:
+    stack.state.write_text(f"mode=enforce\nuid_min=1\nbreak_glass={USER}\n")
+    starting = Starting(stack.starting, 10)
+    started = time.monotonic()
+    try:
+        for user in ("root", USER):
+            assert stack.run("session", user=user)["session"] == SUCCESS
+        assert time.monotonic() - started < 3
+    finally:
+        starting.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "user", "result"),
+    [("mode=enforce\nuid_min=1\n", USER, False), ("mode=enforce\nuid_min=1\n", "root", True),
+     ("mode=complain\nuid_min=1\n", USER, True)],
+)  # fmt: skip
+def test_no_descriptor_is_left_for_what_the_agent_sends(stack: Stack, state: str, user: str, result: bool) -> None:
+    """As in a su that its user starts with few: never a session without what should bind it."""
+
+    def script(agent: FakeAgent, connection: socket.socket) -> None:
+        with contextlib.suppress(WireError):  # the module hangs up
+            bound("/nowhere")(agent, connection)
+
+    stack.state.write_text(state)
+    stack.serve(script)
+    found = stack.run("short", "session", user=user)
+    assert (found["session"] == SUCCESS) is result
 
 
 @pytest.mark.parametrize(
@@ -361,6 +454,7 @@ def test_whoever_is_let_in_anyway_waits_for_no_agent(stack: Stack, state: str, u
 )
 def test_without_an_agent(stack: Stack, state: str | None, user: str, result: int) -> None:
     stack.options = "timeout=300"  # so long is it waited for, if the user may be gated
+    stack.state.unlink()
     if state is not None:
         stack.state.write_text(state)
     found = stack.run("account", "session", user=user)
@@ -372,7 +466,7 @@ def test_without_an_agent(stack: Stack, state: str | None, user: str, result: in
 def test_a_state_that_cannot_be_understood_refuses_those_who_would_be_gated(stack: Stack) -> None:
     stack.state.write_text("mode=perhaps\n")
     subprocess.run(["userdel", "personatest"], check=False, capture_output=True)
-    subprocess.run(["useradd", "-M", "-u", "61234", "personatest"], check=True, capture_output=True)
+    subprocess.run(["useradd", "-M", "-u", "60234", "personatest"], check=True, capture_output=True)
     try:
         found = stack.run("account", user="personatest")
         assert found["account"] == AUTHINFO_UNAVAIL

@@ -4,22 +4,34 @@ from typing import NamedTuple
 
 from persona.decisions import Decision, Granted, Program, Width
 
-_ENTRIES_MAX = 16384  # some 5 MB; beyond it everything is asked again, which is slow and safe
+_SIZE_MAX = 16 << 20  # bytes of all leases, about; beyond it everything is asked again, which is slow and safe
+_SHARE = _SIZE_MAX // 4  # of one holder: whoever runs ever other command lines loses their own leases, nobody else's
+_ENTRY = 320  # bytes of a lease without its command line
+_ARGUMENT = 48  # and of each argument, beside its text
 
 
 class Question(NamedTuple):
     """One program start to decide, as the lease book keys it.
 
-    ``holder`` is a number that stands for user, groups and VM; ``image`` is (device, inode);
-    ``argv0`` is empty unless the file is a multi-call program.
+    ``holder`` is a number that stands for user, groups and VM; ``file`` one that stands for a file in one
+    state (``Identified.version``), so that a decision ends with the state that it was made for; ``argv0``
+    is the name by which a file that is several programs is called (of a script that of its path, which is
+    not in ``argv``), and empty for any other.
     """
 
     holder: int
-    image: tuple[int, int]
+    file: int
     argv0: bytes
     argv: tuple[bytes, ...]
     complete: bool
     program: Program
+
+
+_Narrow = tuple[int, int, bytes, tuple[bytes, ...], bool]
+
+
+def _narrow(question: Question) -> _Narrow:
+    return question.holder, question.file, question.argv0, question.argv, question.complete
 
 
 class LeaseBook:
@@ -30,15 +42,16 @@ class LeaseBook:
 
     def __init__(self, grace_s: float = 0.0) -> None:
         self._grace_s = grace_s
-        self._wide: dict[tuple[int, tuple[int, int], bytes], tuple[Decision, float]] = {}
-        self._narrow: dict[tuple[int, tuple[int, int], tuple[bytes, ...], bool], tuple[Decision, float]] = {}
+        self._wide: dict[tuple[int, int, bytes], tuple[Decision, float]] = {}
+        self._narrow: dict[_Narrow, tuple[Decision, float]] = {}
+        self._sizes: dict[int, int] = {}  # by holder
         self.generation = 0
 
     def lookup(self, question: Question, now: float) -> Decision | None:
         """The decision that still holds at ``now`` (monotonic seconds), or ``None``: ask."""
-        entry = self._wide.get((question.holder, question.image, question.argv0))
+        entry = self._wide.get((question.holder, question.file, question.argv0))
         if entry is None or entry[1] <= now:
-            entry = self._narrow.get((question.holder, question.image, question.argv, question.complete))
+            entry = self._narrow.get(_narrow(question))
             if entry is None or entry[1] <= now:
                 return None
         return entry[0]
@@ -52,13 +65,32 @@ class LeaseBook:
         """Remembers a decision for its lease, unless an event has overtaken it."""
         if decision.lease.seconds <= 0 or decision.generation < self.generation:
             return
-        if len(self._wide) + len(self._narrow) >= _ENTRIES_MAX:
-            self.drop()
         entry = (decision, now + decision.lease.seconds)
         if decision.lease.width is Width.PROGRAM:
-            self._wide[question.holder, question.image, question.argv0] = entry
+            wide = (question.holder, question.file, question.argv0)
+            if wide not in self._wide:
+                self._take(question.holder, len(question.argv0))
+            self._wide[wide] = entry
         else:
-            self._narrow[question.holder, question.image, question.argv, question.complete] = entry
+            narrow = _narrow(question)
+            if narrow not in self._narrow:
+                texts = len(question.argv0) + sum(map(len, question.argv))
+                self._take(question.holder, texts + _ARGUMENT * len(question.argv))
+            self._narrow[narrow] = entry
+
+    def _take(self, holder: int, size: int) -> None:
+        """Makes room for one more lease of a holder, of about ``size`` bytes beside what each takes."""
+        size += _ENTRY
+        if self._sizes.get(holder, 0) + size > _SHARE:
+            self._forget(holder)
+        if sum(self._sizes.values()) + size > _SIZE_MAX:
+            self.drop()
+        self._sizes[holder] = self._sizes.get(holder, 0) + size
+
+    def _forget(self, holder: int) -> None:
+        self._wide = {key: entry for key, entry in self._wide.items() if key[0] != holder}
+        self._narrow = {key: entry for key, entry in self._narrow.items() if key[0] != holder}
+        self._sizes.pop(holder, None)
 
     def advance(self, generation: int) -> None:
         """An event: everything decided before ``generation`` is forgotten."""
@@ -70,6 +102,7 @@ class LeaseBook:
         """Forgets every lease."""
         self._wide.clear()
         self._narrow.clear()
+        self._sizes.clear()
 
     def remaining(self, holder: int, now: float) -> float | None:
         """Seconds until the longest-lived grant of a holder runs out; ``None`` without one."""

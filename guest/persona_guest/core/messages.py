@@ -1,16 +1,18 @@
 """The one line that a user sees when something is denied."""
 
-import os
-
 from persona.decisions import Denied
 from persona.documents import Persona
 from persona.problems import Reason
+from persona.shown import line, word
 
 _LINE_MAX = 400
 
 
 def denial_line(program: str, denied: Denied) -> str:
-    """One printable line, no newline: what, why (with its code), under which persona and policy, what helps."""
+    """One printable line, no newline: what, why (with its code), under which persona and policy, what helps.
+
+    ``program`` is the name of the file that was refused (``ExecRequest.name``), never its caller's text.
+    """
     under = ""
     if denied.persona and denied.policy:
         under = f" under persona {denied.persona} (policy {denied.policy})"
@@ -23,15 +25,17 @@ def denial_line(program: str, denied: Denied) -> str:
 def admission_line(user: str, vm: str, denied: Denied) -> str:
     """Why a login is refused."""
     tail = f": {denied.help}" if denied.help else ""
-    return printable(f"persona: {user} may not log in to {vm}, {denied.reason}{tail}")
+    return printable(f"persona: {word(user)} may not log in to {vm}, {denied.reason}{tail}")
 
 
-def limit_line(persona: Persona, reason: Reason) -> str:
-    """Which limit was met, and what came of it."""
+def limit_line(persona: Persona, reason: Reason, left: int = 0) -> str:
+    """Which limit was met, and what came of it; ``left`` bytes of a memory limit are what earlier sessions left."""
     limits = persona.resource_limits
     if reason is Reason.MEMORY_LIMIT:
         allowed = amount(limits.memory_bytes) if limits.memory_bytes else "what the machine has"
-        return f"persona: out of memory, a program was killed: persona {persona.name} allows {allowed}"
+        return f"persona: out of memory, a program was killed: persona {persona.name} allows {allowed}" + (
+            f", and files in memory (see /dev/shm) that you left there have {amount(left)} of it" if left else ""
+        )
     return f"persona: no more processes: persona {persona.name} allows {limits.pids} at once"
 
 
@@ -50,11 +54,6 @@ def amount(size: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Control characters and undecodable bytes become '?', so that no name can drive a terminal."""
-    clean = "".join(char if char.isprintable() and not "\ud800" <= char <= "\udfff" else "?" for char in text)
+    """One line without control characters and undecodable bytes, which are escaped: no name can drive a terminal."""
+    clean = line(text)
     return clean if len(clean) <= _LINE_MAX else clean[: _LINE_MAX - 1] + "…"
-
-
-def shown_name(path: bytes, argv: tuple[bytes, ...]) -> str:
-    """What people call the program: the last part of its path, or argv[0] where there is no path."""
-    return os.path.basename(os.fsdecode(path)) or (os.fsdecode(argv[0]) if argv else "(no name)")

@@ -5,8 +5,10 @@ Outgoing packets go through ``NAME/out``, packets for its listening sockets thro
 by counting, logging and rejecting.  ``str`` of a rule is its text in the language of nft(8).
 """
 
+import contextlib
 import hashlib
 import ipaddress
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -363,14 +365,12 @@ def way_chains(marks: Iterable[int]) -> tuple[Chain, ...]:
     return (Chain(WAYS, rules, Hook("nat", "postrouting", 100)),) if rules else ()
 
 
-def resolvers(text: str) -> tuple[str, ...]:
+def resolvers(text: bytes | str) -> tuple[str, ...]:
     """The addresses that resolv.conf(5) names, and the stubs; what is no address is left out."""
     found = set(STUBS)
-    for line in text.splitlines()[:1000]:
+    for line in os.fsencode(text).split(b"\n")[:1000]:
         words = line.split()
-        if len(words) >= 2 and words[0] == "nameserver":
-            try:
-                found.add(str(ipaddress.ip_address(words[1].partition("%")[0])))
-            except ValueError:
-                continue
+        if len(words) >= 2 and words[0] == b"nameserver":
+            with contextlib.suppress(ValueError):
+                found.add(str(ipaddress.ip_address(words[1].partition(b"%")[0].decode("ascii"))))
     return tuple(sorted(found))

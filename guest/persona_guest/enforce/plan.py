@@ -1,4 +1,4 @@
-"""Plans: tuples of small frozen operations, logged before they are applied, undone in reverse.
+"""Plans: tuples of small frozen operations, logged (as data, for debugging) before they are applied, undone in reverse.
 
 An operation touches one thing of one facility.  Nothing here knows which.
 """
@@ -45,8 +45,8 @@ def apply(plan: Plan) -> None:
     """All of it, in order, or nothing: after a failure what was applied is undone.  Raises ``PlanError``."""
     if not plan:
         return
-    if log.isEnabledFor(logging.INFO):
-        log.info("plan: %s", json.dumps([_brief(operation) for operation in plan]))
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("plan: %s", json.dumps([_brief(operation) for operation in plan]))
     for index, operation in enumerate(plan):
         try:
             operation.apply()
@@ -67,7 +67,7 @@ def apply_each(plan: Plan) -> list[str]:
 
 
 def _brief(operation: Operation) -> dict[str, object]:
-    """For the journal, at each login: what is within goes by its name; ``persona-agent plan`` shows all."""
+    """For one line of a log: what is within goes by its name; ``persona-agent plan`` shows all."""
     return {key: value for key, value in operation.describe().items() if not isinstance(value, dict)}
 
 

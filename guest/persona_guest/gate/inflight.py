@@ -30,6 +30,15 @@ class InFlight:
         self._map = mmap.mmap(fd, SLOTS * _SLOT.size)
         self._free = [slot for slot in range(SLOTS - 1, -1, -1) if not self._map[slot * _SLOT.size]]
 
+    @classmethod
+    def of_this_process(cls) -> "InFlight":
+        """A table that no other process will see: it needs no descriptor."""
+        table = cls.__new__(cls)
+        table.fd = -1
+        table._map = mmap.mmap(-1, SLOTS * _SLOT.size)
+        table._free = list(range(SLOTS - 1, -1, -1))
+        return table
+
     def put(self, session: bytes, raw: bytes | bytearray) -> int:
         """Remembers a raw struct seccomp_notif; the slot to clear, or -1 where the table is full."""
         if not self._free:
@@ -48,6 +57,11 @@ class InFlight:
         if slot >= 0 and self._map[slot * _SLOT.size] != _FREE:
             self._map[slot * _SLOT.size] = _FREE
             self._free.append(slot)
+
+    def close(self) -> None:
+        """Lets go of the table; systemd keeps its own descriptor."""
+        self._map.close()
+        os.close(self.fd)
 
     def left_over(self) -> list[tuple[int, str, bytes, bool]]:
         """(slot, session, raw struct, whether to read it) of everything that an earlier agent did not answer."""

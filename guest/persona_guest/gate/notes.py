@@ -3,52 +3,112 @@
 import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from persona.codec import Record
 from persona.decisions import Decision, Denied, Granted
+from persona.problems import Reason
+from persona.shown import words
+from persona_guest.core.denials import COMMAND_MAX, Book
 from persona_guest.gate.pending import Pending
 from persona_guest.loop import Loop
+from persona_guest.session.model import Session
 
 _WAIT_S = 0.01
+UNKNOWN = "unknown"  # as a program: no path, as it begins with no '/'
+
+
+class _Note(NamedTuple):
+    at: float
+    pending: Pending
+    event: str
+    decision: Decision | None
+    ran: str | None
+    argv: tuple[bytes, ...] | None
 
 
 class Notes:
-    """``add`` costs an exec next to nothing; ``flush`` runs by itself a moment later."""
+    """``add`` costs an exec next to nothing; ``flush`` runs by itself a moment later.
 
-    def __init__(self, loop: Loop, record: Callable[[Record], None], *, complain: bool) -> None:
+    What was denied, and not only would have been, is noted in ``denials`` for its user as well.
+    """
+
+    def __init__(self, loop: Loop, record: Callable[[Record], None], denials: Book, *, complain: bool) -> None:
         self._loop = loop
         self._record = record
+        self._denials = denials
         self._complain = complain
-        self._waiting: list[tuple[float, Pending, str, Decision | None]] = []
+        self._waiting: list[_Note] = []
 
-    def add(self, pending: Pending, event: str, decision: Decision | None) -> None:
-        """One exec and what became of it; ``None`` = what a session starts by itself."""
+    def add(
+        self,
+        pending: Pending,
+        event: str,
+        decision: Decision | None,
+        *,
+        ran: str | None = None,
+        argv: tuple[bytes, ...] | None = None,
+    ) -> None:
+        """One exec and what became of it; ``None`` = what a session starts by itself.
+
+        ``ran`` and ``argv`` are what started, where that was something else than what was to be started.
+        """
         if not self._waiting:
             self._loop.call_later(_WAIT_S, self.flush)
-        self._waiting.append((time.time(), pending, event, decision))
+        self._waiting.append(_Note(time.time(), pending, event, decision, ran, argv))
+
+    def add_unjudged(self, session: Session, why: str) -> None:
+        """One exec of which nothing is known but that it was denied, or in complain mode let go on."""
+        denied = Denied(Reason.PROGRAM_UNREADABLE, help=why)
+        record = Record(
+            at=time.time(),
+            session=session.id,
+            user=session.subject.user,
+            program=UNKNOWN,
+            argv=(),
+            decision="denied",
+            reason=denied.reason,
+            persona=None,
+            persona_version=None,
+            policy=None,
+            event="exec",
+            leased=False,
+            complain=self._complain,
+        )
+        self._record(record)
+        if not self._complain:
+            self._denials.note(session.uid, record.at, record.event, record.program, "", denied, session.id)
 
     def flush(self) -> None:
         """Hands on what waits; call before the agent ends."""
         waiting, self._waiting = self._waiting, []
         for note in waiting:
-            self._record(self._to_record(*note))
+            record = _to_record(note, complain=self._complain)
+            self._record(record)
+            if isinstance(note.decision, Denied) and not self._complain and not note.pending.again:
+                uid = note.pending.gated.session.uid
+                command = words(record.argv, COMMAND_MAX)
+                self._denials.note(uid, note.at, note.event, record.program, command, note.decision, record.session)
 
-    def _to_record(self, at: float, pending: Pending, event: str, decision: Decision | None) -> Record:
-        session = pending.gated.session
-        granted = decision if isinstance(decision, Granted) else None
-        denied = decision if isinstance(decision, Denied) else None
-        return Record(
-            at=at,
-            session=session.id,
-            user=session.subject.user,
-            program=pending.attempt.stages[0][0].program.path,
-            argv=tuple(os.fsdecode(argument[:256]) for argument in pending.attempt.argv[:16]),
-            decision="denied" if denied else "granted",
-            reason=denied.reason if denied else None,
-            persona=granted.persona.name if granted else denied.persona if denied else None,
-            persona_version=granted.persona.version if granted else None,
-            policy=decision.policy if decision else None,
-            event=event,
-            leased=pending.leased,
-            complain=self._complain,
-        )
+
+def _to_record(note: _Note, *, complain: bool) -> Record:
+    pending, decision = note.pending, note.decision
+    session = pending.gated.session
+    granted = decision if isinstance(decision, Granted) else None
+    denied = decision if isinstance(decision, Denied) else None
+    argv = pending.exec_request.command if note.argv is None else note.argv
+    return Record(
+        at=note.at,
+        session=session.id,
+        user=session.subject.user,
+        program=note.ran or pending.exec_request.program,
+        argv=tuple(os.fsdecode(argument[:256]) for argument in argv[:16]),
+        decision="denied" if denied else "granted",
+        reason=denied.reason if denied else None,
+        persona=granted.persona.name if granted else denied.persona if denied else None,
+        persona_version=granted.persona.version if granted else None,
+        policy=decision.policy if decision else None,
+        event=note.event,
+        leased=pending.leased,
+        complain=complain,
+    )

@@ -16,29 +16,32 @@ from functools import partial
 from persona.codec import Record
 from persona.decisions import Decision, Denied, Granted, Request
 from persona.problems import PersonaError, Reason
+from persona_guest.broker.client import UNANSWERED
+from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook, Question
-from persona_guest.core.messages import denial_line, printable, shown_name
-from persona_guest.core.sessions import Session
-from persona_guest.gate import attempt as attempts
-from persona_guest.gate import own
-from persona_guest.gate.guard import Guard
-from persona_guest.gate.identity import Identified, Identifier, Image, image_of
+from persona_guest.core.messages import denial_line, printable
+from persona_guest.gate import implicit_allow
+from persona_guest.gate.evaluate import Ask, Refused, Runs, judge
+from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.inflight import InFlight
-from persona_guest.gate.kernel_layer import LastWord
 from persona_guest.gate.notes import Notes
 from persona_guest.gate.pending import Gated, Pending
+from persona_guest.gate.post_exec_check import Expectation, Verifier, Wrong
 from persona_guest.gate.terminal import tell
-from persona_guest.gate.verify import Expectation, Verifier
 from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Process, Task
-from persona_guest.login_shells import real_shell
 from persona_guest.loop import GONE, READABLE, Loop
-from persona_guest.questions import UNANSWERED
+from persona_guest.lsm.layer import HangsOn, KernelLayer
+from persona_guest.program import exec_request as exec_requests
+from persona_guest.program.identity import Identifier, images_of
+from persona_guest.program.own_home import Owner
+from persona_guest.session.login_shells import real_shell
+from persona_guest.session.model import Session
 from persona_guest.settings import Mode, Settings
 
 log = logging.getLogger("persona.gate")
 
-Ask = Callable[[Request, Callable[[Decision], None]], None]
+AskBroker = Callable[[Request, Callable[[Decision], None]], None]
 Place = Callable[[Pending, Granted | None], None]
 
 _LINES_PER_SECOND = 20  # denial lines to one session: a loop of denied commands must not flood
@@ -55,25 +58,27 @@ class Supervisor:
         identifier: Identifier,
         leases: LeaseBook,
         inflight: InFlight,
-        guard: Guard,
-        last_word: LastWord,
-        ask: Ask,
+        hang_watchdog: HangWatchdog,
+        kernel_layer: KernelLayer,
+        ask: AskBroker,
         record: Callable[[Record], None],
         ended: Callable[[Session], None],
     ) -> None:
         self.settings = settings
         self.sessions: dict[str, Gated] = {}
         self.released = False
+        self.home_of: Callable[[int], str] = lambda _uid: ""  # where a uid has its home; empty = not known
         self.place: Place | None = None  # brings a task under its persona before it goes on
-        self.verifier = Verifier(loop, time.monotonic, guard)
+        self.verifier = Verifier(loop, time.monotonic, hang_watchdog)
         self._loop = loop
         self._identifier = identifier
         self._leases = leases
         self._inflight = inflight
-        self._guard = guard
-        self._last_word = last_word
+        self._hang_watchdog = hang_watchdog
+        self._kernel_layer = kernel_layer
         self._ask = ask
-        self.notes = Notes(loop, record, complain=settings.mode is Mode.COMPLAIN)
+        self.denials = Book()  # for their users; an exec that complain mode lets go on is none
+        self.notes = Notes(loop, record, self.denials, complain=settings.mode is Mode.COMPLAIN)
         self._ended = ended
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._holders: dict[object, int] = {}
@@ -86,14 +91,20 @@ class Supervisor:
         """The number under which decisions for this session's subject are leased."""
         return self._holders.setdefault(session.subject, len(self._holders) + 1)
 
+    def owner(self, gated: Gated) -> Owner:
+        """Whose programs in a home may run in this session, where a persona names them."""
+        return Owner(gated.session.uid, self.home_of)
+
     def add(self, session: Session, listener: int, *, fresh: bool = False) -> None:
         """Takes over the listener of a session and answers for it from now on; ``fresh`` = just admitted."""
         seccomp.use_synchronous_wakeup(listener)
-        gated = Gated(session, listener, self.holder(session), _shells_of(session), session.id.encode())
+        shells = _shells_of(session)
+        gated = Gated(session, listener, self.holder(session), shells, images_of(shells), session.id.encode())
         if fresh:
             gated.confirmed = self._leases.generation
         self.sessions[session.id] = gated
-        self._loop.watch(listener, READABLE, lambda events: self._ready(gated, events))
+        self.home_of(session.uid)  # asked for before it is needed
+        self._loop.add_reader(listener, READABLE, lambda events: self._ready(gated, events))
 
     def answer_left_over(self) -> None:
         """Answers what an agent before this one received and did not answer."""
@@ -105,7 +116,7 @@ class Supervisor:
             elif readable:
                 self._answer(gated, notification, slot)
             else:
-                self._unreadable(gated, notification.id, slot, OSError(errno.EACCES, "the agent hung in it"))
+                self._not_judged(gated, notification.id, slot, "the agent hung in it")
 
     def find(self, pid: int) -> Gated | None:
         """The session that a process belongs to, by audit session id or by descent; ``None`` = none."""
@@ -131,7 +142,7 @@ class Supervisor:
         return None
 
     def _end(self, gated: Gated) -> None:
-        self._loop.unwatch(gated.listener)
+        self._loop.remove_reader(gated.listener)
         os.close(gated.listener)
         self.sessions.pop(gated.session.id, None)
         self._ended(gated.session)
@@ -154,16 +165,16 @@ class Supervisor:
 
     def _guarded(self, gated: Gated, ident: int, slot: int, judge: Callable[[], None]) -> None:
         """Whatever a caller's exec can provoke while it is judged: it is denied, and the agent serves the others."""
-        outer = self._guard.enter(
+        outer = self._hang_watchdog.enter(
             gated.session
         )  # memory, files and standard error of the task may all be its user's own
         try:
             judge()
         except Exception:  # no list is complete of what may go wrong, and not to answer would be to hang
             log.exception("an exec could not be judged; it is denied")
-            self._unreadable(gated, ident, slot, OSError(errno.EACCES, "not judged"))
+            self._not_judged(gated, ident, slot, "the agent's journal says why")
         finally:
-            self._guard.leave(outer)
+            self._hang_watchdog.leave(outer)
 
     def _handle(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
         if self.released:
@@ -172,11 +183,15 @@ class Supervisor:
             return
         task = Task(notification.tid)
         try:
-            attempt = attempts.read(task, notification, self._identifier)
+            exec_request = exec_requests.read(task, notification, self._identifier, self.owner(gated))
         except OSError as error:
             self._unreadable(gated, notification.id, slot, error)
             return
-        self._decide(Pending(gated, notification.id, slot, task, attempt))
+        self._decide(Pending(gated, notification.id, slot, task, exec_request))
+
+    def _not_judged(self, gated: Gated, ident: int, slot: int, why: str) -> None:
+        self._unreadable(gated, ident, slot, OSError(errno.EACCES, why))  # first: not to answer would be to hang
+        self.notes.add_unjudged(gated.session, f"this program start could not be judged: {why}")
 
     def _unreadable(self, gated: Gated, ident: int, slot: int, error: OSError) -> None:
         # The kernel reports these for the same call; answering them ourselves leaves no second reading.
@@ -186,37 +201,37 @@ class Supervisor:
             self._fail(gated, ident, slot, error.errno or errno.EACCES)
 
     def _decide(self, pending: Pending) -> None:
-        """Goes through the stages; the first that is granted wins, a stage that must be asked ends the walk."""
-        gated, attempt = pending.gated, pending.attempt
-        while pending.stage < len(attempt.stages):
-            found, argv = attempt.stages[pending.stage]
-            question = attempt.question(pending.stage, gated.holder)
-            if not found.trusted:
-                pending.denials += (untrusted(found),)
-                pending.stage += 1
-                continue
-            decision = self._known(gated, question)
-            if decision is None:
-                if gated.confirmed == self._leases.generation and own.is_login_shell(pending):
+        """Goes through the stages until one is granted, all are denied, or the broker must be asked."""
+        gated, exec_request = pending.gated, pending.exec_request
+        verdict = judge(
+            exec_request,
+            pending.stage,
+            pending.denials,
+            lambda stage: self._known(gated, exec_request.question(stage, gated.holder)),
+            lambda denials: implicit_allow.rule_for(
+                exec_request, gated, pending.task, self.settings.gate, self._identifier, denials
+            ),
+        )
+        pending.denials = verdict.denials
+        match verdict:
+            case Refused(denied=denied):
+                self._deny(pending, denied)
+            case Runs(stage=stage, granted=granted):
+                pending.stage = stage
+                self._allow(pending, granted)
+            case Ask(stage=stage):
+                pending.stage = stage
+                if gated.confirmed == self._leases.generation and (
+                    implicit_allow.is_login_shell(exec_request, gated, self._identifier)
+                    or implicit_allow.is_users_command(exec_request, self.settings.gate)
+                ):
                     self._allow(pending, None)
                     return
                 pending.leased = False
-                self._enquire(pending, question, argv)
-                return
-            if isinstance(decision, Granted):
-                self._allow(pending, decision)
-                return
-            pending.denials += (decision,)
-            pending.stage += 1
-        if own.is_own(pending, self.settings.gate, revoked=gated.revoked is not None):
-            self._allow(pending, None)
-        else:
-            # A user's own script is its interpreter's start: then that is what was refused.
-            first = attempt.stages[0][0]
-            self._deny(pending, pending.denials[0 if first.trusted else -1])
+                self._enquire(pending, exec_request.question(stage, gated.holder), exec_request.stages[stage].argv)
 
     def _known(self, gated: Gated, question: Question) -> Decision | None:
-        """What holds without asking.  Leases are the user's, over all his sessions: since the last event the
+        """What holds without asking.  Leases are the user's, over all their sessions: since the last event the
         broker must have answered for this very one, which may have been revoked.
         """
         if gated.confirmed != self._leases.generation:
@@ -245,7 +260,7 @@ class Supervisor:
 
     def _told(self, gated: Gated, question: Question, decision: Decision) -> None:
         now = time.monotonic()
-        if isinstance(decision, Denied) and decision.reason in UNANSWERED:
+        if not _is_answered(question, decision):
             if gated.revoked is None:
                 decision = self._leases.within_grace(question, now) or decision
         else:
@@ -272,7 +287,7 @@ class Supervisor:
             for pending in waiting if ident == session else ():
                 gated = pending.gated
                 if seccomp.still_valid(gated.listener, pending.ident) and self._may_speak(gated):
-                    with self._guard.watching(gated.session), contextlib.suppress(OSError):  # killed meanwhile
+                    with self._hang_watchdog.watching(gated.session), contextlib.suppress(OSError):  # killed meanwhile
                         tell(pending.task.credentials().tgid, printable(line))
                     return
 
@@ -290,17 +305,17 @@ class Supervisor:
 
     def _allow(self, pending: Pending, granted: Granted | None) -> None:
         gated = pending.gated
-        layer = self._last_word.layer
+        layer = self._kernel_layer.layer
         # complain mode lets go on what it would deny: a look could not tell that from a race
-        verifying = self.settings.mode is Mode.ENFORCE and not (layer.active and pending.attempt.final.is_unique)
+        verifying = self.settings.mode is Mode.ENFORCE and not (layer.active and pending.exec_request.final.is_unique)
         try:
             if self.place is not None:
                 pending.before()  # watched: its program may be a file of a file system of the user's own
-                outer = self._guard.rest()
+                outer = self._hang_watchdog.rest()
                 try:
                     self.place(pending, granted)
                 finally:
-                    self._guard.resume(outer)
+                    self._hang_watchdog.resume(outer)
             look = self._before(pending, granted) if verifying else None
         except PersonaError as error:
             reason = error.code if isinstance(error.code, Reason) else Reason.ENFORCEMENT_FAILED
@@ -310,8 +325,12 @@ class Supervisor:
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
             return
         if layer.active:
-            arguments = pending.hangs_on_arguments(granted)
-            layer.approve(pending.task.tid, gated.session.uid, pending.attempt, arguments=arguments)
+            if not self._still_waits(pending):  # its number may be another exec's by now
+                if look is not None:
+                    look[0].close()
+                return
+            hangs, script = pending.hangs_on(granted), pending.script(granted)
+            layer.approve(pending.task.tid, gated.session.uid, pending.exec_request, hangs_on=hangs, script=script)
         if not self._go_on(gated, pending.ident, pending.slot):
             layer.withdraw(pending.task.tid)
             if look is not None:
@@ -325,13 +344,16 @@ class Supervisor:
 
     def _before(self, pending: Pending, granted: Granted | None) -> tuple[Process, Expectation]:
         """The waiting process, held, and what it must be once it goes on.  Raises ``OSError`` when it is gone."""
-        attempt, task = pending.attempt, pending.task
+        exec_request, task = pending.exec_request, pending.task
         before = pending.before()
         argv = argv_before = None
-        if attempt.complete and pending.hangs_on_arguments(granted):
-            argv = b"".join(argument + b"\0" for argument in attempt.final_argv)
-            argv_before = task.command_line(65536) if before == attempt.final else None
-        return Process(task), Expectation(before, attempt.final, argv, argv_before)
+        if exec_request.complete and (
+            pending.hangs_on(granted) is not HangsOn.NOTHING or pending.script(granted) is not None
+        ):
+            argv = b"".join(argument + b"\0" for argument in exec_request.final_argv)
+            argv_before = task.command_line(65536) if before == exec_request.final else None
+        loader = exec_request.loader.kernel if exec_request.loader is not None else None
+        return Process(task), Expectation(before, exec_request.final, argv, argv_before, loader)
 
     def _deny(self, pending: Pending, denied: Denied) -> None:
         if not self._still_waits(pending):
@@ -340,14 +362,27 @@ class Supervisor:
         complain = self.settings.mode is Mode.COMPLAIN
         self.notes.add(pending, "exec", denied)
         if complain:
-            self._last_word.layer.approve(pending.task.tid, gated.session.uid, pending.attempt, arguments=False)
+            self._kernel_layer.layer.approve(pending.task.tid, gated.session.uid, pending.exec_request)
             self._go_on(gated, pending.ident, pending.slot)
         else:
             if self._may_speak(gated):
-                name = shown_name(pending.attempt.path, pending.attempt.argv)
                 with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
-                    tell(pending.task.credentials().tgid, denial_line(name, denied))
+                    self._tell_denied(pending, denied)
             self._fail(gated, pending.ident, pending.slot, errno.EACCES)
+
+    def _tell_denied(self, pending: Pending, denied: Denied) -> None:
+        """One line a command: whoever tries it again along PATH is not told again.  Raises ``OSError``."""
+        gated, exec_request = pending.gated, pending.exec_request
+        pid = pending.task.credentials().tgid
+        line = denial_line(exec_request.name, denied)
+        words = hash((line, exec_request.argv))
+        pending.again = gated.repeats(pid, words, pending.since)
+        told = pending.again and gated.said[pid][2]
+        if told:
+            gated.lines -= 1
+        else:
+            told = tell(pid, line)
+        gated.has_said(pid, words, time.monotonic(), told=told)
 
     def _go_on(self, gated: Gated, ident: int, slot: int) -> bool:
         alive = seccomp.respond_continue(gated.listener, ident)
@@ -358,9 +393,10 @@ class Supervisor:
         seccomp.respond_error(gated.listener, ident, number)
         self._inflight.clear(slot)
 
-    def _caught(self, pending: Pending, found: str) -> None:
-        denied = Denied(Reason.PROGRAM_NOT_TRUSTED, help=f"killed: what started was {found}")
-        self.notes.add(pending, "killed", denied)
+    def _caught(self, pending: Pending, found: Wrong) -> None:
+        denied = Denied(Reason.PROGRAM_NOT_TRUSTED, help=f"killed: what started was {found.what}")
+        ran = self._identifier.where(found.image) if found.image is not None else None
+        self.notes.add(pending, "killed", denied, ran=ran, argv=found.argv)
 
     def _may_speak(self, gated: Gated) -> bool:
         second = int(time.monotonic())
@@ -370,15 +406,16 @@ class Supervisor:
         return gated.lines <= _LINES_PER_SECOND
 
 
-def _shells_of(session: Session) -> tuple[Image, ...]:
-    paths = dict.fromkeys((session.shell, real_shell(session.subject.user, session.shell)))
-    return tuple(image for image in map(image_of, paths) if image is not None)
+def _is_answered(question: Question, decision: Decision) -> bool:
+    """Whether the broker said this of the session: only then is it known to be revoked, or not to be.
+
+    A broker that is too old to know of programs in homes is not asked about them; its answers have a generation.
+    """
+    if isinstance(decision, Granted):
+        return True
+    unasked = decision.reason is Reason.PROGRAM_NOT_TRUSTED and question.program.home and not decision.generation
+    return decision.reason not in UNANSWERED and not unasked
 
 
-def untrusted(found: Identified) -> Denied:
-    """Why a program cannot be on any whitelist, whatever it says."""
-    if not found.visible:
-        why = "it is not a file of this machine that a whitelist could name"
-    else:
-        why = f"others than root could change {found.program.path}, so no whitelist can vouch for it"
-    return Denied(Reason.PROGRAM_NOT_TRUSTED, help=why)
+def _shells_of(session: Session) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((session.shell, real_shell(session.subject.user, session.shell))))

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import termios
 
 from persona_guest.kernel.task import duplicate_descriptor
 
@@ -29,9 +30,8 @@ def tell(pid: int, line: str) -> bool:
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         out = os.open(f"/proc/self/fd/{copy}", flags)
         try:
-            text = line.encode("utf-8", "replace")
-            end = b"\r\n" if terminal else b"\n"
-            return os.write(out, text + end) > 0
+            end = b"\r\n" if terminal and not _adds_carriage_returns(out) else b"\n"
+            return os.write(out, line.encode("utf-8", "replace") + end) > 0
         finally:
             os.close(out)
     except OSError:
@@ -39,3 +39,12 @@ def tell(pid: int, line: str) -> bool:
     finally:
         with contextlib.suppress(OSError):  # the user's own file system may say what it likes
             os.close(copy)
+
+
+def _adds_carriage_returns(terminal: int) -> bool:
+    """Whether a newline moves its cursor to the left by itself: not where a program has it in raw mode, termios(3)."""
+    try:
+        flags = termios.tcgetattr(terminal)[1]
+    except termios.error:
+        return False
+    return bool(flags & termios.OPOST and flags & termios.ONLCR)

@@ -9,6 +9,8 @@ import os
 import time
 from collections.abc import Iterator
 
+from persona_guest.core.kernel_text import lines
+
 _READ_MAX = 1 << 20  # cgroup.procs of a place whose pids are not limited
 _NOTE = "user.persona"
 _LOOK_S = 0.001
@@ -36,7 +38,7 @@ class Hierarchy:
                 parts: list[bytes] = []
                 while len(parts) < 256 and (part := os.read(fd, _READ_MAX)):
                     parts.append(part)
-                return b"".join(parts).decode()
+                return b"".join(parts).decode("ascii", "surrogateescape")  # what the kernel writes there is ASCII
             finally:
                 os.close(fd)
 
@@ -119,18 +121,18 @@ class Hierarchy:
         """The process that ``pid`` (of any of its threads) belongs to, with all its threads."""
         self.write(cgroup, "cgroup.procs", str(pid))
 
-    def note(self, cgroup: str, text: str) -> None:
+    def note(self, cgroup: str, text: str, name: str = _NOTE) -> None:
         """Keeps a word with the cgroup (user.* attributes: Linux 5.7); the empty word = forgets it."""
         if text:
-            os.setxattr(self.path(cgroup), _NOTE, text.encode())
+            os.setxattr(self.path(cgroup), name, text.encode())
         else:
             with contextlib.suppress(OSError):  # there is none, or the cgroup is gone
-                os.removexattr(self.path(cgroup), _NOTE)
+                os.removexattr(self.path(cgroup), name)
 
-    def noted(self, cgroup: str) -> str:
-        """What ``note`` kept; empty where there is nothing.  On a cgroup of a user's own it may be his word."""
+    def noted(self, cgroup: str, name: str = _NOTE) -> str:
+        """What ``note`` kept; empty where there is nothing.  On a cgroup of a user's own it may be their word."""
         try:
-            return os.getxattr(self.path(cgroup), _NOTE).decode("utf-8", "replace")
+            return os.getxattr(self.path(cgroup), name).decode("utf-8", "replace")
         except OSError:
             return ""
 
@@ -149,10 +151,18 @@ def cgroup_of(pid: int) -> str:
     """The cgroup of a task, relative to the root; empty for the root itself.  Raises ``OSError``."""
     fd = os.open(f"/proc/{pid}/cgroup", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        text = os.read(fd, 8192).decode("utf-8", "surrogateescape")
+        text = os.read(fd, 8192)
     finally:
         os.close(fd)
-    for line in text.splitlines():
-        if line.startswith("0::/"):  # beside it, a hybrid system has lines of v1
-            return line[4:]
+    found = _cgroup_in(text)
+    if found is not None:
+        return found
     raise FileNotFoundError(2, "no cgroup v2 hierarchy")
+
+
+def _cgroup_in(text: bytes) -> str | None:
+    """The v2 cgroup that /proc/PID/cgroup names.  A cgroup's name may hold anything but a slash and a newline."""
+    for line in lines(text):
+        if line.startswith(b"0::/"):  # beside it, a hybrid system has lines of v1
+            return os.fsdecode(line[4:])
+    return None

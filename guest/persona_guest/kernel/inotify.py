@@ -37,6 +37,10 @@ class Inotify:
             yield watch, mask
             offset += _EVENT.size + length
 
+    def close(self) -> None:
+        """Watches no more."""
+        os.close(self.fd)
+
 
 def _checked(result: int) -> int:
     if result < 0:

@@ -10,7 +10,7 @@ _SUBSYSTEM = 4
 _PACKET, _CONFIG = 0, 1
 _BIND = 1
 _COPY_PACKET = 2
-_AT_ONCE = 1  # the kernel gathers so many packets: who is refused should hear of it while he is there
+_AT_ONCE = 1  # the kernel gathers so many packets: who is refused should hear of it while they are there
 
 
 class Packet(NamedTuple):

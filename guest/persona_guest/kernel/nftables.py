@@ -144,11 +144,6 @@ def delete_chain(name: str) -> Message:
     return _message(_DEL_CHAIN, 0, _OURS, text(3, name))
 
 
-def get_chains() -> Message:
-    """Lists the chains of all tables."""
-    return _message(_GET_CHAIN, 0)
-
-
 def add_counter(name: str) -> Message:
     """A counter of packets and bytes."""
     return _message(_NEW_OBJECT, NLM_F_CREATE, _OURS, text(2, name), u32(3, _COUNTER), nested(4, u64(2, 0)))

@@ -204,7 +204,7 @@ def _respond(listener: int, response: bytes) -> bool:
 
 
 def is_listener(fd: int) -> bool:
-    """Whether a descriptor that somebody handed over is what he says."""
+    """Whether a descriptor that somebody handed over is what they say."""
     return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:seccomp notify"
 
 

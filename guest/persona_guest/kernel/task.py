@@ -12,12 +12,16 @@ import signal
 import struct
 from typing import NamedTuple
 
-from persona_guest.kernel.walk import walk
+from persona_guest.core.kernel_text import lines
+from persona_guest.kernel.path_resolution import place, walk
 
 _PF_EXITING = 0x4  # linux/sched.h, in the flags of /proc/PID/stat: the program is gone from /proc already
 _GONE = (FileNotFoundError, ProcessLookupError)  # what /proc says of a task that has ended
+_STATUS_MAX = 1 << 20  # of /proc/PID/status, which names up to 65536 groups before its last lines
+_AT_BASE, _AUXV_TYPES = 7, 128  # linux/auxvec.h
 _SYS_OPENAT2 = 437  # the same on every architecture since it was added
 _SYS_PIDFD_GETFD = 438
+_RESOLVE_NO_XDEV = 0x01
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_BENEATH = 0x08
@@ -36,6 +40,7 @@ def _how(resolve: int) -> ctypes.Array[ctypes.c_char]:
 
 _IN_ROOT = _how(_RESOLVE_IN_ROOT)
 _PLAIN = _how(_RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS)
+_INSIDE = _how(_RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_XDEV)
 
 
 def _openat2(directory: int, path: bytes, how: ctypes.Array[ctypes.c_char]) -> int:
@@ -51,6 +56,11 @@ def _openat2(directory: int, path: bytes, how: ctypes.Array[ctypes.c_char]) -> i
     raise OSError(number, os.strerror(number), path)
 
 
+def open_inside(directory: int, path: bytes) -> int:
+    """An O_PATH descriptor of what lies below a directory.  Raises ``OSError``, also for a link or mount on the way."""
+    return _openat2(directory, path, _INSIDE)
+
+
 class Credentials(NamedTuple):
     """Real, effective, saved and file system user ids of a task, its parent's pid and its thread group."""
 
@@ -59,30 +69,47 @@ class Credentials(NamedTuple):
     tgid: int
 
 
-class Task:
-    """One thread, by its id; nothing is held."""
+class View(NamedTuple):
+    """Which files a task sees: its mount namespace, and the directory that is its root (device, inode, mount).
 
-    __slots__ = ("_proc", "tid")
+    ``users`` is its user namespace: in one of its own a task may chroot(2), and so may any other that shares its
+    root (CLONE_FS), also after an exec.  Tasks that share a root are always of one user namespace.
+    """
+
+    mounts: int
+    users: int
+    root: tuple[int, int, bytes]
+
+
+class Task:
+    """One thread, by its id; nothing is held of it but its root, from ``open_program`` to ``let_go``."""
+
+    __slots__ = ("_proc", "_root", "tid")
 
     def __init__(self, tid: int) -> None:
         self.tid = tid
         self._proc = f"/proc/{tid}/"
+        self._root = -1
+
+    def let_go(self) -> None:
+        """To be called once the programs that belong together are open."""
+        if self._root >= 0:
+            os.close(self._root)
+            self._root = -1
 
     def open_program(self, path: bytes) -> int:
         """An O_PATH descriptor of what ``path`` means to this task: its root, its mounts, its cwd.
 
         Raises ``OSError`` with the errno that execve would give; ELOOP also for magic links that
-        cannot be resolved on the task's behalf, which fails the exec and is meant to.
+        cannot be resolved on the task's behalf, which fails the exec and is meant to.  Call ``let_go`` after it.
         """
         own = _own_link(path)
         if own is not None:
             return os.open(self._proc + own, _O_PATH)
         if path.startswith(b"/"):
-            root = os.open(self._proc + "root", _O_PATH_DIRECTORY)
-            try:
-                return _openat2(root, path, _IN_ROOT)
-            finally:
-                os.close(root)
+            if self._root < 0:
+                self._root = os.open(self._proc + "root", _O_PATH_DIRECTORY)
+            return _openat2(self._root, path, _IN_ROOT)
         return self._open_below("cwd", path)
 
     def open_program_at(self, dirfd: int, path: bytes) -> int:
@@ -114,6 +141,34 @@ class Task:
         status = os.stat(self._proc + "exe")
         return status.st_dev, status.st_ino
 
+    def view(self) -> View:
+        """What files the task's paths lead to.  Raises ``OSError`` when it is gone."""
+        root = os.open(self._proc + "root", _O_PATH_DIRECTORY)
+        try:
+            return View(os.stat(self._proc + "ns/mnt").st_ino, os.stat(self._proc + "ns/user").st_ino, place(root))
+        finally:
+            os.close(root)
+
+    def elf_interpreter(self) -> tuple[int, int] | None:
+        """The dynamic loader that the kernel mapped at the task's last exec: (device, inode) as the kernel has them.
+
+        ``None`` for a static program.  Raises ``BlockingIOError`` while that exec is not done, any other
+        ``OSError`` when the task is gone, or nothing is mapped there any more.
+        """
+        base = _base(self._read("auxv", 4096))
+        if base is None:
+            raise BlockingIOError(errno.EAGAIN, "the program is not set up, or not any more")
+        if base == 0:
+            return None
+        with open(self._proc + "maps", "rb") as maps:
+            for line in maps:
+                span, _, _, device, inode, *_ = line.split(b" ", 5)
+                first, _, end = span.partition(b"-")
+                if int(first, 16) <= base < int(end, 16):
+                    major, _, minor = device.partition(b":")
+                    return int(major, 16) << 20 | int(minor, 16), int(inode)
+        raise ProcessLookupError(errno.ESRCH, "nothing is mapped where the loader was")
+
     def command_line(self, limit: int) -> bytes:
         """The task's argv as it stands in memory, each argument ended by NUL; at most ``limit`` bytes."""
         return self._read("cmdline", limit)
@@ -121,7 +176,7 @@ class Task:
     def credentials(self) -> Credentials:
         """Uids, parent and thread group, of one consistent reading."""
         found: dict[bytes, bytes] = {}
-        for line in self._read("status", 4096).splitlines():
+        for line in lines(self._read("status", 4096)):
             key, _, value = line.partition(b":")
             found[key] = value
         real, effective, saved, file_system = (int(word) for word in found[b"Uid"].split())
@@ -139,7 +194,7 @@ class Task:
 
     def is_filtered(self) -> bool:
         """Whether any seccomp filter is on it.  Raises ``OSError``."""
-        return b"\nSeccomp:\t2\n" in self._read("status", 4096)
+        return b"\nSeccomp:\t2\n" in self._read("status", _STATUS_MAX)
 
     def has_ended(self) -> bool:
         """Whether it is on its way out, or a zombie: it runs no code of its user's again.  Raises ``OSError``."""
@@ -167,6 +222,19 @@ class Task:
             return os.read(fd, limit)
         finally:
             os.close(fd)
+
+
+def _base(auxv: bytes) -> int | None:
+    """AT_BASE of getauxval(3): where the loader is mapped, 0 without one; ``None`` where the vector is not filled.
+
+    A 32-bit task's vector has half words.
+    """
+    for pair in (struct.Struct("=QQ"), struct.Struct("=II")):
+        whole = auxv[: len(auxv) // pair.size * pair.size]
+        entries: dict[int, int] = dict(pair.iter_unpack(whole))
+        if all(key < _AUXV_TYPES for key in entries):
+            return entries.get(_AT_BASE)
+    return None
 
 
 def living(pid: int) -> Task:

@@ -26,6 +26,8 @@ def place_lines(places: list[dict[str, Any]], *, bars: bool) -> Iterator[str]:
         )
         for label, used, limit, unit, waiting in rows:
             yield "  " + _row(label, used, limit, unit, waiting, bars=bars)
+        if place.get("left"):
+            yield f"  {amount(place['left'])} of the memory is what your earlier sessions left there, as in /dev/shm"
 
 
 def _bytes(value: Any) -> int | None:

@@ -1,8 +1,8 @@
 """``persona``: what applies to me, what may I run, what would happen and why.
 
-Exit codes: 0 yes, 1 it would be denied, 2 usage, 3 the agent cannot be reached or has no answer (to ``list``
-and ``explain`` of who is in no gated session), 4 a trial could not be set up; ``try`` otherwise has the exit
-code of what it ran.
+Exit codes: 0 yes, 1 it would be denied, 2 usage, 3 the agent cannot be reached or has no answer (to ``list``,
+``explain`` and ``denials`` of who is in no gated session), 4 a trial could not be set up; ``try`` otherwise has
+the exit code of what it ran.
 """
 
 import argparse
@@ -12,18 +12,28 @@ import shutil
 import sys
 from typing import Any
 
+from persona.answers import iso, local, refusal
+from persona.shown import line, word
+from persona.version import VERSION
 from persona_guest.shell.bars import place_lines
 from persona_guest.shell.client import SOCKET, AgentError, Client
 
+_ALWAYS = {  # why an agent lets a session start something by itself
+    "login_shell": "it is the login shell of this session",
+    "machinery": "it is machinery of the session (gate.plumbing of guest.toml), or persona itself",
+    "service": "it is started by the service that opened this session",
+}
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+_DOCUMENTS = (".yaml", ".yml", ".json")
+
+
+def main(argv: list[str] | None = None, socket: str = SOCKET) -> int:
+    """The command line; returns the exit code.  ``socket`` is the agent's."""
     words = sys.argv[1:] if argv is None else argv
     command: list[str] = []
-    if words[:1] == ["try"] and "--" in words:  # what follows belongs to the command, options included
-        at = words.index("--")
-        words, command = words[:at], words[at + 1 :]
-    arguments = _parser().parse_args(words)
+    if words[:1] == ["try"]:
+        words, command = _parted(words)
+    arguments = _parser(socket).parse_args(words)
     arguments.trial_command = command
     try:
         code = int(arguments.run(arguments))
@@ -31,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except AgentError as error:
         if arguments.json:
-            print(json.dumps({"ok": False, "code": error.code, "message": error.message}))
+            print(refusal(error.code, error.message))
         else:
-            print(f"persona: {error.message}", file=sys.stderr)
+            _complain(error.message)
         return 3
     except BrokenPipeError:  # whoever read it has read enough; what is left must not fail at the exit again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -42,27 +52,63 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parted(words: list[str]) -> tuple[list[str], list[str]]:
+    """``try`` with its options and FILEs, and the command, which begins after ``--`` or with the first other word.
+
+    What belongs to the command keeps its options.  The first word is a FILE, whatever it is called.
+    """
+    files = 0
+    for index, text in enumerate(words[1:], 1):
+        if text == "--":
+            return words[:index], words[index + 1 :]
+        if text.startswith("-") and text != "-":
+            continue
+        if files and not _is_file(text):
+            return words[:index], words[index:]
+        files += 1
+    return words, []
+
+
+def _is_file(text: str) -> bool:
+    """Whether a word behind the first FILE is one too: a directory, or called or looking like a document."""
+    if text.endswith(_DOCUMENTS) or os.path.isdir(text):
+        return True
+    return os.path.isfile(text) and not os.access(text, os.X_OK)
+
+
+def _say(text: str) -> None:
+    """One line; what does not print in names that users or documents chose is escaped."""
+    print(line(text).encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+
+
+def _complain(text: str) -> None:
+    print(f"persona: {line(text)}", file=sys.stderr)
+
+
+def _parser(socket: str = SOCKET) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="machine-readable output")
-    common.add_argument("--socket", default=SOCKET, help=argparse.SUPPRESS)
+    common.add_argument("--json", action="store_true", help="the answer as one line of JSON")
+    common.add_argument("--socket", default=socket, help=argparse.SUPPRESS)
     parser = argparse.ArgumentParser(prog="persona", description="which persona applies to me, and what it allows")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, text in (
         ("status", _status, "persona, limits, lease and mode of this session"),
         ("list", _list, "what I may run, like sudo -l"),
+        ("denials", _denials, "what was denied to me lately on this machine, why, and what would help"),
         ("greeting", _greeting, "the line shown at an interactive login"),
     ):
         commands.add_parser(name, help=text, description=text, parents=[common]).set_defaults(run=run)
     text = "what would happen to a command, and why; runs nothing"
     explain = commands.add_parser("explain", help=text, description=text, parents=[common])
-    explain.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
+    explain.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD", help="a command and its arguments")
     explain.set_defaults(run=_explain)
     text = "a shell or command gated by the personas of FILES: no VM, no root"
-    trial = commands.add_parser("try", help=text, description=text, parents=[common])
+    usage = "persona try [-h] [--quiet] FILE [FILE ...] [[--] CMD ...]"
+    trial = commands.add_parser("try", help=text, description=text, usage=usage)
     trial.add_argument("files", nargs="+", metavar="FILE", help="persona and policy files or directories")
     trial.add_argument("--quiet", "-q", action="store_true", help="do not say what is gated")
-    trial.set_defaults(run=_try)
+    trial.set_defaults(run=_try, json=False)
     return parser
 
 
@@ -73,9 +119,9 @@ def _status(arguments: argparse.Namespace) -> int:
         print(json.dumps(status))
         return 0
     for label, value in _status_lines(status):
-        print(f"{label + ':':<11}{value}")
-    for line in place_lines(status["places"], bars=sys.stdout.isatty()):
-        print(line)
+        _say(f"{label + ':':<11}{value}")
+    for row in place_lines(status["places"], bars=sys.stdout.isatty()):
+        _say(row)
     return 0
 
 
@@ -122,60 +168,114 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(answer))
         return 0
+    if not answer["entries"]:
+        _say("no policy is for you on this machine; ask its operator for one")
     for entry in answer["entries"]:
         persona = entry["persona"] or {}
         state = "applies now" if entry["holds"] else f"not now, {entry['reason']}: {entry['detail']}".rstrip(": ")
-        print(f"{persona.get('name', '(missing)')} v{entry['version']}, policy {entry['policy']}: {state}")
-        width = max(20, shutil.get_terminal_size().columns - 4)
-        line = ""
-        for pattern in persona.get("command_whitelist", []):
-            if line and len(line) + len(pattern) + 2 > width:
-                print(f"    {line}")
-                line = ""
-            line += (", " if line else "") + pattern
-        print(f"    {line or '(nothing)'}")
+        _say(f"{persona.get('name', '(missing)')} v{entry['version']}, policy {entry['policy']}: {state}")
+        whitelist, sets = persona.get("command_whitelist", []), entry.get("sets") or {}  # of a newer broker
+        of_sets = {pattern for patterns in sets.values() for pattern in patterns}
+        own = [pattern for pattern in whitelist if pattern not in of_sets]
+        if own or not sets:
+            _say_wrapped(own)
+        for name, patterns in sets.items():
+            _say_wrapped([f"@{name}: {patterns[0]}", *patterns[1:]])
+        for pattern in persona.get("home_programs", []):
+            _say(f"    in your home: {pattern}")
         if entry["commands"] != ["**"]:
-            print(f"    only for: {', '.join(entry['commands'])}")
+            _say(f"    only for: {', '.join(entry['commands'])}")
+    return 0
+
+
+def _say_wrapped(patterns: list[str]) -> None:
+    width = max(20, shutil.get_terminal_size().columns - 4)
+    row = ""
+    for pattern in patterns:
+        if row and len(row) + len(pattern) + 2 > width:
+            _say(f"    {row}")
+            row = ""
+        row += (", " if row else "") + pattern
+    _say(f"    {row or '(nothing)'}")
+
+
+_BECAME = {  # of an event that is no plain denial
+    "stopped": "stopped by the kernel",
+    "killed": "killed",
+    "frozen": "frozen",
+    "limit": "ran into a limit",
+    "admission": "refused",
+}
+
+
+def _denials(arguments: argparse.Namespace) -> int:
+    with Client(arguments.socket) as client:
+        answer: dict[str, Any] = client.call("denials")
+    if arguments.json:
+        items = [{**one, "at": iso(one["at"]), "first_at": iso(one["first_at"])} for one in answer["items"]]
+        print(json.dumps({**answer, "items": items}))
+        return 0
+    if not answer["items"]:
+        _say("nothing was denied to you lately on this machine")
+    for one in answer["items"]:
+        under = f" under persona {one['persona']}" if one["persona"] else ""
+        under += f" (policy {one['policy']})" if one["policy"] else ""
+        times = f", {one['count']} times since {local(one['first_at'])}" if one["count"] > 1 else ""
+        what = word(one["program"]) if one["program"] else one["command"]
+        what = f"{what}: " if what else ""
+        _say(f"{local(one['at'])}  {what}{_BECAME.get(one['event'], 'denied')}, {one['reason']}{under}{times}")
+        if one["program"] and one["command"]:
+            _say(f"    command: {one['command']}")
+        if one["help"]:
+            _say(f"    {one['help']}")
     return 0
 
 
 def _greeting(arguments: argparse.Namespace) -> int:
     with Client(arguments.socket) as client:
-        answer = client.call("greeting")
+        answer: dict[str, Any] = client.call("greeting")
     if arguments.json:
         print(json.dumps(answer))
     elif answer["greeting"]:
-        print(answer["greeting"])
+        _say(answer["greeting"])
     return 0
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     command = [word for index, word in enumerate(arguments.command) if index or word != "--"]
     if not command:
-        print("persona: explain: which command?", file=sys.stderr)
+        _complain("explain: which command?")
         return 2
     path = command[0] if "/" in command[0] else shutil.which(command[0])
     if path is None:
-        print(f"persona: {command[0]}: not found in PATH", file=sys.stderr)
+        from persona.program_facts import BUILTINS  # only who errs pays for it
+
+        why = "the shell does it itself, nothing is decided" if command[0] in BUILTINS else "not found in PATH"
+        _complain(f"{word(command[0])}: {why}")
         return 2
     try:
         program = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
-        print(f"persona: {path}: {error.strerror}", file=sys.stderr)
+        _complain(f"{word(path)}: {error.strerror}")
         return 2
     with Client(arguments.socket) as client:
         answer: dict[str, Any] = client.call(
             "explain", fd=program, argv=command, path=os.path.abspath(path), cwd=os.getcwd()
         )
-    decision = answer["decision"]
+    decision, file = answer["decision"], answer["program"]
+    what = word(command[0])
+    if os.path.basename(command[0]) not in file["names"] and os.path.abspath(path) != file["path"]:
+        what += f" ({word(file['path'])})"  # the file that it is, where its name does not say
     if arguments.json:
         print(json.dumps(answer))
+    elif answer.get("always"):
+        _say(f"{what}: would run whatever the personas say: {_ALWAYS.get(answer['always'], answer['always'])}")
     elif decision["decision"] == "granted":
         persona = decision["persona"]
-        print(f"{command[0]}: would run under {persona['name']} v{persona['version']} (policy {decision['policy']})")
+        _say(f"{what}: would run under {persona['name']} v{persona['version']} (policy {decision['policy']})")
     else:
         under = f" under {decision['persona']} (policy {decision['policy']})" if decision["persona"] else ""
-        print(f"{command[0]}: would be denied, {decision['reason']}{under}: {decision['help']}")
+        _say(f"{what}: would be denied, {decision['reason']}{under}: {decision['help']}")
     return 0 if decision["decision"] == "granted" else 1
 
 

@@ -7,6 +7,7 @@ import socket
 _ANSWER_MAX = 256 * 1024
 _TIMEOUT_S = 10.0
 SOCKET = "/run/persona/agent.sock"
+UNREACHABLE = "agent_unreachable"
 
 
 class AgentError(Exception):
@@ -28,9 +29,7 @@ class Client:
             self._socket.connect(path)
         except OSError as error:
             self._socket.close()
-            raise AgentError(
-                "agent_unreachable", f"persona-agent cannot be reached at {path}: {error.strerror}"
-            ) from None
+            raise AgentError(UNREACHABLE, f"persona-agent cannot be reached at {path}: {error.strerror}") from None
 
     def __enter__(self) -> "Client":
         return self
@@ -46,12 +45,15 @@ class Client:
             self._socket.sendmsg([message], rights)
             data = self._socket.recv(_ANSWER_MAX)
         except OSError as error:
-            raise AgentError("agent_unreachable", f"persona-agent gave no answer: {error}") from None
+            raise AgentError(UNREACHABLE, f"persona-agent gave no answer: {error}") from None
         if not data:
-            raise AgentError("agent_unreachable", "persona-agent closed the connection")
-        answer = json.loads(data)
+            raise AgentError(UNREACHABLE, "persona-agent closed the connection")
+        try:
+            answer = json.loads(data)
+        except ValueError:
+            answer = None
         if not isinstance(answer, dict):
-            raise AgentError("agent_unreachable", "persona-agent's answer is no object")
+            raise AgentError(UNREACHABLE, "persona-agent's answer is not a JSON object")
         if answer.get("ok") is not True:
             raise AgentError(str(answer.get("code")), str(answer.get("message")))
         return answer

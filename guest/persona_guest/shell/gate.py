@@ -34,6 +34,8 @@ def install(path: str, shell: str) -> Gated:
             raise AgentError("gate_failed", f"the gate cannot be put up: {error}") from None
         try:
             client.call("listener", fd=listener)
+        except AgentError as error:  # the filter is there, and nobody answers for it
+            raise AgentError("gate_failed", f"the gate cannot be handed over: {error.message}") from None
         finally:
             os.close(listener)  # a copy left here would let the session answer itself
         return Gated(text, installed=True)

@@ -1,15 +1,16 @@
 """``persona-shell``: as login shell or ForceCommand, puts up the gate where PAM did not, then becomes the real shell.
 
 Everything that prevents the gate refuses the login with one line and exit code 126, "found but not
-executed" in sh(1).  Otherwise the exit code is the real shell's, since this process becomes it.
+executed" in sh(1); but where the agent cannot be asked, without_agent.py says who goes on all the same.
+Otherwise the exit code is the real shell's, since this process becomes it.
 """
 
 import os
 import pwd
 import sys
 
-from persona_guest.login_shells import real_shell
-from persona_guest.shell.client import SOCKET, AgentError
+from persona_guest.session.login_shells import real_shell
+from persona_guest.shell.client import SOCKET, UNREACHABLE, AgentError
 from persona_guest.shell.gate import install
 
 REFUSED = 126
@@ -28,12 +29,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         gated = install(SOCKET, shell)
     except AgentError as error:
+        if error.code == UNREACHABLE and _is_let_in():
+            return become(shell, rest, login=_is_login(arguments, command, rest))
         line = error.message if error.message.startswith("persona:") else f"persona: {error.message}"
         print(line, file=sys.stderr)
         return REFUSED
     if interactive and gated.greeting and not os.path.exists(os.path.join(user.pw_dir, ".hushlogin")):
         print(gated.greeting, flush=True)
-    return become(shell, rest, login=arguments[0].startswith("-") or (command is None and not rest))
+    return become(shell, rest, login=_is_login(arguments, command, rest))
+
+
+def _is_login(arguments: list[str], command: str | None, rest: list[str]) -> bool:
+    return arguments[0].startswith("-") or (command is None and not rest)
+
+
+def _is_let_in() -> bool:
+    from persona_guest.shell.without_agent import why_let_in  # nearly every login has an agent
+
+    return why_let_in(os.getuid(), [os.getgid(), *os.getgroups()]) is not None
 
 
 def become(shell: str, rest: list[str], *, login: bool) -> int:

@@ -21,12 +21,17 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import persona
+import persona_guest
+from persona.shown import word
+from persona_guest.settings import Gate
 from persona_guest.shell.client import AgentError
 from persona_guest.shell.gate import install
 from persona_guest.shell.login import become
 
 VM = "trial"
 READY_S = 15.0
+_SHEBANG_MAX = 200  # characters of an interpreter's path; the kernel reads 256 bytes of the line
 _NEEDS = ("persona_broker", "flask", "gunicorn", "yaml", "psutil")
 
 
@@ -83,29 +88,48 @@ def start(stack: ExitStack, home: Path, files: list[str]) -> None:
         keep=writing,
     )  # fmt: skip
     os.close(writing)
+    command, trusted = _command(home)
     config = home / "guest.toml"
     config.write_text(
         f'mode = "enforce"\n[vm]\nname = "{VM}"\n[broker]\nurl = "unix:{home}/api.sock"\n'
         f'events_url = "unix:{home}/events.sock"\ntoken_file = "{token}"\ntimeout_s = 10.0\n'
         "[gate]\nuid_min = 0\nnever_gate_root = false\n"
+        f"user_command = {json.dumps(command)}\ntrusted_writable = {json.dumps(trusted)}\n"
         f'[paths]\nruntime_dir = "{home}/run"\nstate_dir = "{home}/state"\nbpf_dir = ""\ncgroup_root = ""\n'
     )
+    # one after the other: an agent that has just found no broker refuses at once for a moment
+    with os.fdopen(reading, "rb") as ready:
+        _await(ready.fileno(), broker, "the embedded broker")
+        if ready.read(6) != b"ready\n":
+            raise TrialError(_why(broker, "the embedded broker"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
         notified.bind(str(home / "notify"))
         agent = _spawn(stack, "persona_guest", "--config", str(config), NOTIFY_SOCKET=str(home / "notify"))
-        with os.fdopen(reading, "rb") as ready:
-            _await(ready.fileno(), broker, "the embedded broker")
-            if ready.read(6) != b"ready\n":
-                raise TrialError(_why(broker, "the embedded broker"))
         message = b""
         while b"READY=1" not in message:  # its first word is of a descriptor to keep
             _await(notified.fileno(), agent, "the embedded agent")
             message = notified.recv(4096)
 
 
+def _command(home: Path) -> tuple[str, list[str]]:
+    """Makes ``bin/persona``, which asks this trial's agent; its path, and what the gate must trust for it."""
+    path = home.resolve() / "bin" / "persona"
+    path.parent.mkdir()
+    python = os.path.realpath(sys.executable)
+    if len(python) > _SHEBANG_MAX or not python.isprintable() or " " in python:
+        python = "/usr/bin/python3"
+    found = [str(Path(package.__file__ or "").resolve().parents[1]) for package in (persona, persona_guest)]
+    path.write_text(
+        f"#!{python} -I\nimport sys\n\nsys.path[:0] = {found!r}\nfrom persona_guest.shell.cli import main\n\n"
+        f"sys.exit(main(socket={str(home / 'run' / 'agent.sock')!r}))\n"
+    )
+    path.chmod(0o755)
+    return str(path), [*Gate().trusted_writable, str(path), python]
+
+
 def _personas(files: list[str]) -> list[str] | None:
     """The names of the personas where the files hold no policy; ``None`` where they bring their own."""
-    from persona_broker.files import load  # type: ignore[import-not-found,unused-ignore]  # another package
+    from persona_broker.policy_files.reader import load  # type: ignore[import-not-found,unused-ignore]  # another package
 
     from persona.documents import Persona, Policy
 
@@ -160,7 +184,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _explain(files: list[str]) -> None:
     print(
-        f"persona: trial of {', '.join(files)}: every program that this shell starts is decided\n"
+        f"persona: trial of {', '.join(map(word, files))}: every program that this shell starts is decided\n"
         "persona: gated: program starts.  Not gated here: files, network, CPU, memory, and what runs outside\n"
         "persona: sudo and setuid programs gain no rights (no_new_privs).  Its agent runs as you: no boundary",
         file=sys.stderr,
@@ -170,6 +194,8 @@ def _explain(files: list[str]) -> None:
 def _gated(path: str, command: list[str]) -> int:
     """Forks a child that puts the gate on itself and becomes shell or command; waits as a shell would."""
     shell = _own_shell()
+    own = Path(path).parent.resolve().parent / "bin"  # beside run/agent.sock, which is a link
+    os.environ["PATH"] = f"{own}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     pid = os.fork()
@@ -192,12 +218,12 @@ def _become(path: str, shell: str, command: list[str]) -> int:
         return become(shell, [], login=False)
     found = shutil.which(command[0])
     if found is None:
-        print(f"persona: {command[0]}: not found", file=sys.stderr)
+        print(f"persona: {word(command[0])}: not found", file=sys.stderr)
         return 127
     try:
         os.execv(found, command)
     except OSError as error:
-        print(f"persona: {command[0]}: {error.strerror}", file=sys.stderr)
+        print(f"persona: {word(command[0])}: {error.strerror}", file=sys.stderr)
         return 126
 
 

@@ -1,0 +1,1 @@
+"""The agent: what makes it, answers for it, and shows it."""

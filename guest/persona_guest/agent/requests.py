@@ -1,0 +1,285 @@
+"""What a user may ask the agent over its open socket; who asks is the kernel's word, never the caller's."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from persona.codec import encode_decision, encode_program
+from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Request, Width
+from persona.problems import Fault, PersonaError, Reason
+from persona_guest.agent.agent import Agent
+from persona_guest.agent.resource_status import ResourceStatus
+from persona_guest.agent.status import status as status_of
+from persona_guest.core.pam_protocol import Caller
+from persona_guest.gate.decider import Decider
+from persona_guest.gate.evaluate import Ask, Refused, judge
+from persona_guest.gate.hang_watchdog import HangWatchdog
+from persona_guest.gate.implicit_allow import rule_for
+from persona_guest.gate.pending import Gated
+from persona_guest.ipc.users import Answer, Call
+from persona_guest.kernel.task import Task
+from persona_guest.login.admission import Admissions
+from persona_guest.login.exemptions import exemption, exemption_of_account
+from persona_guest.program import exec_request as exec_requests
+from persona_guest.program.exec_request import ExecRequest
+from persona_guest.program.identity import Identifier
+from persona_guest.session.login_shells import login_shells, real_shell
+from persona_guest.settings import Mode
+
+ARGUMENTS_MAX = 1024
+_NO_SESSION = "this process is in no gated session: nothing is decided here"
+log = logging.getLogger("persona.agent")
+
+_NOBODYS = Granted(PersonaRef("", 0), "", Lease(0.0, Width.ARGV))  # granted by no policy
+_OPENING_MAX = 64  # of one user: each holds a session of the broker's
+
+
+class Users:
+    """Handles each ``op``; ``release`` is root's, ``decider`` what would be decided."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        admissions: Admissions,
+        identifier: Identifier,
+        hang_watchdog: HangWatchdog,
+        release: Callable[[], None],
+        resource_status: ResourceStatus,
+        decider: Decider,
+    ) -> None:
+        self._agent = agent
+        self._admissions = admissions
+        self._resource_status = resource_status
+        self._identifier = identifier
+        self._hang_watchdog = hang_watchdog
+        self._release = release
+        self._decider = decider
+        # pid of a persona-shell -> its uid, and the session whose listener is to come
+        self._opening: dict[int, tuple[int, str]] = {}
+        self._ops: dict[str, Callable[[Call, Answer], None]] = {
+            "status": self._status,
+            "list": self._list,
+            "greeting": self._greeting,
+            "explain": self._explain,
+            "denials": self._denials,
+            "gate": self._gate,
+            "listener": self._listener,
+            "release": self._release_all,
+            "plan": self._plan,
+        }
+
+    def handle(self, call: Call, answer: Answer) -> None:
+        """Raises ``PersonaError`` for what is refused."""
+        op = self._ops.get(call.op)
+        if op is None:
+            raise PersonaError(Fault.BAD_REQUEST, f"op: unknown; known: {', '.join(sorted(self._ops))}")
+        op(call, answer)
+
+    def _own(self, call: Call) -> Gated | None:
+        """The caller's session; only root sees one of another user."""
+        gated = self._agent.supervisor.find(call.pid)
+        return gated if gated is not None and call.uid in (0, gated.session.uid) else None
+
+    def _must_own(self, call: Call) -> Gated:
+        gated = self._own(call)
+        if gated is None:
+            raise PersonaError(Reason.SESSION_UNKNOWN, _NO_SESSION)
+        return gated
+
+    def _status(self, call: Call, answer: Answer) -> None:
+        """Tells which persona applies to the caller's session, its limits and their use, and how the gate is."""
+        call.only()
+        gated = self._own(call)
+        status = status_of(self._agent, gated, call.caller.user if call.caller else str(call.uid))
+        if gated is None or status["persona"] is None:
+            answer(status)
+            return
+        status |= self._resource_status.stated(status["persona"])
+        self._resource_status.use(gated.session.id, lambda places: answer({**status, "places": places}))
+
+    def _plan(self, call: Call, answer: Answer) -> None:
+        """Shows what would be changed now so that what is found is what should be."""
+        call.only()
+        if call.uid != 0:
+            raise PersonaError(Fault.UNAUTHENTICATED, "only root may see everybody's places")
+        answer({"ok": True, **self._resource_status.plan()})
+
+    def _list(self, call: Call, answer: Answer) -> None:
+        """Lists all policies for the caller's session, in order, with what they allow."""
+        call.only()
+        gated = self._must_own(call)
+
+        def received(entries: list[Any] | Denied) -> None:
+            if isinstance(entries, Denied):
+                answer({"ok": False, "code": str(entries.reason), "message": entries.help})
+            else:
+                answer({"ok": True, "entries": entries})
+
+        self._agent.broker_client.entries(gated.session, received)
+
+    def _greeting(self, call: Call, answer: Answer) -> None:
+        """Makes the line that an interactive login shows; there is none outside of a gated session."""
+        call.only()
+        gated = self._own(call)
+        greeting = self._agent.greeting(gated.session, call.uid) if gated is not None else None
+        answer({"ok": True, "greeting": greeting})
+
+    def _denials(self, call: Call, answer: Answer) -> None:
+        """Lists what was denied to the caller lately, in all their sessions on this machine.
+
+        Only in a session of their own: who became somebody else in it (su, sudo, a setuid program), root included,
+        is told neither of the two's.
+        """
+        call.only()
+        gated = self._agent.supervisor.find(call.pid)
+        if gated is None:
+            raise PersonaError(Reason.SESSION_UNKNOWN, _NO_SESSION)
+        if gated.session.uid != call.uid:
+            why = "this session is another user's: log in as yourself; an operator sees everything in the record"
+            raise PersonaError(Fault.UNAUTHENTICATED, why)
+        self._agent.supervisor.notes.flush()
+        answer({"ok": True, "items": [asdict(denial) for denial in self._agent.supervisor.denials.of(call.uid)]})
+
+    def _explain(self, call: Call, answer: Answer) -> None:
+        """Says what would become of a command in the caller's session, and why; runs nothing.
+
+        The program comes as a descriptor: what the caller cannot reach, they cannot ask about.
+        """
+        call.only("argv", "path", "cwd")
+        gated = self._must_own(call)
+        argv = call.fields.get("argv")
+        if (
+            not isinstance(argv, list)
+            or not 0 < len(argv) <= ARGUMENTS_MAX
+            or not all(isinstance(argument, str) for argument in argv)
+        ):
+            raise PersonaError(Fault.BAD_REQUEST, f"argv: expected a list of 1 to {ARGUMENTS_MAX} strings")
+        if len(call.fds) != 1:
+            raise PersonaError(Fault.BAD_REQUEST, "expected the program as one descriptor")
+        outer = self._hang_watchdog.enter(gated.session)  # it may be a file of a file system of the caller's
+        try:
+            path = os.fsencode(call.text("path"))
+            program = os.dup(call.fds[0])
+            exec_request = exec_requests.look(
+                Task(call.pid), program, path, tuple(map(os.fsencode, argv)), self._identifier,
+                self._agent.supervisor.owner(gated),
+            )  # fmt: skip
+        except (OSError, UnicodeEncodeError) as error:
+            # not the path in it: that may be the first line of a script which the caller cannot read
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "it cannot be looked at"
+            raise PersonaError(Reason.PROGRAM_UNREADABLE, f"the program: {why}") from None
+        finally:
+            self._hang_watchdog.leave(outer)
+        self._explain_on(exec_request, gated, Task(call.pid), call.text("cwd", ""), {}, answer)
+
+    def _explain_on(
+        self, exec_request: ExecRequest, gated: Gated, task: Task, cwd: str, told: dict[int, Decision], answer: Answer
+    ) -> None:
+        """Walks over the stages as the gate does; ``told`` are the broker's answers so far.
+
+        The broker is asked anew even where a lease holds.
+        """
+        gate = self._agent.settings.gate
+        verdict = judge(
+            exec_request, 0, (), told.get,
+            lambda denials: rule_for(exec_request, gated, task, gate, self._identifier, denials),
+        )  # fmt: skip
+        question = exec_request.question(verdict.stage, gated.holder)
+        if isinstance(verdict, Ask):
+            stage = verdict.stage
+
+            def decided(decision: Decision) -> None:
+                self._explain_on(exec_request, gated, task, cwd, {**told, stage: decision}, answer)
+
+            request = Request(
+                gated.session.subject,
+                gated.session.id,
+                question.program,
+                tuple(map(os.fsdecode, exec_request.stages[stage].argv)),
+                cwd,
+                question.complete,
+            )
+            self._decider.explain(request, decided)
+            return
+        found: dict[str, Any] = {"ok": True, "program": encode_program(question.program), "always": None}
+        if isinstance(verdict, Refused):
+            decision = encode_decision(verdict.denied)
+        elif verdict.granted is not None:
+            decision = encode_decision(verdict.granted)
+        else:  # no persona and no policy says so
+            decision = {**encode_decision(_NOBODYS), "persona": None, "policy": None}
+            found["always"] = str(verdict.own)
+        answer({**found, "decision": decision})
+
+    def _gate(self, call: Call, answer: Answer) -> None:
+        """Opens a session for ``persona-shell`` where PAM did not; answers with the filter to install, if any."""
+        call.only("shell", "interactive")
+        gated = self._agent.supervisor.find(call.pid)
+        # the filter as well: a session that root began for a user shares root's audit session
+        if gated is not None and _is_filtered(call.pid):
+            greeting = self._agent.greeting(gated.session, call.uid)
+            answer({"ok": True, "verdict": "present", "greeting": greeting})
+            return
+        settings, caller = self._agent.settings, call.caller
+        if exemption_of_account(call.uid, settings.gate):
+            answer({"ok": True, "verdict": "pass", "greeting": None})
+            return
+        try:
+            if caller is None:
+                raise PersonaError(Fault.NOT_FOUND, f"uid {call.uid} is in no user database")
+            if exemption(caller.uid, caller.groups, settings.gate):
+                answer({"ok": True, "verdict": "pass", "greeting": None})
+                return
+            self._make_room(call)
+        except PersonaError as error:
+            if settings.mode is not Mode.COMPLAIN:
+                raise
+            log.warning("complain mode, uid %d goes on ungated: %s", call.uid, error.message)
+            answer({"ok": True, "verdict": "pass", "greeting": None})
+            return
+        shell = _shell_of(caller, call.text("shell"))
+        self._opening[call.pid] = (
+            call.uid,
+            self._admissions.open_from_shell(caller._replace(shell=shell), call.pid, answer),
+        )
+
+    def _listener(self, call: Call, answer: Answer) -> None:
+        """Takes the seccomp listener of the session that ``gate`` opened, and answers for it from now on."""
+        call.only()
+        _, session = self._opening.pop(call.pid, (0, None))
+        if session is None or len(call.fds) != 1:
+            raise PersonaError(Reason.SESSION_UNKNOWN, "expected one descriptor, after 'gate'")
+        self._admissions.listener_from_shell(session, os.dup(call.fds[0]))
+        answer({"ok": True, "session": session})
+
+    def _release_all(self, call: Call, answer: Answer) -> None:
+        """Lets every gated session go on ungated and unbound; the agent ends with the last of them."""
+        call.only()
+        if call.uid != 0:
+            raise PersonaError(Fault.UNAUTHENTICATED, "only root may release the gate")
+        self._release()
+        answer({"ok": True, "sessions": len(self._agent.supervisor.sessions)})
+
+    def _make_room(self, call: Call) -> None:
+        """Forgets what the dead and this very process began.  Raises ``PersonaError`` where that is not enough."""
+        for pid, (_, session) in list(self._opening.items()):
+            if pid == call.pid or not os.path.exists(f"/proc/{pid}"):
+                del self._opening[pid]
+                self._admissions.abandoned(session)
+        if sum(uid == call.uid for uid, _ in self._opening.values()) >= _OPENING_MAX:
+            raise PersonaError(Reason.AGENT_OVERLOADED, "too many logins of this user begin at once")
+
+
+def _shell_of(caller: Caller, wanted: str) -> str:
+    """The login shell that is allowed whatever the personas say: one that root has named as such."""
+    named = {caller.shell, real_shell(caller.user, caller.shell)}
+    return wanted if wanted in named or wanted in login_shells() else caller.shell
+
+
+def _is_filtered(pid: int) -> bool:
+    try:
+        return Task(pid).is_filtered()
+    except OSError:
+        return False

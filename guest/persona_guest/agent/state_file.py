@@ -1,0 +1,54 @@
+"""What the PAM module and the standby go by while there is no agent: mode and exemptions, in a file.
+
+A missing file is a fresh installation, or a gate that was released: complain.  docs/protocol.md has its form.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from persona_guest import files
+from persona_guest.settings import Settings
+
+log = logging.getLogger("persona.agent")
+
+_AGAIN_S = 5.0
+
+Later = Callable[[float, Callable[[], None]], object]
+
+
+def path_of(settings: Settings) -> Path:
+    """Where it is."""
+    return Path(settings.paths.state_dir) / "gate.state"
+
+
+def write(settings: Settings) -> None:
+    """Puts it there, where it is not there already: a disk that is full stops nothing then.  Raises ``OSError``."""
+    path = path_of(settings)
+    gate = settings.gate
+    text = f"mode={settings.mode}\nuid_min={gate.uid_min}\nbreak_glass={gate.break_glass_group}\n"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if path.read_text("ascii") == text and path.stat().st_mode & 0o777 == 0o644:
+            return
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    files.write(path, text, mode=0o644)
+
+
+def keep_writing(settings: Settings, later: Later, wanted: Callable[[], bool]) -> None:
+    """Writes it, and tries again every few seconds while it cannot be written and ``wanted()``.
+
+    An agent that did not start for want of space on a disk would refuse everybody everything.
+    """
+    if not wanted():
+        return
+    try:
+        write(settings)
+    except OSError as error:
+        log.critical("%s; while no agent runs, logins and commands meet what guest.toml said before", error)
+        later(_AGAIN_S, lambda: keep_writing(settings, later, wanted))
+
+
+def remove(settings: Settings) -> None:
+    """The gate was released."""
+    path_of(settings).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What was decided, on its way to the journal, to the broker, and to the user who asks why."""

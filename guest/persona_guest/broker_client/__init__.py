@@ -1,1 +1,0 @@
-"""The agent's link to the broker: questions, the event stream, records."""

@@ -1,0 +1,1 @@
+"""Limits: cgroups v2."""

@@ -1,0 +1,1 @@
+"""Network access: one nftables table, and routes."""

@@ -1,0 +1,74 @@
+"""What the kernel layer stopped by itself, for the record and for the user it happened to."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+
+from persona.codec import Record
+from persona.decisions import Denied
+from persona.problems import Reason
+from persona.shown import words
+from persona_guest.audit.upload import Recordable
+from persona_guest.core.denials import COMMAND_MAX
+from persona_guest.gate.supervisor import Supervisor
+from persona_guest.lsm.abi import Event
+from persona_guest.program.identity import Image
+from persona_guest.system.accounts import Names
+
+Add = Callable[[Recordable], None]
+# what the kernel alone decides has no other word for its user
+_STOPPED = {
+    Reason.NOT_APPROVED: "the agent did not allow this start; is this process from before the gate? then log in again",
+    Reason.OTHER_FILE: "the file was replaced, or a link on its path changed, while it was being started; try again",
+    Reason.OTHER_ARGUMENTS: "its arguments were changed by another thread while it was being started, so it was killed",
+}
+
+
+class Stops:
+    """Records what the kernel stopped, killed or would have stopped: execs that nobody had approved.
+
+    ``where`` names a file by its number: the path that the kernel reports is its caller's text.
+    """
+
+    def __init__(self, record: Add, supervisor: Supervisor, where: Callable[[Image], str]) -> None:
+        self._record = record
+        self._supervisor = supervisor
+        self._where = where
+        self._names = Names()  # for the recorder's thread
+
+    def __call__(self, event: Event) -> None:
+        """Under the session that it happened in; outside of any, under its user's name."""
+        sessions = self._supervisor.sessions.values()
+        gated = next((one for one in sessions if one.session.audit == event.audit_session), None)
+        if gated is None or event.audit_session is None:
+            gated = self._supervisor.find(event.tgid)
+        program = self._where(Image(os.makedev(event.device >> 20, event.device & 0xFFFFF), event.inode))
+        if gated is not None:
+            record, uid = _of_stop(event, program, gated.session.id, gated.session.subject.user), gated.session.uid
+            self._record(record)
+        else:
+            record, uid = _of_stop(event, program, "", ""), event.uid if event.login is None else event.login
+            self._record(lambda: dataclasses.replace(record, user=self._names.of(uid)))
+        if event.enforced and (gated is not None or event.login is not None):  # a login uid cannot be chosen
+            denied = Denied(event.reason, help=_STOPPED[event.reason])
+            command = words(record.argv, COMMAND_MAX)
+            self._supervisor.denials.note(uid, record.at, record.event, program, command, denied, record.session)
+
+
+def _of_stop(event: Event, program: str, session: str, user: str) -> Record:
+    return Record(
+        at=time.time(),
+        session=session,
+        user=user,
+        program=program,
+        argv=(event.path,),
+        decision="denied",
+        reason=event.reason,
+        persona=None,
+        persona_version=None,
+        policy=None,
+        event="killed" if event.reason is Reason.OTHER_ARGUMENTS else "stopped",
+        leased=False,
+        complain=not event.enforced,
+    )

@@ -1,0 +1,1 @@
+"""This machine's health: measured, judged, reported."""

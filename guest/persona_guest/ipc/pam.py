@@ -1,0 +1,241 @@
+"""The socket of pam_persona.so: root peers only, one short conversation a connection, never a wait."""
+
+import array
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from persona_guest.core.pam_protocol import PACKET_MAX, Caller, Groups, Op, WireError, parse
+from persona_guest.loop import GONE, READABLE, Loop, Timer
+
+log = logging.getLogger("persona.agent")
+
+_CONNECTIONS_MAX = 256
+_DEADLINE_S = 10.0  # longer than the module's own
+_GROUPS_MAX = 65536  # NGROUPS_MAX: the kernel lets nobody be in more
+_AGAIN_S = 0.1
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # what there may be again in a moment
+_UCRED = struct.Struct("=iII")
+
+
+class Reply(Protocol):
+    """Sends a packet, and a descriptor with it, which stays the caller's to close."""
+
+    def __call__(self, packet: bytes, fd: int | None = None) -> None:
+        """Once a question."""
+
+
+class Peer(Protocol):
+    """What is done with each packet; ``reply`` may be called later, once."""
+
+    def account(self, caller: Caller, pid: int, reply: Reply) -> None:
+        """May this user log in?"""
+
+    def open(self, caller: Caller, pid: int, reply: Reply) -> str | None:
+        """A session opens; its id where a listener may follow."""
+
+    def listener(self, session: str, fd: int, reply: Reply) -> None:
+        """Takes the listener over."""
+
+    def present(self, pid: int, session: str, reply: Reply) -> None:
+        """Is this process inside a gated session?"""
+
+    def abandoned(self, session: str) -> None:
+        """The opener went away before its listener came."""
+
+
+def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of the process that connected: SO_PEERCRED, socket(7)."""
+    pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
+
+
+def listen(path: Path, mode: int) -> socket.socket:
+    """A SOCK_SEQPACKET listener at ``path`` with these permissions from its first moment on."""
+    path.unlink(missing_ok=True)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    previous = os.umask(0o777 & ~mode)
+    try:
+        server.bind(str(path))
+    finally:
+        os.umask(previous)
+    server.listen(128)
+    return server
+
+
+class Doorway:
+    """Takes connections at ``path``; ``accepted`` gets each.  Without a free descriptor it tries again a moment later.
+
+    Without the pause a socket with somebody waiting would call again and again, and the loop do nothing else.
+    """
+
+    def __init__(self, loop: Loop, path: Path, mode: int, accepted: Callable[[socket.socket], None]) -> None:
+        """Raises ``OSError``."""
+        self._loop = loop
+        self._accepted = accepted
+        self._server = listen(path, mode)
+        self._pause: Timer | None = None
+        self._quiet = False
+        self._wait()
+
+    def close(self) -> None:
+        """No new connections."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._server.fileno())
+        self._server.close()
+
+    def _wait(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._server.fileno(), READABLE, self._ready)
+
+    def _ready(self, _events: int) -> None:
+        try:
+            connection, _ = self._server.accept()
+        except OSError as error:
+            if error.errno in _SHORT:  # it stays in the queue, and is served when others are gone
+                if not self._quiet:
+                    log.error("no connection can be taken now: %s", error.strerror)
+                self._quiet = True
+                self._loop.remove_reader(self._server.fileno())
+                self._pause = self._loop.call_later(_AGAIN_S, self._wait)
+            return
+        self._quiet = False
+        try:
+            self._accepted(connection)
+        except OSError as error:  # nothing of one connection is worth the agent
+            log.error("a connection could not be served: %s", error)
+            connection.close()
+
+
+class PamSocket:
+    """Serves the binary protocol for ``door``; ``root`` is the only uid that may speak it."""
+
+    def __init__(self, loop: Loop, path: Path, admissions: Peer, root: int = 0) -> None:
+        self._loop = loop
+        self._admissions = admissions
+        self._root = root
+        self._open: set[_Conversation] = set()
+        self._doorway = Doorway(loop, path, 0o600, self._accepted)
+
+    def close(self) -> None:
+        """No new conversations; those that are open end."""
+        self._doorway.close()
+        for conversation in list(self._open):
+            conversation.end()
+
+    def _accepted(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        pid, uid, _gid = peer_credentials(connection)
+        if uid != self._root or len(self._open) >= _CONNECTIONS_MAX:
+            connection.close()
+            return
+        self._open.add(_Conversation(self._loop, connection, pid, self._admissions, self._open.discard))
+
+
+class _Conversation:
+    def __init__(
+        self,
+        loop: Loop,
+        connection: socket.socket,
+        pid: int,
+        admissions: Peer,
+        ended: Callable[["_Conversation"], None],
+    ) -> None:
+        self._loop = loop
+        self._connection = connection
+        self._pid = pid
+        self._admissions = admissions
+        self._ended = ended
+        self._session: str | None = None  # opened, its listener still to come
+        self._groups: list[str] = []  # of the question that is still to come
+        loop.add_reader(connection.fileno(), READABLE, self._ready)
+        self._deadline: Timer = loop.call_later(_DEADLINE_S, self.end)
+
+    def end(self) -> None:
+        if self._connection.fileno() < 0:
+            return
+        self._deadline.cancel()
+        self._loop.remove_reader(self._connection.fileno())
+        self._connection.close()
+        if self._session is not None:
+            self._admissions.abandoned(self._session)
+            self._session = None
+        self._ended(self)
+
+    def _reply(self, packet: bytes, fd: int | None = None) -> None:
+        if self._connection.fileno() < 0:
+            return
+        try:
+            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            self._connection.sendmsg([packet], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            self.end()
+
+    def _ready(self, events: int) -> None:
+        if not events & READABLE and events & GONE:
+            self.end()
+            return
+        try:
+            packet, fds, _flags, _ = socket.recv_fds(self._connection, PACKET_MAX + 1, 4, socket.MSG_CMSG_CLOEXEC)
+        except OSError:
+            self.end()
+            return
+        try:
+            self._serve(packet, fds)
+        except WireError as error:
+            log.error("a login asked in a way that is not understood; the PAM module goes by the mode: %s", error)
+            self.end()
+        except Exception:  # no descriptor left, say: hung up on, the module goes by the mode, and the agent goes on
+            log.exception("a login could not be decided")
+            self.end()
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _serve(self, packet: bytes, fds: list[int]) -> None:
+        if not packet:
+            self.end()
+            return
+        op, caller = parse(packet)
+        if caller is not None:
+            if self._session is not None:
+                raise WireError(f"{op.name} in the middle of a conversation")
+            if len(self._groups) >= _GROUPS_MAX:
+                raise WireError(f"more than {_GROUPS_MAX} groups")
+            if isinstance(caller, Groups):
+                self._groups += caller.names
+                return
+            groups, self._groups = self._groups, []
+            caller = caller._replace(groups=(*groups, *caller.groups))
+            if op is Op.ACCOUNT:
+                self._admissions.account(caller, self._pid, self._reply)
+            else:
+                self._opened(self._admissions.open(caller, self._pid, self._reply))
+            return
+        session, self._session = self._session, None
+        if session is None:
+            raise WireError(f"{op.name} without OPEN")
+        if op is Op.PRESENT:
+            self._admissions.present(self._pid, session, self._reply)
+        elif len(fds) == 1:
+            try:
+                listener = os.dup(fds[0])
+            except OSError:
+                self._admissions.abandoned(session)
+                raise
+            self._admissions.listener(session, listener, self._reply)
+        else:
+            self._admissions.abandoned(session)
+            raise WireError("LISTENER wants exactly one descriptor")
+
+    def _opened(self, session: str | None) -> None:
+        if session is not None and self._connection.fileno() < 0:  # the module was gone when the answer came
+            self._admissions.abandoned(session)
+        else:
+            self._session = session

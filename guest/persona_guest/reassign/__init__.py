@@ -1,0 +1,1 @@
+"""What happens to running processes when another persona applies."""

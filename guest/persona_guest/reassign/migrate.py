@@ -1,0 +1,237 @@
+"""Running processes of one session go where they belong now, and what no persona allows is frozen or ends.
+
+What a session's persona allows moves under it; with the rest happens what the old one's ``on_revoke``
+says.
+"""
+
+import contextlib
+import errno
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from persona.decisions import PersonaRef
+from persona.documents import Persona
+from persona.problems import PersonaError
+from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, manager_of
+from persona_guest.core.reassignment import NOBODY, Applicable, Word, choose
+from persona_guest.enforce.enforcer import Enforcer
+from persona_guest.gate.hang_watchdog import HangWatchdog
+from persona_guest.gate.pending import Gated
+from persona_guest.loop import Loop
+from persona_guest.program.identity import Identifier, Image, images_of
+from persona_guest.program.own_home import Owner
+from persona_guest.program.process import Running, look
+from persona_guest.reassign.terminate import NAMED_MAX, Noted, Termination, Told, names_of, started
+from persona_guest.session.placement import Placement
+from persona_guest.settings import Settings
+
+log = logging.getLogger("persona.enforce")
+
+_PASSES = 8  # what is moved may have children meanwhile
+_RUNNING = 3  # of the passes, so many before what is looked at is stopped for it
+_STOPPED_S = 0.25  # of a session; that takes a millisecond, but what waits for the gate's own answer cannot be stopped
+_CGROUPS_MAX = 2048  # of a service manager, which has a hundred, and so many processes
+_PIDS_MAX = 65536
+
+REVOKED = "persona: an operator revoked this session: every command is denied from now on"
+
+Shells = tuple[Image, ...]
+Pairs = Sequence[tuple[Applicable, Persona]]
+
+
+class Migrator:
+    """``tell`` tells a session's user, ``note`` records what becomes of one process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: Loop,
+        enforcer: Enforcer,
+        identifier: Identifier,
+        hang_watchdog: HangWatchdog,
+        tell: Told,
+        note: Noted,
+        home_of: Callable[[int], str] = lambda _uid: "",
+    ) -> None:
+        self._home_of = home_of
+        self._settings = settings
+        self._enforcer = enforcer
+        self._identifier = identifier
+        self._hang_watchdog = hang_watchdog
+        self._tell = tell
+        self._note = note
+        self._ending = Termination(loop, enforcer, tell, note)
+        self._patience_s = 0.0  # what is left of _STOPPED_S: the loop and the watchdog wait for all places together
+
+    def follow(self, home: Placement, gated: Gated, holding: tuple[Applicable, ...], word: Word) -> bool:
+        """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
+        home.base = holding[0].ref if holding else NOBODY
+        self._patience_s = _STOPPED_S
+        home.holding = None  # until all of it is done: from the middle, the way back is one to follow too
+        outer = self._hang_watchdog.enter(gated.session)  # what its processes call themselves is in their own memory
+        try:
+            if word is not Word.NONE and not home.told:
+                home.told = True
+                self._tell(home, REVOKED)
+            ends = word is Word.END
+            pairs = [(held, self._enforcer.document(held.ref)) for held in holding]
+            shells = () if word is not Word.NONE else (*gated.shell_files, *images_of(gated.shells))
+            sorted_ = [self._sort(home, key, pairs, shells, ends=ends) for key in list(home.places) if key != MANAGED]
+            whole = all(sorted_)
+            if not home.places and manager_of(home.found, home.uid) is not None:
+                self._enforcer.enter(home, home.base, home.found)
+            if MANAGED in home.places:
+                self._manage(home, pairs, shells, ends=ends)
+            if whole:
+                home.holding = holding
+        except (PersonaError, OSError) as error:
+            log.error("session %s does not follow: %s", home.session, error)
+            return False
+        except Exception:  # whatever a user's processes are: the agent answers the others, and tries all of this again
+            log.exception("session %s does not follow", home.session)
+            return False
+        finally:
+            self._hang_watchdog.leave(outer)
+        return whole
+
+    def _sort(self, home: Placement, key: str, pairs: Pairs, shells: Shells, *, ends: bool) -> bool:
+        """Every process of a place goes to where it would be started now, or stays, or is withdrawn.
+
+        What forks and ends faster than it can be looked at is frozen for it.  False where something is left even so.
+        """
+        place = here = home.places[key]
+        tree = self._enforcer.tree
+        old = self._enforcer.document(place.persona)
+        done: set[int] = set()  # what needs no further look: what was born of it is listed by itself
+        withdrawn: dict[int, Running] = {}
+        stays = returns = whole = False
+        frozen = place.withdrawn and old.on_revoke == "freeze" and not ends and tree.freezes(place.cgroup)
+        try:
+            for number in range(_PASSES):
+                here = home.places[key]  # elsewhere, once a version has been entered whose limits are counted otherwise
+                listed = [pid for pid in tree.processes(here.cgroup) if pid not in done]
+                if not listed:
+                    whole = True
+                    break
+                if number == _RUNNING:
+                    self._stop(here.cgroup)
+                    continue
+                found = dict(self._look(listed, home.uid))
+                done.update(pid for pid in listed if pid not in found)
+                for pid, running in found.items():
+                    ref = self._target(running, home, old, pairs, shells)
+                    if ref is None:
+                        target = self._enforcer.enter(home, place.persona, withdrawn=True)
+                        if not withdrawn and not tree.populated(target.cgroup):
+                            self._ending.void(target.cgroup)
+                        withdrawn[pid] = running
+                    else:
+                        target = self._enforcer.enter(home, ref)
+                    if target.cgroup == here.cgroup:
+                        done.add(pid)
+                        stays = True
+                    else:
+                        with contextlib.suppress(ProcessLookupError):
+                            tree.move(target.cgroup, pid)
+                        returns |= place.withdrawn
+        finally:  # the next try finds what was moved where it is withdrawn already
+            try:
+                if not frozen:  # nor by an agent that ended before it could thaw it
+                    tree.thaw(here.cgroup)
+            finally:
+                if withdrawn:
+                    self._withdraw(home, place, old, withdrawn, ends=ends)
+        if not stays and not tree.populated(home.places[key].cgroup):
+            self._enforcer.leave(home, key)
+        if returns and old.on_revoke == "freeze":
+            self._tell(home, f"persona: {old.name} applies again; what was frozen goes on")
+        return whole
+
+    def _stop(self, cgroup: str) -> None:
+        began = time.monotonic()
+        self._enforcer.tree.freeze(cgroup, self._patience_s)
+        self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
+
+    @staticmethod
+    def _target(running: Running, home: Placement, old: Persona, pairs: Pairs, shells: Shells) -> PersonaRef | None:
+        ref = choose(running.trusted, pairs)
+        if ref is None and (running.image in shells or (old.on_revoke == "finish" and home.base != NOBODY)):
+            return home.base  # the login shell is admission's, until the session itself is revoked
+        return ref
+
+    def _withdraw(
+        self, home: Placement, place: PersonaCgroup, old: Persona, rest: dict[int, Running], *, ends: bool
+    ) -> None:
+        """``place`` is where it was: perhaps withdrawn already, by an agent that ended before it ended this."""
+        cgroup = self._enforcer.enter(home, place.persona, withdrawn=True).cgroup
+        if ends or old.on_revoke == "kill":
+            if not place.withdrawn or not self._ending.under_way(cgroup):
+                self._ending.all_of(home, old, cgroup, rest)
+        elif old.on_revoke == "freeze":
+            if place.withdrawn and self._enforcer.tree.freezes(cgroup):
+                return
+            self._enforcer.tree.freeze(cgroup)
+            self._tell(home, f"persona: {old.name} no longer applies: {names_of(rest)} frozen until it does again")
+            for running in list(rest.values())[:NAMED_MAX]:
+                self._note(home, old, "frozen", running)
+
+    def _manage(self, home: Placement, pairs: Pairs, shells: Shells, *, ends: bool) -> None:
+        """The service manager keeps its place under whatever is the base now.
+
+        Its parts cannot be frozen one by one (its user could thaw them): ``freeze`` lets them finish.
+        """
+        place = home.places[MANAGED]
+        if place.persona == home.base and not ends:
+            return
+        old = self._enforcer.document(place.persona)
+        if not ends:  # an operator's word is not taken back
+            self._ending.returned(place.cgroup, home.base.name)
+        rest: dict[int, Running] = {}
+        whole = True
+        if (ends or old.on_revoke == "kill") and not self._ending.under_way(
+            place.cgroup
+        ):  # looked at before the base is another: what fails here is tried again
+            pids, whole = self._below(place.cgroup)
+            rest = {
+                pid: running
+                for pid, running in self._look(pids, home.uid)
+                if self._target(running, home, old, pairs, shells) is None and not running.plumbing(self._settings)
+            }
+        asked = self._ending.asked(place.cgroup)
+        began = {pid: at for pid, at in started(rest) if asked.get(pid) != at}
+        rest = {pid: running for pid, running in rest.items() if pid in began}
+        try:
+            self._enforcer.enter(home, home.base, place.cgroup)
+        finally:  # a base that cannot be kept on disk is the base all the same
+            if home.places[MANAGED].persona == home.base:
+                if not whole:
+                    self._ending.all_of(home, old, place.cgroup, rest)
+                elif rest:
+                    self._ending.each(home, old, place.cgroup, rest, began)
+
+    def _below(self, cgroup: str) -> tuple[list[int], bool]:
+        """The processes of a service manager, and whether these are all: its user may make many cgroups."""
+        tree, waiting = self._enforcer.tree, [cgroup]
+        found: list[int] = []
+        whole = True
+        for _ in range(_CGROUPS_MAX):
+            if not waiting or len(found) >= _PIDS_MAX:
+                break
+            here = waiting.pop()
+            try:
+                found += tree.processes(here)
+                waiting += [f"{here}/{name}" for name in tree.children(here)]
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:  # and as deep as no path leads
+                    raise
+                whole = False
+        return found, whole and not waiting
+
+    # --- processes --------------------------------------------------------------------------------
+
+    def _look(self, pids: Iterable[int], uid: int) -> Iterator[tuple[int, Running]]:
+        owner = Owner(uid, self._home_of)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                yield pid, look(pid, self._identifier, owner)

@@ -1,0 +1,201 @@
+"""Running processes follow: asks the broker what applies to running sessions, after each event, for all at once."""
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+from persona.decisions import Denied, PersonaRef
+from persona.parsing import Bad
+from persona.patterns import Whitelist, parse_pattern
+from persona.problems import Reason
+from persona_guest.broker.client import BrokerClient
+from persona_guest.broker.documents import Personas
+from persona_guest.core.reassignment import Applicable, Word
+from persona_guest.enforce.enforcer import Enforcer
+from persona_guest.gate.supervisor import Supervisor
+from persona_guest.loop import Loop
+from persona_guest.reassign.migrate import Migrator
+
+log = logging.getLogger("persona.enforce")
+
+_AGAIN_S = 1.0
+
+Rebase = Callable[[str, PersonaRef | None, str | None], None]
+
+
+class Reevaluator:
+    """``rebase`` is told what a session is under from now on; ``sorter`` brings its processes there."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        enforcer: Enforcer,
+        supervisor: Supervisor,
+        broker_client: BrokerClient,
+        personas: Personas,
+        migrator: Migrator,
+        rebase: Rebase,
+    ) -> None:
+        self._loop = loop
+        self._enforcer = enforcer
+        self._supervisor = supervisor
+        self._broker_client = broker_client
+        self._personas = personas
+        self._migrator = migrator
+        self._rebase = rebase
+        self._asking = 0
+        self._waiting = False
+        self._again = False
+        self._due: dict[str, tuple[tuple[Applicable, ...], Word]] = {}  # by session, the longest due first
+        self._coming = False  # the turn of the first of them
+
+    def changed(self) -> None:
+        """Something did; a question that is under way is asked again after its answer."""
+        if self._asking:
+            self._again = True
+            return
+        sessions = list(self._supervisor.sessions)  # one that has started nothing yet has sshd's forwards
+        for part in self._broker_client.batches(sessions):
+            self._asking += 1
+            self._broker_client.current(part, self._answered)
+
+    def _later(self) -> None:
+        """Once more in a moment, however many ask for it."""
+        if not self._waiting:
+            self._waiting = True
+            self._loop.call_later(_AGAIN_S, self._now)
+
+    def _now(self) -> None:
+        self._waiting = False
+        self.changed()
+
+    def began(self, session: str) -> None:
+        """A session that has just begun: what may apply to it next is fetched before it does."""
+        self._asking += 1
+        self._broker_client.current([session], self._answered)
+
+    def _answered(self, answer: Any | Denied) -> None:
+        self._asking -= 1
+        if isinstance(answer, Denied):
+            log.warning("what applies to running sessions is not known: %s", answer.help)
+            self._later()
+        else:
+            for session, holding, others, word in _read(answer):
+                for ref in others:
+                    self._personas.ensure(ref, lambda _denied: None)
+                self._prepare(session, holding, word)
+        if self._again and not self._asking:
+            self._again = False
+            self.changed()
+
+    def _prepare(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
+        """The documents first, then, in a round of the loop of its own, what changes."""
+        home = self._enforcer.homes.get(session)
+        if home is not None and home.holding == holding and word is Word.NONE:
+            self._due.pop(session, None)
+            return
+        needed = {held.ref for held in holding}
+        missing = len(needed)
+
+        def here(ref: PersonaRef, denied: Denied | None) -> None:
+            nonlocal missing
+            if missing < 0:
+                return  # decided by the first that failed
+            if denied is None:
+                missing -= 1
+                if missing == 0:
+                    self._enqueue(session, holding, word)
+                return
+            missing = -1
+            if denied.reason is Reason.PERSONA_UNAVAILABLE:  # this agent cannot read it: it will not come
+                log.error(
+                    "session %s: this agent cannot read persona %s, so it and the policies after it do not apply: %s",
+                    session,
+                    ref.name,
+                    denied.help,
+                )
+                self._prepare(session, tuple(takewhile(lambda held: held.ref != ref, holding)), word)
+            else:
+                log.error("session %s does not follow yet: %s", session, denied.help)
+                self._later()
+
+        if not needed:
+            self._enqueue(session, holding, word)
+        for ref in needed:
+            self._personas.ensure(ref, partial(here, ref))
+
+    def _enqueue(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
+        """What was said of it before is void, and its turn stays: one that is tried again and again is not first."""
+        self._due[session] = holding, word
+        self._soon()
+
+    def _soon(self) -> None:
+        """One session a round: it may take a moment, and between two of them execs are answered."""
+        if self._due and not self._coming:
+            self._coming = True
+            self._loop.call_later(0, self._next)
+
+    def _next(self) -> None:
+        self._coming = False
+        if self._due:
+            session = next(iter(self._due))
+            self._follow(session, *self._due.pop(session))
+        self._soon()
+
+    def _follow(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
+        home, gated = self._enforcer.homes.get(session), self._supervisor.sessions.get(session)
+        first = holding[0] if holding else None
+        self._rebase(session, first.ref if first else None, first.policy if first else None)
+        if home is None or gated is None or self._supervisor.released:
+            return  # nothing has started in it yet
+        if not self._migrator.follow(home, gated, holding, word):
+            self._later()
+
+
+def _read(answer: Any) -> Iterator[tuple[str, tuple[Applicable, ...], tuple[PersonaRef, ...], Word]]:
+    """Session, what holds, what else may, what an operator said of it; an answer that is none is nothing.
+
+    What is said of one session and cannot be read does not keep the others from being followed.
+    """
+    try:
+        sessions = dict(answer["sessions"])
+    except _UNREADABLE as error:
+        log.error("what the broker says of running sessions cannot be read: %r", error)
+        return
+    for session, value in sessions.items():
+        try:
+            holding, others = _holding(session, value["personas"]), tuple(map(_ref, value["others"]))
+            yield session, holding, others, _word(value)
+        except _UNREADABLE as error:
+            log.error("what the broker says of session %s cannot be read: %r", session, error)
+
+
+def _word(value: Any) -> Word:
+    if value["revoked"] is not True:
+        return Word.NONE
+    return Word.END if value.get("end") is True else Word.REVOKED
+
+
+_UNREADABLE = (TypeError, KeyError, ValueError, AttributeError)
+
+
+def _holding(session: str, items: Any) -> tuple[Applicable, ...]:
+    """The policies that hold, in order, up to the first whose commands this agent cannot read.
+
+    Those after it may be meant for what it does not speak for, and which that is, is not known.
+    """
+    found: list[Applicable] = []
+    for item in items:
+        try:
+            commands = Whitelist(tuple(map(parse_pattern, item["commands"])))
+        except Bad as error:
+            log.error("session %s: policy %s and those after it do not hold: %s", session, item["policy"], error)
+            break
+        found.append(Applicable(_ref(item), str(item["policy"]), commands))
+    return tuple(found)
+
+
+def _ref(item: Any) -> PersonaRef:
+    return PersonaRef(str(item["name"]), int(item["version"]))

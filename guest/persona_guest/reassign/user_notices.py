@@ -1,0 +1,157 @@
+"""What happens to running processes, for the user's terminal and for the record."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from persona.codec import Record
+from persona.decisions import Denied
+from persona.documents import Persona
+from persona.problems import PersonaError, Reason
+from persona.shown import words
+from persona_guest.core.denials import COMMAND_MAX
+from persona_guest.core.messages import limit_line, printable, refusal_line
+from persona_guest.core.persona_cgroups import PersonaCgroup
+from persona_guest.enforce.enforcer import Enforcer
+from persona_guest.enforce.network.rejects import Refusal
+from persona_guest.gate.hang_watchdog import HangWatchdog
+from persona_guest.gate.supervisor import Supervisor
+from persona_guest.gate.terminal import tell
+from persona_guest.loop import Loop
+from persona_guest.program.process import Running
+from persona_guest.session.model import Session
+from persona_guest.session.placement import Placement
+
+log = logging.getLogger("persona.enforce")
+
+_MANAGER = "systemd-user"  # the PAM service of users' service managers, which have no terminal
+_TRIED_MAX = 32  # processes of a session, until one has a terminal
+_AGAIN_S = 0.1
+_NETWORK_HELP = "its network_access does not list that; 'persona status' shows what it lists"
+
+
+class Notices:
+    """Says it in one line, and records it."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        enforcer: Enforcer,
+        supervisor: Supervisor,
+        hang_watchdog: HangWatchdog,
+        record: Callable[[Record], None],
+    ) -> None:
+        self._loop = loop
+        self._enforcer = enforcer
+        self._supervisor = supervisor
+        self._hang_watchdog = hang_watchdog
+        self._record = record
+
+    def tell(self, home: Placement, line: str) -> None:
+        """One line to the session's user, through the first process of it that has a terminal or pipe.
+
+        What a process has as its standard error may hang: the caller is between the watchdog's ``enter`` and ``leave``.
+        A terminal that another one is just writing to takes nothing: once more then, and the record has it anyway.
+        """
+        if not self._told(home, line):
+            self._loop.call_later(_AGAIN_S, lambda: self._tell_again(home, line))
+
+    def _tell_again(self, home: Placement, line: str) -> None:
+        gated = self._supervisor.sessions.get(home.session)
+        if gated is not None:
+            with self._hang_watchdog.watching(gated.session):
+                self._told(home, line)
+
+    def _told(self, home: Placement, line: str) -> bool:
+        try:
+            pids = [
+                pid
+                for place in home.places.values()
+                if not place.withdrawn and not place.managed
+                for pid in self._enforcer.tree.processes(place.cgroup)
+            ]
+        except OSError as error:
+            log.warning("session %s is not told: %s", home.session, error)
+            return False
+        return any(tell(pid, printable(line)) for pid in sorted(pids)[:_TRIED_MAX])
+
+    def alarm(self, place: PersonaCgroup, reason: Reason) -> None:
+        """A place ran into a limit."""
+        gated = self._supervisor.sessions.get(place.session)
+        home = self._enforcer.homes.get(place.session)
+        if gated is None or home is None:
+            return
+        try:
+            persona = self._enforcer.document(place.persona)
+        except PersonaError:  # it is kept while it is used; without it there is nothing to say
+            return
+        line = limit_line(persona, reason, self._enforcer.left(place, persona))
+        with self._hang_watchdog.watching(gated.session):
+            self.tell(home, line)
+        self._record(_record(gated.session, place, "limit", reason, "", ()))
+        self._deny(gated.session, "limit", "", "", Denied(reason, persona=persona.name, help=line))
+
+    def refused(self, refusal: Refusal) -> None:
+        """A connection that the rules refuse: to its user's terminal, where it is clear which, and to the record."""
+        theirs = [gated.session for gated in self._supervisor.sessions.values() if gated.session.uid == refusal.uid]
+        logins = [session for session in theirs if session.service != _MANAGER]
+        session = logins[0] if len(logins) == 1 else None
+        if session is not None and (home := self._enforcer.homes.get(session.id)) is not None:
+            with self._hang_watchdog.watching(session):
+                self.tell(home, refusal_line(refusal.persona, refusal.target))
+        if theirs:
+            denied = Denied(Reason.NETWORK_REFUSED, persona=refusal.persona, help=_NETWORK_HELP)
+            where, uid = session.id if session is not None else "", theirs[0].uid
+            self._supervisor.denials.note(uid, time.time(), "network", "", refusal.target, denied, where)
+        self._record(
+            Record(
+                at=time.time(),
+                session=session.id if session is not None else "",
+                user=theirs[0].subject.user if theirs else "",
+                program="",
+                argv=(refusal.target,),
+                decision="denied",
+                reason=Reason.NETWORK_REFUSED,
+                persona=refusal.persona,
+                persona_version=None,
+                policy=None,
+                event="network",
+                leased=False,
+                complain=False,
+            )
+        )
+
+    def note(self, home: Placement, persona: Persona, event: str, running: Running) -> None:
+        """One process that was frozen or asked to end."""
+        gated = self._supervisor.sessions.get(home.session)
+        place = next((place for place in home.places.values() if place.persona.name == persona.name), None)
+        if gated is not None:
+            shown = tuple(argument[:256] for argument in running.stages[-1][1][:16])
+            reason = Reason.PERSONA_WITHDRAWN
+            self._record(_record(gated.session, place, event, reason, running.path, shown))
+            help = f"persona {persona.name} does not apply any more; 'persona list' shows what does"
+            denied = Denied(reason, persona=persona.name, help=help)
+            self._deny(gated.session, event, running.path, words(shown, COMMAND_MAX), denied)
+
+    def _deny(self, session: Session, event: str, program: str, command: str, denied: Denied) -> None:
+        self._supervisor.denials.note(session.uid, time.time(), event, program, command, denied, session.id)
+
+
+def _record(
+    session: Session, place: PersonaCgroup | None, event: str, reason: Reason, program: str, argv: tuple[str, ...]
+) -> Record:
+    return Record(
+        at=time.time(),
+        session=session.id,
+        user=session.subject.user,
+        program=program,
+        argv=argv,
+        decision="denied",
+        reason=reason,
+        persona=place.persona.name if place else None,
+        persona_version=place.persona.version if place else None,
+        policy=None,
+        event=event,
+        leased=False,
+        complain=False,
+    )

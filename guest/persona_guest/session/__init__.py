@@ -1,0 +1,1 @@
+"""One login, from its first packet to its last process."""

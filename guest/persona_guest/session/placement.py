@@ -1,0 +1,86 @@
+"""Where one session's processes live, as the agent knows it and as it outlives the agent on disk."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from persona.decisions import PersonaRef
+from persona_guest import files
+from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, place_of
+from persona_guest.core.reassignment import NOBODY, Applicable
+from persona_guest.program.identity import Image
+
+
+@dataclass(slots=True)
+class Placement:
+    """Places by their key.
+
+    ``found`` is the cgroup in which the session was first seen.  ``opener`` is the program that
+    opened it: its forks have started nothing yet and are in no place.  ``base`` is the persona of what
+    was granted to nobody in particular, the login shell above all.  ``holding``: what the broker said
+    last; ``None`` = nothing yet.  ``told``: its user knows that an operator revoked it.
+    """
+
+    session: str
+    uid: int
+    found: str
+    opener: Image
+    base: PersonaRef = NOBODY
+    places: dict[str, PersonaCgroup] = field(default_factory=dict)
+    only: PersonaRef | None = None  # every process that started anything lives under this one
+    holding: tuple[Applicable, ...] | None = None
+    told: bool = False
+
+    @property
+    def managed(self) -> bool:
+        """Whether all of the session is a user's service manager."""
+        return MANAGED in self.places and len(self.places) == 1
+
+    def add(self, place: PersonaCgroup) -> PersonaCgroup | None:
+        """From now on this is the place with its key; what was before it."""
+        before = self.places.get(place.key)
+        self.places[place.key] = place
+        self._settle()
+        return before
+
+    def drop(self, key: str) -> None:
+        """Nothing lives there any more."""
+        self.places.pop(key, None)
+        self._settle()
+
+    def _settle(self) -> None:
+        places = list(self.places.values())
+        self.only = places[0].persona if len(places) == 1 and not places[0].withdrawn else None
+
+    def save(self, directory: Path) -> None:
+        """Raises ``OSError``."""
+        value = {
+            "session": self.session,
+            "uid": self.uid,
+            "found": self.found,
+            "opener": list(self.opener),
+            "base": [self.base.name, self.base.version],
+            "places": [
+                [place.persona.name, place.persona.version, place.shared, place.withdrawn]
+                for place in self.places.values()
+            ],
+            "told": self.told,
+        }
+        files.write(directory / f"{self.session}.json", json.dumps(value))
+
+
+def load(path: Path) -> Placement:
+    """What ``save`` wrote.  Raises ``OSError``, ``ValueError``, ``KeyError`` or ``TypeError``."""
+    value = json.loads(path.read_text())
+    home = Placement(
+        session=str(value["session"]),
+        uid=int(value["uid"]),
+        found=str(value["found"]),
+        opener=Image(*map(int, value["opener"])),
+        base=PersonaRef(str(value["base"][0]), int(value["base"][1])),
+        told=value.get("told") is True,
+    )
+    for name, version, shared, withdrawn in value["places"]:
+        ref = PersonaRef(str(name), int(version))
+        home.add(place_of(home.session, home.uid, ref, home.found, shared=shared is True, withdrawn=withdrawn is True))
+    return home

@@ -1,0 +1,1 @@
+"""Debian's own parts: systemd, the user database, home and runtime directories."""

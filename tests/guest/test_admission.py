@@ -1,0 +1,354 @@
+"""Who is let in: every answer of the broker's, and its absence, met in both modes."""
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from persona_guest.audit.logins import Logins
+from persona_guest.broker.client import BrokerClient
+from persona_guest.broker.documents import Personas
+from persona_guest.broker.http import BrokerError
+from persona_guest.broker.pool import Answer, Outcome
+from persona_guest.core.denials import Book
+from persona_guest.core.leases import LeaseBook
+from persona_guest.core.pam_protocol import Caller, Verdict
+from persona_guest.kernel import seccomp
+from persona_guest.login.admission import Admissions
+from persona_guest.login.sessions import Sessions
+from persona_guest.lsm.landlock_fallback import Fallback
+from persona_guest.settings import Gate, Mode, Settings
+
+from persona.codec import Record, encode_decision
+from persona.decisions import Denied, PersonaRef
+from persona.problems import PersonaError, Reason
+from tests.guest.conftest import SmallDisk
+
+ALICE = Caller(1000, "sshd", "alice", "far", "/bin/bash", ("staff",))
+WORK = {"kind": "Persona", "name": "Work", "command_whitelist": ["ls"]}
+YES = Answer(200, {"admitted": True, "persona": {"name": "Work", "version": 1}, "policy": "work"})
+NO = Answer(200, {"admitted": False, "denied": encode_decision(Denied(Reason.NO_MATCHING_POLICY))})
+AWAY = BrokerError(Reason.BROKER_UNREACHABLE, "it is off")
+
+
+class Link:
+    """A fake link: answers by path, at once or when it is told to."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Outcome] = {}
+        self.asked: list[str] = []
+        self.held: list[Callable[[], None]] = []
+        self.hold = False
+
+    def post(
+        self, _who: str, method: str, path: str, _body: Any, done: Callable[[Outcome], None], *, urgent: bool = True
+    ) -> None:
+        head = path.partition("/s-")[0]
+        self.asked.append(f"{method} {head}")
+        if (outcome := self.answers.get(f"{method} {head}")) is not None:
+            self.held.append(lambda: done(outcome))
+            if not self.hold:
+                self.held.pop()()
+
+
+class Site:
+    """A door with real sessions, leases and documents behind it."""
+
+    def __init__(self, directory: Path, mode: Mode = Mode.ENFORCE, **gate: Any) -> None:
+        settings = replace(Settings(), mode=mode, gate=replace(Gate(), **gate))
+        self.link = Link()
+        self.records: list[Record] = []
+        self.leases = LeaseBook()
+        self.broker_client = BrokerClient(self.link, self.leases)  # type: ignore[arg-type]  # a fake
+        self.broker_client.streaming = True
+        self.supervisor = Mock(settings=settings, sessions={}, find=Mock(return_value=None))
+        self.supervisor.denials = Book()
+        self.user_rules = Mock()
+        note = Logins(self.records.append, complain=mode is Mode.COMPLAIN)  # type: ignore[arg-type]  # ready ones only
+        self.sessions = Sessions(directory / "sessions", self.supervisor, Mock(), self.broker_client.closed, note)
+        self.sessions.user_rules = self.user_rules
+        self.lifted: list[int] = []
+        self.sessions.lift = self.lifted.append
+        kernel_layer = Mock(layer=Mock(active=False, why="not here"))
+        personas = Personas(directory / "personas", self.broker_client.persona)
+        self.admissions = Admissions(
+            settings,
+            self.supervisor,
+            self.sessions,
+            kernel_layer,
+            Fallback(settings, kernel_layer),
+            self.leases,
+            self.broker_client,
+            personas,
+            note,
+            lambda _session, _reader: "hello",
+        )
+        self.began: list[str] = []
+        self.admissions.began = self.began.append
+        self.answered: list[tuple[Verdict, str]] = []
+        self.link.answers = {
+            "POST /v1/admissions": YES,
+            "POST /v1/sessions": YES,
+            "DELETE /v1/sessions": Answer(204, None),
+            "GET /v1/personas/Work/versions/1": Answer(200, {"version": 1, "document": WORK}),
+        }
+
+    def reply(self, packet: bytes, fd: int | None = None) -> None:
+        self.answered.append((Verdict(packet[4]), packet[8:].split(b"\0")[-2].decode(errors="replace")))
+
+    def account(self, caller: Caller = ALICE) -> Verdict:
+        self.admissions.account(caller, os.getpid(), self.reply)
+        return self.answered[-1][0]
+
+    def open(self, caller: Caller = ALICE) -> str | None:
+        return self.admissions.open(caller, os.getpid(), self.reply)
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.answered[-1][0]
+
+    def events(self) -> list[tuple[str, str]]:
+        return [(record.event, record.decision) for record in self.records]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def test_one_login_asks_once_and_is_announced(site: Site) -> None:
+    assert site.account() is Verdict.PASS
+    session = site.open()
+    assert site.verdict is Verdict.GATE
+    assert site.link.asked == ["POST /v1/admissions", "GET /v1/personas/Work/versions/1", "POST /v1/sessions"]
+    assert site.began == [session]
+    assert site.events() == [("admission", "granted")]
+    site.user_rules.opened.assert_called_once()
+
+
+@pytest.mark.parametrize("overtaken", ["by an event", "by a lost stream", "by a second login"])
+def test_an_admission_counts_once_and_only_while_nothing_has_changed(site: Site, overtaken: str) -> None:
+    site.account()
+    if overtaken == "by an event":
+        site.leases.advance(8)
+    elif overtaken == "by a lost stream":
+        site.broker_client.streaming = False
+    else:
+        site.open()
+    site.link.answers["POST /v1/sessions"] = NO
+    site.open()
+    assert site.verdict is Verdict.DENY
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (NO, Reason.NO_MATCHING_POLICY),
+        (AWAY, Reason.BROKER_UNREACHABLE),
+        (Answer(200, {"admitted": "yes"}), Reason.BROKER_MISBEHAVED),
+        (Answer(500, None), Reason.BROKER_MISBEHAVED),
+    ],
+)
+def test_without_a_yes_nobody_comes_in(site: Site, outcome: Outcome, code: Reason) -> None:
+    site.link.answers |= {"POST /v1/admissions": outcome, "POST /v1/sessions": outcome}
+    assert site.account() is Verdict.DENY
+    site.open()
+    assert site.verdict is Verdict.DENY
+    assert str(code) in site.answered[-1][1]
+    assert [record.reason for record in site.records] == [code, code]
+    told = [(one.event, one.command, one.reason) for one in site.supervisor.denials.of(ALICE.uid)]
+    assert told == [("admission", "a login by sshd", code)]
+    site.user_rules.opened.assert_not_called()
+
+
+def test_without_the_persona_s_document_nobody_comes_in_and_the_broker_hears_so(site: Site) -> None:
+    site.link.answers["GET /v1/personas/Work/versions/1"] = AWAY
+    site.open()
+    assert site.verdict is Verdict.DENY
+    assert site.link.asked[-1] == "DELETE /v1/sessions"
+
+
+def test_what_cannot_be_bound_does_not_begin(site: Site) -> None:
+    site.user_rules.opened.side_effect = OSError("no nftables")
+    session = site.open()
+    assert site.verdict is Verdict.DENY
+    assert site.link.asked[-1] == "DELETE /v1/sessions"
+    assert site.began == []
+    site.user_rules.ended.assert_called_with(session)
+
+
+def test_an_opener_that_goes_before_the_answer_leaves_nothing(site: Site) -> None:
+    site.link.hold = True
+    session = site.open()
+    assert session is not None
+    site.admissions.abandoned(session)
+    while site.link.held:
+        site.link.held.pop(0)()
+    assert site.answered == []
+    assert site.link.asked[-1] == "DELETE /v1/sessions"
+    site.user_rules.opened.assert_not_called()
+
+
+def test_complain_mode_lets_everybody_in_and_says_who_would_not_have_been(tmp_path: Path) -> None:
+    site = Site(tmp_path, Mode.COMPLAIN)
+    site.link.answers |= {"POST /v1/admissions": NO, "POST /v1/sessions": NO}
+    assert site.account() is Verdict.PASS
+    site.open()
+    assert site.verdict is Verdict.GATE
+    assert [(record.decision, record.complain) for record in site.records] == [("denied", True)]
+    assert site.supervisor.denials.of(ALICE.uid) == ()
+
+
+@pytest.mark.parametrize("what", ["its network", "its landlock", "too many sessions"])
+def test_complain_mode_lets_in_whom_it_cannot_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    site = Site(tmp_path, Mode.COMPLAIN)
+    full = OSError(errno.ENOSPC, "full")
+    if what == "its network":
+        site.user_rules.opened.side_effect = full
+    elif what == "its landlock":
+        monkeypatch.setattr(Fallback, "ruleset", Mock(side_effect=full))
+    else:
+        monkeypatch.setattr(site.sessions, "full", lambda _uid: True)
+    site.open()
+    assert site.verdict is Verdict.PASS
+    if what == "its network":
+        answers: list[dict[str, Any]] = []
+        site.admissions.open_from_shell(ALICE, os.getpid(), answers.append)
+        assert answers == [{"ok": True, "verdict": "pass", "greeting": None}]
+
+
+def test_complain_mode_announces_a_session_when_the_broker_is_back(tmp_path: Path) -> None:
+    site = Site(tmp_path, Mode.COMPLAIN)
+    site.link.answers["POST /v1/sessions"] = AWAY
+    session = site.open()
+    assert site.verdict is Verdict.GATE
+    site.admissions.announce_again()
+    assert site.began == []
+    site.link.answers["POST /v1/sessions"] = YES
+    site.admissions.announce_again()
+    assert site.began == [session]
+    site.admissions.announce_again()
+    assert site.began == [session]
+
+
+@pytest.mark.parametrize(
+    ("caller", "events"),
+    [
+        (ALICE._replace(uid=0, user="root"), []),
+        (ALICE._replace(uid=33, user="www-data"), []),
+        (ALICE._replace(groups=("persona-break-glass",)), [("break_glass", "granted")]),
+    ],
+)
+def test_who_is_exempt_passes_without_a_question(site: Site, caller: Caller, events: list[tuple[str, str]]) -> None:
+    assert site.account(caller) is Verdict.PASS
+    assert site.open(caller) is None
+    assert site.verdict is Verdict.PASS
+    assert site.link.asked == []
+    assert site.events() == events
+    assert site.user_rules.exempted.called == bool(events)
+    assert bool(site.lifted) == bool(events)
+
+
+def test_a_demanded_kernel_layer_that_is_missing_keeps_everybody_out(tmp_path: Path) -> None:
+    site = Site(tmp_path, require_kernel_layer=True)
+    assert site.account() is Verdict.DENY
+    site.open()
+    assert site.verdict is Verdict.DENY
+    assert str(Reason.KERNEL_LAYER_MISSING) in site.answered[-1][1]
+
+
+def test_a_listener_is_taken_once_and_only_of_who_was_admitted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
+    session = site.open()
+    assert session is not None
+    for name, verdict in ((session, Verdict.DONE), (session, Verdict.DENY), ("s-other", Verdict.DENY)):
+        fd, other = os.pipe()
+        os.close(other)
+        site.admissions.listener(name, fd, site.reply)
+        assert site.verdict is verdict
+        if verdict is Verdict.DENY:
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.close(fd)
+        else:
+            os.close(fd)
+    site.supervisor.add.assert_called_once()
+
+
+def test_what_is_no_listener_ends_what_had_begun(site: Site) -> None:
+    session = site.open()
+    assert session is not None
+    fd, other = os.pipe()
+    os.close(other)
+    with pytest.raises(PersonaError, match="no listener"):
+        site.admissions.listener_from_shell(session, fd)
+    assert site.link.asked[-1] == "DELETE /v1/sessions"
+    site.user_rules.ended.assert_called_with(session)
+    site.supervisor.add.assert_not_called()
+
+
+def test_a_session_that_cannot_be_kept_does_not_begin_and_hangs_nobody(
+    small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
+    site = Site(small_disk.path)
+    session = site.open()
+    assert session is not None
+    small_disk.fill()
+    fd, other = os.pipe()
+    os.close(other)
+    site.admissions.listener(session, fd, site.reply)
+    assert site.verdict is Verdict.DENY
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(fd)
+    assert site.link.asked[-1] == "DELETE /v1/sessions"
+    site.user_rules.ended.assert_called_with(session)
+    site.supervisor.add.assert_not_called()
+
+
+def test_in_complain_mode_a_session_that_cannot_be_kept_goes_on_and_is_kept_later(
+    small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
+    site = Site(small_disk.path, Mode.COMPLAIN)
+    session = site.open()
+    assert session is not None
+    small_disk.fill()
+    fd, other = os.pipe()
+    os.close(other)
+    site.admissions.listener(session, fd, site.reply)
+    assert site.verdict is Verdict.DONE
+    site.supervisor.add.assert_called_once()
+    site.sessions.save_again()
+    kept = small_disk.path / "sessions" / f"{session}.json"
+    assert not kept.exists()
+    small_disk.empty()
+    site.sessions.save_again()
+    assert json.loads(kept.read_text())["id"] == session
+    os.close(fd)
+
+
+def test_a_session_that_opens_is_among_those_that_there_are(site: Site) -> None:
+    site.link.hold = True
+    session = site.open()
+    assert site.link.asked == ["POST /v1/sessions"]  # and its answer is not here yet
+    assert site.admissions.all_sessions() == [session]
+
+
+def test_the_journal_says_once_what_applies_to_a_session(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "persona.agent")
+    session = site.open()
+    assert session is not None
+    for _ in range(3):
+        site.sessions.rebase(session, PersonaRef("Rest", 2), "at-night")
+    for _ in range(3):
+        site.sessions.rebase(session, None, None)
+    assert caplog.messages == [
+        f"session {session}: Rest v2 (policy at-night) applies now, before Work v1",
+        f"session {session}: no persona (policy -) applies now, before Rest v2",
+    ]
