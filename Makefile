@@ -1,19 +1,20 @@
 # Every target in one place; 'make help' lists them.  scripts/test sets up what they need.
 PYTHON ?= $(if $(wildcard build/venv/bin/python),build/venv/bin/python,python3)
 
-.PHONY: help check lint format test-fast test bench deb lab demo clean
+.PHONY: help check lint format pictures test-fast test soak bench deb lab demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 check: lint test-fast ## style, types, C warnings as errors, fast tests
 
-lint: ## ruff (format and lint), mypy --strict, shellcheck, the C sources with warnings as errors
+lint: ## ruff (format and lint), mypy --strict, codespell, shellcheck, the C sources with warnings as errors
 	$(PYTHON) -m ruff format --check -q .
 	$(PYTHON) -m ruff check -q .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m codespell_lib
 	shellcheck -x scripts/lib.sh scripts/test scripts/demo scripts/lab scripts/persona scripts/build-debs .ci/run packaging/etc/persona.sh \
-	    packaging/debian/*.postinst packaging/debian/*.prerm packaging/debian/*.postrm
+	    packaging/debian/*.postinst packaging/debian/*.prerm packaging/debian/*.postrm packaging/completions/*
 	$(MAKE) -s -C guest/pam
 	$(MAKE) -s -C guest/bpf
 
@@ -21,11 +22,17 @@ format: ## ruff, in place
 	$(PYTHON) -m ruff format -q .
 	$(PYTHON) -m ruff check -q --fix .
 
-test-fast: ## tests that need no guest, under two minutes
-	$(PYTHON) -m pytest -q -n 2 -m "not guest"
+pictures: ## docs/*.svg from their sources; needs apt's graphviz
+	dot -Tsvg docs/pieces.dot -o docs/pieces.svg
+
+test-fast: ## tests that need no guest, in a minute and a half
+	$(PYTHON) -m pytest -q -n 3 -m "not guest"
 
 test: ## everything, guests included (root)
 	scripts/test
+
+soak: ## the long runs: races of 20,000 tries, storms of 200 sessions, hours of noise (root)
+	scripts/test --soak
 
 bench: ## side by side: each figure, its peer and the ratio; writes build/bench.json (root)
 	PYTHONPATH=.:broker:guest $(PYTHON) -m tests.bench
