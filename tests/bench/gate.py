@@ -2,9 +2,9 @@
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from persona_guest.shell import trial
 from persona_guest.shell.client import Client
 from persona_guest.shell.gate import install
 
-from tests.bench.row import Row, pairs
+from tests.bench.child import fork, in_child
+from tests.bench.row import Missing, Row, measured, pairs
 
 SPAWNS = 300
+SESSIONS = 10
 PERSONA = (
     "kind: Persona\nname: Bench\ncommand_whitelist: [sh, dash, bash, 'true', expr, sed, grep, cat, sleep, tr, cut]\n"
 )
@@ -58,20 +61,14 @@ def library(directory: Path) -> ctypes.CDLL:
     return found
 
 
-def in_child(work: Callable[[], float], socket: str | None) -> float:
-    """Runs ``work`` in a child, gated where a socket is given; what it returned."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        if socket is not None:
-            install(socket, "/bin/bash")
-        os.write(writing, repr(work()).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as result:
-        text = result.read()
-    os.waitpid(pid, 0)
-    return float(text)
+def gated(work: Callable[[], float], socket: str) -> float:
+    """What the work returns, done in a child that is gated."""
+
+    def inside() -> float:
+        install(socket, "/bin/bash")
+        return work()
+
+    return in_child(inside)
 
 
 def script() -> float:
@@ -81,42 +78,50 @@ def script() -> float:
     return time.perf_counter() - began
 
 
-def rows() -> list[Row]:
+def rows() -> Iterator[Row | Missing]:
     """gate.*, agent.*"""
-    found = []
     with tempfile.TemporaryDirectory() as scratch, agent() as socket:
-        library(Path(scratch))
         spawns = library(Path(scratch)).spawn_many
 
         def spawn() -> float:
-            return float(spawns(b"/bin/true", SPAWNS))
+            seconds = float(spawns(b"/bin/true", SPAWNS))
+            if seconds < 0:
+                raise RuntimeError("/bin/true did not start")
+            return seconds
 
-        gated, free, ratio = pairs(lambda: in_child(spawn, socket), lambda: in_child(spawn, None))
-        found.append(Row("gate.spawn_ratio", gated * 1e6, "us", "ungated", free * 1e6, ratio, "< 1.35, target 1.10"))
-        found.append(sudo(lambda: in_child(spawn, socket), Path(scratch) / "spawn.so"))
-        gated, free, ratio = pairs(lambda: in_child(script, socket), lambda: in_child(script, None), 5)
-        found.append(Row("gate.script_ratio", gated, "s", "ungated", free, ratio, "< 1.25, target 1.08"))
-        with Client(socket) as client:
-            status = client.call("status")
-        times = status["notify_us"]
-        if not isinstance(times, dict):
-            raise TypeError("status: notify_us")
-        found.append(
-            Row(
-                "gate.notify_us",
-                times["p50"],
-                "us",
-                "p99",
-                times["p99"],
-                times["p50"] / times["p99"],
-                "p50 < 100, target 30",
-            )
+        def ratio() -> Row:
+            ours, free, ratio = pairs(lambda: gated(spawn, socket), lambda: in_child(spawn))
+            return Row("gate.spawn_ratio", ours * 1e6, "us", "ungated", free * 1e6, ratio, "< 1.35, target 1.10")
+
+        def script_ratio() -> Row:
+            ours, free, ratio = pairs(lambda: gated(script, socket), lambda: in_child(script), 5)
+            return Row("gate.script_ratio", ours, "s", "ungated", free, ratio, "< 1.25, target 1.08")
+
+        yield from measured(
+            ("gate.spawn_ratio", ratio),
+            ("gate.vs_sudo_intercept", lambda: sudo(lambda: gated(spawn, socket), Path(scratch) / "spawn.so")),
+            ("gate.script_ratio", script_ratio),
+            ("gate.notify_us", lambda: notify(socket)),
+            ("agent.*", lambda: at_rest(socket)),
         )
-        found += at_rest(socket)
-    return found
 
 
-def sudo(gated: Callable[[], float], spawner: Path) -> Row:
+def notify(socket: str) -> Row:
+    """The agent's own measure of what was asked so far."""
+    times = status(socket)["notify_us"]
+    if not isinstance(times, dict):
+        raise TypeError("status: notify_us")
+    p50, p99 = times["p50"], times["p99"]
+    return Row("gate.notify_us", p50, "us", "p99", p99, p50 / p99, "p50 < 100, target 30")
+
+
+def status(socket: str) -> dict[str, Any]:
+    """What the agent says of itself."""
+    with Client(socket) as client:
+        return client.call("status")
+
+
+def sudo(ours: Callable[[], float], spawner: Path) -> Row:
     """The same spawns below sudo, which traces every exec of its command with ptrace(2)."""
     program = (
         "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).spawn_many; f.restype = ctypes.c_double;"
@@ -133,42 +138,50 @@ def sudo(gated: Callable[[], float], spawner: Path) -> Row:
         return float(subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120).stdout)
 
     try:
-        ours, theirs, ratio = pairs(gated, traced, 5)
+        mine, theirs, ratio = pairs(ours, traced, 5)
     finally:
         SUDOERS.unlink()
-    return Row("gate.vs_sudo_intercept", ours * 1e6, "us", "sudo intercept", theirs * 1e6, ratio, "< 0.95, target 0.80")
+    return Row("gate.vs_sudo_intercept", mine * 1e6, "us", "sudo intercept", theirs * 1e6, ratio, "< 0.95, target 0.80")
 
 
 def at_rest(socket: str) -> list[Row]:
-    """Ten sessions open, nothing happening: memory and CPU of the agent."""
-    sessions = []
-    for _ in range(10):
-        pid = os.fork()
-        if pid == 0:
-            install(socket, "/bin/bash")
-            os.execv("/bin/sleep", ["sleep", "60"])
-        sessions.append(pid)
-    time.sleep(2)
-    agent_pid = peer(socket)
-    rss = next(
-        int(line.split()[1]) / 1024
-        for line in Path(f"/proc/{agent_pid}/status").read_text().splitlines()
-        if line.startswith("VmRSS")
-    )
-    bare = subprocess.run(
-        [sys.executable, "-c", "print(open('/proc/self/status').read())"], capture_output=True, text=True, check=True
-    ).stdout
-    bare_rss = next(int(line.split()[1]) / 1024 for line in bare.splitlines() if line.startswith("VmRSS"))
-    before = cpu(agent_pid)
-    time.sleep(20)
-    used = (cpu(agent_pid) - before) / 20 * 100
-    for pid in sessions:
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
+    """``SESSIONS`` open, nothing happening: memory and CPU of the agent."""
+
+    def rests() -> None:
+        install(socket, "/bin/bash")
+        os.execv("/bin/sleep", ["sleep", "600"])
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(SESSIONS):
+            stack.callback(_end, fork(rests))
+        deadline = time.monotonic() + 20
+        while (there := status(socket)["sessions"]) != SESSIONS:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{there} sessions are open and not {SESSIONS}")
+            time.sleep(0.1)
+        time.sleep(2)
+        agent_pid = peer(socket)
+        lines = Path(f"/proc/{agent_pid}/status").read_text().splitlines()
+        rss = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+        bare = subprocess.run(
+            [sys.executable, "-c", "print(open('/proc/self/status').read())"],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        bare_rss = next(int(line.split()[1]) / 1024 for line in bare.splitlines() if line.startswith("VmRSS"))
+        before = cpu(agent_pid)
+        time.sleep(20)
+        used = (cpu(agent_pid) - before) / 20 * 100
+        if (there := status(socket)["sessions"]) != SESSIONS:
+            raise RuntimeError(f"{there} sessions were open at the end and not {SESSIONS}")
     return [
         Row("agent.rss_mb", rss, "MB", "bare python3", bare_rss, rss / bare_rss, "< 60, target 35"),
         Row("agent.idle_cpu", used, "%", "none", 0, 0, "< 0.5, target 0.1"),
     ]
+
+
+def _end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def cpu(pid: int) -> float:
@@ -186,7 +199,3 @@ def peer(path: str) -> int:
             if b"persona_guest" in words and any(word.startswith(home.encode()) for word in words):
                 return int(entry.parent.name)
     raise LookupError("no agent")
-
-
-if __name__ == "__main__":
-    print(json.dumps([row.name for row in rows()]))

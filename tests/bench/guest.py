@@ -4,13 +4,14 @@ import json
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from persona_broker.store.sqlite import Store
 
 from tests.bench import limits
-from tests.bench.row import Row, median, pairs, percentile
+from tests.bench.row import Missing, Row, measured, median, pairs, percentile
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT, Broker, await_connected, site
 
@@ -60,7 +61,7 @@ def login_ratio(machine: Machine) -> Row:
 
 
 def revoke(machine: Machine, broker: Broker) -> Row:
-    """From the load's change in the record to the first refusal of a program that runs in a loop."""
+    """From the load's change in the database to the first refusal of a program that runs in a loop."""
     store = Store(broker.directory / "broker.db")
     seconds = []
     with machine.session("alice") as session:
@@ -98,7 +99,7 @@ def kernel(machine: Machine, broker: Broker) -> list[Row]:
         subprocess.run(["cc", "-O2", "-static", "-o", str(binary), str(source), str(main)], check=True, timeout=60)
         machine.put(binary, to="/usr/local/bin/spawn")
     machine.must("chmod 755 /usr/local/bin/spawn")
-    broker.run("apply", str(ROOT / "tests" / "guest_vm" / "documents"))  # carol may run it
+    broker.documents(ROOT / "tests" / "guest_vm" / "documents")  # carol may run it
 
     def spawns(user: str) -> float:
         return float(machine.ssh(user, f"spawn /usr/bin/true {SPAWNS}").out)
@@ -135,14 +136,14 @@ def network(machine: Machine) -> list[Row]:
     return [replace(row, name=row.name.replace("net.", "net.guest_")) for row in found]
 
 
-def rows(directory: Path | None = None) -> list[Row]:
+def rows(directory: Path | None = None) -> Iterator[Row | Missing]:
     """login.*, revoke.*, cgroup.*, exec.*, follow.*, net.guest_*, *kernel*"""
     with site(directory) as (machine, broker):
         machine.must("loginctl terminate-user alice || true")
-        return [
-            login_ratio(machine),
-            revoke(machine, broker),
-            *limits.rows(machine, broker),
-            *network(machine),
-            *kernel(machine, broker),
-        ]
+        yield from measured(
+            ("login.ratio", lambda: login_ratio(machine)),
+            ("revoke.s", lambda: revoke(machine, broker)),
+            ("cgroup.*, exec.*, follow.*", lambda: limits.rows(machine, broker)),
+            ("net.guest_*", lambda: network(machine)),
+            ("gate.kernel_ratio, kernel.ungated_ratio", lambda: kernel(machine, broker)),
+        )

@@ -13,7 +13,7 @@ from tests.guest_vm.site import Broker
 
 CHANGES = 200
 
-# Moves a process to and fro between two cgroups of two controllers, and prints each move's seconds.
+# Moves a process back and forth between two cgroups of two controllers, and prints each move's seconds.
 MOVES = """
 import os, subprocess, time
 root = "/sys/fs/cgroup/user.slice/"

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from persona_guest.core.places import Place
+from persona_guest.core.persona_cgroups import PersonaCgroup
 from persona_guest.enforce import plan as plans
-from persona_guest.enforce.nft import Network
-from persona_guest.enforce.table import Table
+from persona_guest.enforce.network.facility import Network
+from persona_guest.enforce.network.table import Table
 
 from persona.decisions import PersonaRef
 from persona.documents import Persona
@@ -129,9 +129,9 @@ def rows(rounds: int = ROUNDS) -> list[Row]:
     return found
 
 
-def place(world: World, number: int) -> Place:
+def place(world: World, number: int) -> PersonaCgroup:
     """Of a session of its own."""
-    return Place(f"s-{number}", PersonaRef(f"P{number}", 1), world.cgroup(f"P{number}"), 2000 + number)
+    return PersonaCgroup(f"s-{number}", PersonaRef(f"P{number}", 1), world.cgroup(f"P{number}"), 2000 + number)
 
 
 def persona(number: int, *more: str) -> Persona:
@@ -139,7 +139,7 @@ def persona(number: int, *more: str) -> Persona:
     return Persona(f"P{number}", Whitelist(()), network_access=tuple(map(parse_rule, [*RULES, *more])))
 
 
-def update(world: World, network: Network, wanted: dict[Place, Persona]) -> Row:
+def update(world: World, network: Network, wanted: dict[PersonaCgroup, Persona]) -> Row:
     """Another version of one persona, with all of them loaded and with it alone."""
 
     def changes() -> float:

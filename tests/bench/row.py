@@ -1,7 +1,7 @@
 """One line of the benchmark: a figure beside its peer of the same run."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -16,6 +16,29 @@ class Row:
     peer_value: float
     ratio: float
     target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Figures that could not be measured, and why: nothing is printed in their place."""
+
+    names: str
+    why: str
+
+
+Figure = Callable[[], Row | Iterable[Row]]
+
+
+def measured(*figures: tuple[str, Figure]) -> Iterator[Row | Missing]:
+    """The rows of each figure; where one fails the others go on."""
+    for names, figure in figures:
+        try:
+            found = figure()
+            rows = [found] if isinstance(found, Row) else list(found)
+        except Exception as error:
+            yield Missing(names, f"{type(error).__name__}: {error}")
+        else:
+            yield from rows
 
 
 def median(values: Sequence[float]) -> float:

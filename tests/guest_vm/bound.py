@@ -45,7 +45,7 @@ def apply(broker: Broker, *documents: dict[str, Any]) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump_all(documents, file)
         file.flush()
-        broker.run("apply", *map(str, DOCUMENTS), file.name)
+        broker.documents(*DOCUMENTS, Path(file.name))
 
 
 @contextlib.contextmanager
@@ -55,4 +55,4 @@ def bound(broker: Broker, limits: dict[str, Any], **more: Any) -> Iterator[None]
     try:
         yield
     finally:
-        broker.run("apply", *map(str, DOCUMENTS))
+        broker.documents(*DOCUMENTS)

@@ -1,7 +1,8 @@
-"""One guest for all guest tests: booted, persona-guest installed by apt, enforcing, its broker on this host.
+"""One guest at a time for all guest tests: persona-guest installed by apt, enforcing, its broker on this host.
 
 It is frozen when it is ready and put back to that moment for each file of tests and after each failure,
-so that no test inherits what another left.
+so that no test inherits what another left.  Tests of escapes and races get one with Debian's own settings,
+which is slower; all others one that is made for speed (``machine.Machine``).
 """
 
 import contextlib
@@ -13,24 +14,27 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import STOCK
 from tests.guest_vm.bound import DOCUMENTS
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import ROOT, Broker, await_connected, configure, site
+from tests.guest_vm.site import ROOT, Broker, await_connected, site
 
 ARTIFACTS = ROOT / "build" / "artifacts"
-# These hold the guest to times and rates, which another guest beside it would spoil.
-TIMED = {"test_limits.py", "test_following.py", "test_network.py", "test_network_kept.py", "test_failures.py"}
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # of several, each has a guest of its own
+# What takes longest begins first, so that no process is left alone with it; files that are not named, last.
+FIRST = [
+    *sorted(STOCK), "test_kernel_absent.py", "test_kernel_roads.py", "test_network.py", "test_limits.py",
+    "test_dependencies.py", "test_kernel.py", "test_sessions.py", "test_escapes.py", "test_unharmed.py",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs the guest, and what needs the machine for itself."""
+    """Marks what needs the guest, and brings the files into the order in which they run."""
     for item in items:
         if isinstance(item, pytest.Function) and "_warm" in item.fixturenames:
             item.add_marker(pytest.mark.guest)
             item.add_marker(pytest.mark.timeout(900))
-            if item.path.name in TIMED:
-                item.add_marker(pytest.mark.alone)
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 _FAILED = pytest.StashKey[bool]()
@@ -62,7 +66,7 @@ class Warm:
         self.broker.load(30)
         if self._used_by not in (None, file):
             self.machine.thaw()
-            configure(self.machine, self.broker)
+            self.machine.must("systemctl restart persona-agent")  # its connections are of another time
         self._used_by = file
         await_connected(self.machine)
 
@@ -85,20 +89,51 @@ class Warm:
         return journal
 
 
+class Guests:
+    """The guest that a test needs; where the last one was of the other kind, that one has ended."""
+
+    def __init__(self, directories: pytest.TempPathFactory) -> None:
+        self._directories = directories
+        self._stack = contextlib.ExitStack()
+        self._up: tuple[bool, Warm] | None = None
+
+    def get(self, *, stock: bool) -> Warm:
+        """Booted where there is none."""
+        if self._up is None or self._up[0] != stock:
+            self.end()
+            machine, broker = self._stack.enter_context(site(self._directories.mktemp("site"), stock=stock))
+            broker.documents(*DOCUMENTS)
+            self._up = stock, Warm(machine, broker)
+        return self._up[1]
+
+    def end(self) -> None:
+        """Keeps the end of its journal."""
+        if self._up is not None:
+            self._up[1].keep(f"end-{WORKER}{'-stock' if self._up[0] else ''}")
+        self._up = None
+        self._stack.close()
+
+
 @pytest.fixture(scope="session")
-def _warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with site(tmp_path_factory.mktemp("site")) as (machine, broker):
-        broker.run("apply", *map(str, DOCUMENTS))
-        warm = Warm(machine, broker)
-        yield warm
-        warm.keep(f"end-{WORKER}")
+def _guests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guests]:
+    guests = Guests(tmp_path_factory)
+    yield guests
+    guests.end()
+
+
+@pytest.fixture
+def _warm(_guests: Guests, request: pytest.FixtureRequest) -> Warm:
+    return _guests.get(stock=request.path.name in STOCK)
 
 
 @pytest.fixture
 def guest(_warm: Warm, request: pytest.FixtureRequest) -> Iterator[Machine]:
     """The guest, its agent connected and the load low when a test begins."""
+    began = _warm.machine.cpu_seconds()
     _warm.ready_for(request.path.name)
     yield _warm.machine
+    # of the same test on a machine with other work, too: the junit file has it
+    request.node.user_properties.append(("guest_cpu_s", f"{_warm.machine.cpu_seconds() - began:.1f}"))
     if request.node.stash.get(_FAILED, False):
         _warm.spoil(request.node.name)
         return
@@ -133,6 +168,16 @@ class Compiler:
     def shared(self, name: str, source: str) -> Path:
         """A shared library, for the guest's own C library: both are Debian 12's."""
         return self._compile(name, source, "-shared", "-fPIC")
+
+    def freestanding(self, name: str, source: str) -> Path:
+        """A position-independent static program with no C library in it."""
+        flags = (
+            "-static-pie",
+            "-nostdlib",
+            "-fPIE",
+            "-fno-tree-loop-distribute-patterns",
+        )  # these become calls of libc
+        return self._compile(name, source, *flags)
 
     def _compile(self, name: str, source: str, *flags: str) -> Path:
         (self._directory / f"{name}.c").write_text(source)

@@ -90,7 +90,7 @@ def how_to(machine: Machine) -> str:
         "The guest is up. As alice (gated), as bob (refused), as root (never gated):\n"
         f"    {lab} ssh alice\n"
         f"    {lab} load 82        # the host is busy now; '{lab} load 30' ends it\n"
-        f"    {lab} broker apply my.yaml examples   # personas and policies of your own: docs/lab.md\n"
+        f"    {lab} broker apply my.yaml   # personas and policies of your own: docs/lab.md\n"
         f"or: {' '.join(machine.ssh_argv('alice'))}\n"
         f"To stop it: {lab} stop"
     )

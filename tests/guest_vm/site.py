@@ -1,7 +1,11 @@
 """A whole small site: a broker on this host over TLS, and a guest that has persona-guest installed by apt."""
 
 import contextlib
+import fcntl
+import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,19 +13,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from tests.guest_vm.image import build, say
-from tests.guest_vm.machine import HOST_SEEN_FROM_GUEST, Machine, ends_with_us, free_port, process_of
+from tests.guest_vm.image import Image, build, say
+from tests.guest_vm.machine import HOST_SEEN_FROM_GUEST, Machine, ends_with_us, free_port, process_of, running
 
 ROOT = Path(__file__).resolve().parents[2]
 VM = "analytics-1"
 
 
 class Broker:
-    """``persona-broker serve`` with its record, certificate and token in a private directory."""
+    """``persona-broker serve`` with its record, certificate and token in a private directory.
 
-    def __init__(self, directory: Path) -> None:
+    Its code is that of the tree ``root``.
+    """
+
+    def __init__(self, directory: Path, root: Path = ROOT) -> None:
         self.directory = directory
+        self._environment = environment(root)
         self.port, self.events_port = free_port(), free_port()
         self.process: subprocess.Popen[bytes] | None = None
         directory.mkdir(parents=True, exist_ok=True)
@@ -30,9 +39,10 @@ class Broker:
 
     @classmethod
     def attach(cls, directory: Path) -> "Broker":
-        """The record of a broker that another process started; it takes commands and ``end``."""
+        """The database of a broker that another process started; it takes commands and ``end``."""
         broker = cls.__new__(cls)
         broker.directory = directory
+        broker._environment = environment()
         broker.process = None
         return broker
 
@@ -48,10 +58,15 @@ class Broker:
 
     def run(self, *words: str, check: bool = True) -> str:
         """One command; its output.  Raises ``RuntimeError`` where it fails."""
-        done = subprocess.run(self.argv(*words), capture_output=True, text=True, timeout=60, env=environment())
+        done = subprocess.run(self.argv(*words), capture_output=True, text=True, timeout=60, env=self._environment)
         if check and done.returncode:
             raise RuntimeError(f"persona-broker {' '.join(words)}: {done.stdout}{done.stderr}")
         return done.stdout
+
+    def records(self, since: str, *words: str) -> list[dict[str, Any]]:
+        """The newest of what guests recorded ``since`` such a ``moment``, oldest first: no other test's are in it."""
+        lines = self.run("records", "tail", "-n", "50000", "--json", "--since", since, *words).splitlines()
+        return [json.loads(line) for line in lines]
 
     def start(self, *, outlive: bool = False) -> None:
         """Serves until ``stop``, or until the thread that called ends; returns when both ports accept."""
@@ -64,7 +79,7 @@ class Broker:
                     *ends_with_us(outlive),
                     *self.argv("serve", *binds, *tls, "--load-source", "set", "--ready-fd", str(writing)),
                 ],
-                stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(writing,), env=environment(),
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=(writing,), env=self._environment,
                 start_new_session=True,
             )  # fmt: skip
         os.close(writing)
@@ -88,6 +103,14 @@ class Broker:
         while process_of(self.pidfile) is not None and time.monotonic() < deadline:
             time.sleep(0.05)
 
+    def documents(self, *paths: Path) -> None:
+        """These files and folders become the whole set, policies in this order."""
+        with tempfile.TemporaryDirectory() as folder:
+            for number, path in enumerate(paths):
+                copy = shutil.copytree if path.is_dir() else shutil.copy
+                copy(path, Path(folder) / f"{number:02}-{path.name}")
+            self.run("apply", "--all", folder, "--yes")
+
     def load(self, cpu: float) -> None:
         """The host's CPU load from now on, percent."""
         self.run("load", "set", f"cpu={cpu:g}")
@@ -102,21 +125,19 @@ class Broker:
         )
 
 
-def environment() -> dict[str, str]:
-    """This process's environment with the checkout importable and nothing of the network's proxies."""
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "broker", "guest"))
+def environment(root: Path = ROOT) -> dict[str, str]:
+    """This process's environment with the tree ``root`` importable and nothing of the network's proxies."""
+    path = os.pathsep.join(str(root / part) for part in ("", "broker", "guest"))
     return {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def install(machine: Machine) -> str:
-    """Installs persona-guest with apt from build/debs; apt's own output."""
-    debs = ROOT / "build" / "debs"
-    machine.must("mkdir -p /root/debs")
-    machine.put(*debs.glob("persona-guest_*.deb"), *debs.glob("python3-persona_*.deb"), to="/root/debs/")
-    return machine.must(
-        "cd /root/debs && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends ./*.deb",
-        timeout=600,
-    )
+def install(machine: Machine, debs: Path = ROOT / "build" / "debs", to: str = "/root/debs") -> str:
+    """Installs persona-guest with apt from packages; apt's own output."""
+    machine.must(f"mkdir -p {to}")
+    machine.put(*debs.glob("persona-guest_*.deb"), *debs.glob("python3-persona_*.deb"), to=f"{to}/")
+    # a guest.toml that is there stays, though a package may bring another
+    options = "-y -q --no-install-recommends --allow-downgrades -o Dpkg::Options::=--force-confold"
+    return machine.must(f"cd {to} && DEBIAN_FRONTEND=noninteractive apt-get install {options} ./*.deb", timeout=600)
 
 
 def configure(machine: Machine, broker: Broker, mode: str = "enforce", extra: str = "") -> None:
@@ -139,32 +160,79 @@ def await_connected(machine: Machine, timeout: float = 60) -> None:
 
 
 @contextlib.contextmanager
-def site(directory: Path | None = None, options: str = "") -> Iterator[tuple[Machine, Broker]]:
-    """A broker with the examples applied and a gated guest, both ended afterwards; ``options`` for its kernel."""
+def site(directory: Path | None = None, options: str = "", *, stock: bool = False) -> Iterator[tuple[Machine, Broker]]:
+    """A broker with the examples applied and a gated guest, both ended afterwards.
+
+    The guest begins with a copy of the installed one, and boots only where it must differ: with ``options``
+    for its kernel, or as a ``stock`` machine.
+    """
     with contextlib.ExitStack() as stack:
         if directory is None:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="persona-site-")))
-        machine, broker = bring_up(directory, stack, options=options)
-        yield machine, broker
+        image = build()
+        with installed(image) as disk:
+            machine = Machine(image, directory / "vm", options=options, stock=stock, disk=disk)
+        stack.callback(machine.stop)
+        if options or stock:
+            machine.start()
+        else:
+            machine.resume()
+        yield machine, _gate(machine, directory, stack)
 
 
-def bring_up(
-    directory: Path, stack: contextlib.ExitStack, *, outlive: bool = False, options: str = ""
-) -> tuple[Machine, Broker]:
-    """The same in steps that say what they do; ``stack`` ends what was started."""
-    image = build()
-    machine = Machine(image, directory / "vm", options=options)
+@contextlib.contextmanager
+def installed(image: Image) -> Iterator[Path]:
+    """The disk of a guest in which apt has installed build/debs, with its memory as a snapshot; copy it in the block.
+
+    Made once for these packages (a boot and an installation), and kept in build/installed.
+    """
+    recipe = hashlib.sha256(str(image.disk).encode())
+    for file in (Path(__file__), Path(__file__).with_name("machine.py"), *sorted((ROOT / "build" / "debs").glob("*"))):
+        recipe.update(file.read_bytes())
+    home = ROOT / "build" / "installed"
+    disk = home / f"{recipe.hexdigest()[:16]}.qcow2"
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not disk.exists():
+            for old in home.glob("*.qcow2"):
+                old.unlink()
+            with running(image) as machine:
+                say("installing persona-guest in it with apt")
+                install(machine)
+                machine.must("sync")
+                machine.freeze()
+                machine.stop()
+                shutil.move(machine.disk, disk.with_suffix(".new"))
+            disk.with_suffix(".new").rename(disk)
+        yield disk
+
+
+def bring_up(directory: Path, stack: contextlib.ExitStack, *, outlive: bool) -> tuple[Machine, Broker]:
+    """A site from the beginning, in steps that say what they do; ``stack`` ends what was started."""
+    machine = Machine(build(), directory / "vm")
     stack.callback(machine.stop)
     say("booting the guest")
     machine.start(outlive=outlive)
     say("installing persona-guest in it with apt")
     install(machine)
     say("starting the broker and loading the example personas and policies")
+    broker = _gate(machine, directory, stack, outlive=outlive)
+    say("the guest is gated")
+    return machine, broker
+
+
+def _gate(machine: Machine, directory: Path, stack: contextlib.ExitStack, *, outlive: bool = False) -> Broker:
     broker = Broker(directory / "broker")
     broker.run("apply", str(ROOT / "examples"))
     broker.load(30)
     stack.callback(broker.stop)
     broker.start(outlive=outlive)
     configure(machine, broker)
-    say("the guest is gated")
-    return machine, broker
+    return broker
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is ended and removed
+    with installed(build()) as made:
+        print(made)

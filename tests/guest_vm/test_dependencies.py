@@ -55,14 +55,14 @@ def source(guest: Machine, broker: Broker, tmp_path: Path) -> Iterator[None]:
     guest.root("umount /opt; systemctl stop lab-service; systemctl reset-failed")
     guest.root("dpkg --purge lab-tool lab-broken lab-huge lab-helper")
     guest.must("mv /root/sources-away/* /etc/apt/ 2>/dev/null; true")
-    broker.run("apply", *map(str, DOCUMENTS))
+    broker.documents(*DOCUMENTS)
     configure(guest, broker)
 
 
 def needing(broker: Broker, tmp_path: Path, *needs: str) -> None:
     """alice's and carol's only personas need this."""
     (tmp_path / "x.yaml").write_text(persona("alice", "Needy", *needs) + "---\n" + persona("carol", "Needy2", *needs))
-    broker.run("apply", str(tmp_path / "x.yaml"))
+    broker.documents(tmp_path / "x.yaml")
 
 
 def audit(guest: Machine) -> str:

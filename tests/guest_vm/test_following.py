@@ -37,7 +37,7 @@ def site(broker: Broker, on_revoke: str, *, rest: list[str] | None = None, pids:
 def _as_before(broker: Broker) -> Iterator[None]:
     yield
     broker.load(30)
-    broker.run("apply", *map(str, DOCUMENTS))
+    broker.documents(*DOCUMENTS)
 
 
 def until(guest: Machine, command: str, timeout: float = 20) -> None:
@@ -79,6 +79,7 @@ def test_a_new_version_changes_the_limits_of_what_runs(guest: Machine, broker: B
 
 def test_freeze_and_thaw(guest: Machine, broker: Broker) -> None:
     site(broker, "freeze")
+    began = guest.moment()
     with guest.session(USER) as session:
         pid = session.ask(f"{COUNT} >/dev/null & echo $!").strip()
         work = CGROUPS + cgroup(session.ask("cat /proc/self/cgroup"))
@@ -96,9 +97,7 @@ def test_freeze_and_thaw(guest: Machine, broker: Broker) -> None:
         assert counted(guest) > before
         session.ask(f"kill {pid}")
     time.sleep(2)
-    records = broker.run("records", "tail", "-n", "60", "--json")
-    assert '"frozen"' in records
-    assert "persona_withdrawn" in records
+    assert ("frozen", "persona_withdrawn") in {(one["event"], one["reason"]) for one in broker.records(began)}
 
 
 def test_the_user_is_told_of_a_freeze_and_of_its_end(guest: Machine, broker: Broker) -> None:
@@ -156,12 +155,15 @@ def test_a_session_that_nothing_is_for_keeps_a_shell_with_crumbs(guest: Machine,
         session.ask(f"kill {pid[0]}")
 
 
-def test_a_revoked_session_ends_where_its_persona_says_kill(guest: Machine, broker: Broker) -> None:
-    site(broker, "kill")
+@pytest.mark.parametrize(("on_revoke", "words"), [("kill", []), ("finish", ["--end"])])
+def test_a_revoked_session_ends_where_its_persona_or_the_operator_says_so(
+    guest: Machine, broker: Broker, on_revoke: str, words: list[str]
+) -> None:
+    site(broker, on_revoke)
     with guest.session(USER) as session:
         shell = session.ask("echo $$").strip()
         ident = json.loads(session.ask("persona status --json"))["session"]
-        broker.run("sessions", "revoke", ident)
+        broker.run("sessions", "revoke", ident, *words)
         until(guest, f"! test -e /proc/{shell}", 15)
 
 

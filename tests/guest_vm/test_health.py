@@ -48,13 +48,13 @@ def asking(guest: Machine, broker: Broker, tmp_path: Path) -> Iterator[None]:
     guest.must(
         "truncate -s 64M /var/tmp/small && mkfs.ext4 -q -F /var/tmp/small && mount -o loop /var/tmp/small /mnt/small"
     )
-    broker.run("apply", str(tmp_path / "asking.yaml"))
+    broker.documents(tmp_path / "asking.yaml")
     try:
         until(lambda: guest.ssh("alice", "ls -d /etc").out == "/etc\n", 90)
         yield
     finally:
         guest.root("umount /mnt/small; rm -f /var/tmp/small")
-        broker.run("apply", *map(str, DOCUMENTS))
+        broker.documents(*DOCUMENTS)
 
 
 def until(holds: Callable[[], bool], seconds: float) -> float:

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Broker]]:
     """A guest of its own, booted so."""
     with site(tmp_path_factory.mktemp("absent"), OPTIONS) as (machine, broker):
-        broker.run("apply", *map(str, DOCUMENTS))
+        broker.documents(*DOCUMENTS)
         machine.must("cp /usr/bin/touch /usr/local/bin/forbidden")
         yield machine, broker
 

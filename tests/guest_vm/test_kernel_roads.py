@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from persona_guest.lsm import abi
 
 from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.login import Session
@@ -17,7 +18,7 @@ from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT, Broker, await_connected, configure
 from tests.guest_vm.test_kernel import WAYS, kernel, put, sidedoor
 
-EXECS = 1000
+LONG = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
 
 
 @pytest.fixture
@@ -64,7 +65,8 @@ def test_a_manager_from_before_starts_nothing_and_a_new_login_is_gated_as_ever(u
     # in complain mode alice lingers and has a session, both without the gate; then the operator enforces
     unwatched.must("sed -i 's/^mode.*/mode = \"complain\"/' /etc/persona/guest.toml; systemctl restart persona-agent")
     await_connected(unwatched)
-    unwatched.must("loginctl enable-linger alice; sleep 3; systemctl is-active user@1000.service")
+    up = "for i in $(seq 60); do systemctl -q is-active user@1000.service && exit 0; sleep 1; done; exit 1"
+    unwatched.must(f"loginctl enable-linger alice; {up}")
     with unwatched.session("alice") as session:
         assert session.ask("ls -d /etc") == "/etc\n"
         assert "Nmap" in session.ask("systemd-run --user --wait --pipe -q nmap --version", timeout=60)
@@ -116,44 +118,54 @@ def killer(guest: Machine, times: int) -> threading.Thread:
     return thread
 
 
-def test_the_agent_is_killed_in_the_middle_of_a_thousand_execs(guest: Machine) -> None:
+@pytest.mark.parametrize("execs", [400, pytest.param(20_000, marks=LONG)])
+def test_the_agent_is_killed_in_the_middle_of_many_execs(guest: Machine, execs: int) -> None:
     guest.must("rm -f /tmp/unapproved; sleep 1")
     with guest.session("carol") as session:
         assert session.ask("/usr/bin/true && echo ready") == "ready\n"
         session.write(
-            f"for i in $(seq {EXECS // 20}); do for j in $(seq 10); do (/usr/bin/expr $i + $j >/dev/null && echo ok"
+            f"for i in $(seq {execs // 20}); do for j in $(seq 10); do (/usr/bin/expr $i + $j >/dev/null && echo ok"
             " || echo refused) & (/usr/local/bin/forbidden /tmp/unapproved 2>/dev/null && echo BAD || echo denied) &"
             " done; wait; done 2>/dev/null | sort | uniq -c"
         )
-        thread = killer(guest, 3)
-        counted = tally(session.read(timeout=400))
+        thread = killer(guest, 2 + execs // 400)
+        counted = tally(session.read(timeout=200 + execs))
         thread.join()
         assert "BAD" not in counted
-        assert counted["ok"] + counted.get("refused", 0) == EXECS // 2
-        assert counted["ok"] >= EXECS // 2 - 5  # an exec whose approval died with the agent is refused
+        assert counted["ok"] + counted.get("refused", 0) == execs // 2
+        assert counted["ok"] >= execs // 2 - 3 - execs // 400  # an exec whose approval died with the agent is refused
         await_connected(guest)
         assert session.ask("ls -d /etc") == "/etc\n"  # the same session goes on
     assert guest.root("test -e /tmp/unapproved").code == 1
 
 
 def keep_trying(probe: Session, session: Session) -> None:
-    """Until there is /tmp/enough: every side door by a subshell with carol's login uid and no gate, and true by her."""
+    """Until there is /tmp/enough: every side door by a subshell with carol's login uid and no gate, and true by her.
+
+    Both leave most of the CPU, of which there may be one, to what goes on meanwhile.
+    """
+    for one in (probe, session):
+        one.ask("renice -n 10 $$")
     probe.write(
-        "(echo 1002 > /proc/self/loginuid; exec bash -c 'while test ! -e /tmp/enough; do sidedoor 1002 /tmp/probe;"
-        " done') | sort | uniq -c"
+        "exec 9<> <(:); (echo 1002 > /proc/self/loginuid; exec bash -c 'while test ! -e /tmp/enough; do"
+        " sidedoor 1002 /tmp/probe; read -rt 1 -u 9; done') | sort | uniq -c"
     )
     session.write(
-        "while test ! -e /tmp/enough; do /usr/bin/true && echo ok || echo refused; done 2>/dev/null | sort | uniq -c"
+        "exec 9<> <(:); while test ! -e /tmp/enough; do /usr/bin/true && echo ok || echo refused; read -rt 0.05 -u 9;"
+        " done 2>/dev/null | sort | uniq -c"
     )
 
 
-def test_no_gap_while_the_layer_is_replaced_and_the_agent_restarts(guest: Machine, static_c: Compiler) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(300, marks=LONG)])
+def test_no_gap_while_the_layer_is_replaced_and_the_agent_restarts(
+    guest: Machine, static_c: Compiler, times: int
+) -> None:
     put(guest, static_c, "sidedoor")
     guest.must("rm -f /tmp/enough; mkdir -p -m 777 /tmp/probe")
     with guest.session("root") as probe, guest.session("carol") as session:
         assert session.ask("/usr/bin/true && echo ready") == "ready\n"
         keep_trying(probe, session)
-        for _ in range(5):
+        for _ in range(times):
             guest.must("systemctl reload persona-kernel")
         guest.must("systemctl restart persona-kernel persona-agent")
         guest.must("dpkg -i /root/debs/persona-guest_*.deb", timeout=300)
@@ -162,7 +174,7 @@ def test_no_gap_while_the_layer_is_replaced_and_the_agent_restarts(guest: Machin
         assert seen == {(way, "stopped") for way in WAYS}
         counted = tally(session.read(timeout=120))
         assert set(counted) == {"ok"}, counted
-    assert len(guest.must("ls /sys/fs/bpf/persona/*/links").split()) == 3
+    assert len(guest.must("ls /sys/fs/bpf/persona/*/links").split()) == len(abi.PROGRAMS)
 
 
 OTHER_LAYOUT = r"""
@@ -170,7 +182,7 @@ set -e
 rm -rf /root/old && mkdir /root/old && cd /root/old
 dpkg-deb -R /root/debs/persona-guest_*.deb guest && dpkg-deb -R /root/debs/python3-persona_*.deb common
 sed -i 's/^Version: .*/Version: 0.0.1/; s/python3-persona (= [^)]*)/python3-persona (= 0.0.1)/' */DEBIAN/control
-sed -i 's/^LAYOUT = .*/LAYOUT = "0"/' "$(find guest -name layer_abi.py)"
+sed -i 's/^LAYOUT = .*/LAYOUT = "0"/' "$(find guest -path "*/lsm/abi.py")"
 dpkg-deb -b guest guest.deb && dpkg-deb -b common common.deb
 """
 
@@ -187,7 +199,7 @@ def test_no_gap_while_a_version_with_other_maps_comes_and_goes(guest: Machine, s
         assert guest.ssh("alice", "ls -d /etc").out == "/etc\n"
         assert guest.ssh("alice", "nmap --version").code == 126
         guest.must("dpkg -i /root/debs/python3-persona_*.deb /root/debs/persona-guest_*.deb", timeout=300)
-        assert guest.must("ls /sys/fs/bpf/persona") == "1\n"
+        assert guest.must("ls /sys/fs/bpf/persona") == f"{abi.LAYOUT}\n"
         guest.must("touch /tmp/enough")
         seen = {tuple(line.split()[1:]) for line in probe.read(timeout=120).splitlines()}
         assert seen == {(way, "stopped") for way in WAYS}
@@ -220,7 +232,8 @@ def test_an_object_that_the_verifier_refuses_leaves_the_old_one_in_place(
     guest: Machine, static_c: Compiler, tmp_path: Path
 ) -> None:
     put(guest, static_c, "sidedoor")
-    shutil.copytree(ROOT / "guest" / "bpf", tmp_path / "bpf")
+    for part in ("bpf", "include"):
+        shutil.copytree(ROOT / "guest" / part, tmp_path / part)
     source = tmp_path / "bpf" / "persona.bpf.c"
     text = source.read_text()
     assert "step >= CHAIN_MAX || " in text

@@ -167,7 +167,8 @@ def test_the_documents_of_the_guide_are_applied_from_where_the_user_is(tmp_path:
     def broker(line: str) -> subprocess.CompletedProcess[str]:
         return _script(f"lab broker {line}", ROOT, tmp_path, cwd=user)
 
-    applied = broker("apply my.yaml examples")
+    assert broker("apply examples").returncode == 0
+    applied = broker("apply my.yaml")
     assert applied.returncode == 0, applied.stderr
     assert "Reader" in record.run("explain", "--user", "bob", "--vm", "analytics-1", "--load", "cpu=30", "ls")
     explained = broker("explain --user bob --vm analytics-1 --load cpu=90 -- ls")

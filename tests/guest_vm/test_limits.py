@@ -5,7 +5,6 @@ import re
 import shlex
 import statistics
 import time
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,7 @@ from tests.guest_vm.bound import CGROUPS, USER, apply, bound, cgroup, persona, p
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, await_connected
 
-# Burns with N processes and prints the percentage of a core that the whole cgroup got, over 6 s.
+# Burns with N processes and prints the percentage of a core that the whole cgroup got, over 4 s.
 BURN = """
 import os, signal, sys, time
 children = []
@@ -26,7 +25,7 @@ path = "/sys/fs/cgroup" + open("/proc/self/cgroup").read().strip().split("::")[1
 used = lambda: int(open(path).readline().split()[1])
 time.sleep(1)
 a, t = used(), time.monotonic()
-time.sleep(6)
+time.sleep(4)
 b, u = used(), time.monotonic()
 for pid in children: os.kill(pid, signal.SIGKILL)
 print((b - a) / 1e4 / (u - t))
@@ -47,6 +46,11 @@ print(statistics.median(once() for _ in range(40)))
 def python(source: str, *arguments: str) -> str:
     """A shell command line."""
     return shlex.join(["python3", "-c", source, *arguments])
+
+
+# What a bomb may take of the guest's one CPU.  alice then starts programs in 1 / (1 - 0.3) = 1.4 times the time; with
+# half of the CPU it would be just twice as long, which is the bound of the two tests.
+BOMB_CPU = "30%"
 
 
 def bombed(guest: Machine, bomb: str) -> tuple[float, float, str]:
@@ -83,26 +87,27 @@ def test_systemd_still_knows_its_sessions(guest: Machine, broker: Broker) -> Non
         limit = f"cat {CGROUPS}user.slice/user-1001.slice/user@1001.service/memory.max"
         assert session.ask(f"systemd-run --user --wait --pipe -q {limit}") == f"{300 << 20}\n"
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and guest.root("test -e /sys/fs/cgroup/user.slice/user-1001.slice").code == 0:
+    while time.monotonic() < deadline and guest.root("loginctl show-user bob").code == 0:
         time.sleep(0.5)
-    assert guest.root("ls /sys/fs/cgroup/user.slice/user-1001.slice").code != 0
+    assert guest.root("loginctl show-user bob").code != 0
+    assert guest.must(f"find {CGROUPS}user.slice/user-1001.slice -mindepth 1 -type d") == ""
 
 
 def test_sessions_without_a_scope_have_a_house(guest: Machine) -> None:
     su = cgroup(guest.must("su - alice -c 'cat /proc/self/cgroup'"))
-    assert re.fullmatch(r"user\.slice/persona-sessions\.service/s-\w+/DataAnalyst", su)
+    assert re.fullmatch(r"user\.slice/persona-sessions\.service/user-1000/s-\w+:DataAnalyst", su)
     wait = "for i in 1 2 3 4 5 6 7 8; do sleep 1; test -s at.out && break; done; cat at.out"
     at = guest.ssh("alice", f"rm -f at.out; echo 'cat /proc/self/cgroup > at.out 2>&1' | at now; {wait}").out
-    assert re.fullmatch(r"user\.slice/persona-sessions\.service/s-\w+/DataAnalyst", cgroup(at))
+    assert re.fullmatch(r"user\.slice/persona-sessions\.service/user-1000/s-\w+:DataAnalyst", cgroup(at))
     guest.must("echo '@reboot cat /proc/self/cgroup > /tmp/cron.out' | crontab -u alice -; rm -f /run/crond.reboot")
     try:
         guest.must("rm -f /tmp/cron.out; systemctl restart cron")
         cron = guest.must(wait.replace("at.out", "/tmp/cron.out"))
     finally:
         guest.must("crontab -u alice -r")
-    assert re.fullmatch(r"user\.slice/persona-sessions\.service/s-\w+/DataAnalyst", cgroup(cron))
+    assert re.fullmatch(r"user\.slice/persona-sessions\.service/user-1000/s-\w+:DataAnalyst", cgroup(cron))
     time.sleep(2)
-    assert guest.root("ls -d /sys/fs/cgroup/user.slice/persona-sessions.service/s-*").code != 0
+    assert guest.root("ls -d /sys/fs/cgroup/user.slice/persona-sessions.service/user-*/s-*").code != 0
 
 
 def test_nobody_moves_himself_out(guest: Machine, broker: Broker) -> None:
@@ -145,13 +150,13 @@ def test_limits_per_persona_are_shared(guest: Machine, broker: Broker) -> None:
             assert parents == {"user.slice/persona-sessions.service/shared-Bound"}
             assert guest.must(f"cat {CGROUPS}{parents.pop()}/pids.max") == "40\n"
         time.sleep(2)
-        assert guest.root("ls -d /sys/fs/cgroup/user.slice/persona-sessions.service/shared-Bound").code != 0
+        assert guest.root("ls -d /sys/fs/cgroup/user.slice/persona-sessions.service/shared-Bound/s-*").code != 0
 
 
 # --- the numbers -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("percent", [20, 50, 150])
+@pytest.mark.parametrize("percent", [20, 60])
 def test_cpu(guest: Machine, broker: Broker, percent: int) -> None:
     with bound(broker, {"cpu": f"{percent}%"}):
         got = float(guest.ssh(USER, python(BURN, "3")).out)
@@ -170,18 +175,12 @@ def test_memory_kills_inside_the_session_only(guest: Machine, broker: Broker) ->
 
 def test_an_oom_kill_is_told_and_recorded(guest: Machine, broker: Broker) -> None:
     with bound(broker, {"memory": "96MiB"}):
+        began = guest.moment()
         done = guest.ssh(USER, "python3 -c 'x = bytearray(500 << 20)'; sleep 1; echo $?", tty=True)
         line = "persona: out of memory, a program was killed: persona Bound allows 96 MiB"
         assert done.out.count(line) == 1, done.text
         time.sleep(2)
-        records = [json.loads(line) for line in broker.run("records", "tail", "-n", "40", "--json").splitlines()]
-        assert any(record["event"] == "limit" and record["reason"] == "memory_limit" for record in map(_body, records))
-
-
-def _body(record: dict[str, Any]) -> dict[str, Any]:
-    body = record.get("record", record)
-    assert isinstance(body, dict)
-    return body
+        assert ("limit", "memory_limit") in {(one["event"], one["reason"]) for one in broker.records(began)}
 
 
 def test_a_full_pids_limit_is_told(guest: Machine, broker: Broker) -> None:
@@ -217,7 +216,7 @@ def test_priority_is_a_weight_between_users(guest: Machine, broker: Broker) -> N
 
 
 def test_a_fork_bomb_stays_inside(guest: Machine, broker: Broker) -> None:
-    with bound(broker, {"cpu": "50%", "memory": "256MiB", "pids": 64}):
+    with bound(broker, {"cpu": BOMB_CPU, "memory": "256MiB", "pids": 64}):
         idle, under, said = bombed(guest, "bomb() { bomb | bomb & }; bomb 2>/dev/null")
     assert under < 2 * idle, (idle, under)
     assert "pids_limit" in said
@@ -225,7 +224,7 @@ def test_a_fork_bomb_stays_inside(guest: Machine, broker: Broker) -> None:
 
 def test_a_memory_bomb_stays_inside(guest: Machine, broker: Broker) -> None:
     eat = "python3 -c 'x = []\nwhile True: x.append(bytearray(1 << 20))'"
-    with bound(broker, {"cpu": "50%", "memory": "128MiB", "pids": 64}):
+    with bound(broker, {"cpu": BOMB_CPU, "memory": "128MiB", "pids": 64}):
         idle, under, said = bombed(guest, f"while :; do {eat}; done")
     assert under < 2 * idle, (idle, under)
     assert "memory_limit" in said
@@ -258,7 +257,9 @@ def test_the_plan_is_empty_when_all_is_as_it_should_be(guest: Machine) -> None:
         assert here in [place["cgroup"] for place in plan["places"]]
         # at once: it is looked after every 30 s
         plan = json.loads(guest.must(f"echo 77 > {CGROUPS}{here}/pids.max; persona-agent plan --json"))["plan"]
-        assert [(step["op"], step["value"], step["before"]) for step in plan] == [("cgroup.set", "256", "77")]
+        # of her session only: what her memory may be together changes with what she uses
+        steps = [(step["op"], step["value"], step["before"]) for step in plan if step.get("cgroup") == here]
+        assert steps == [("cgroup.set", "256", "77")]
 
 
 def test_a_restarted_agent_puts_right_what_it_finds(guest: Machine) -> None:

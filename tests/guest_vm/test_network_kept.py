@@ -10,7 +10,7 @@ import pytest
 from tests.guest_vm.bound import DOCUMENTS, USER, apply, bound, persona, policy
 from tests.guest_vm.far import FAR4, FAR6, OTHER4, attempt, background, begin
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import Broker, await_connected, configure, install
+from tests.guest_vm.site import Broker, await_connected, configure
 
 REFUSED = "ECONNREFUSED"
 HELPERS = Path(__file__).parent / "helpers"
@@ -142,7 +142,6 @@ def test_removal_leaves_no_table_rule_or_route(guest: Machine, broker: Broker) -
         assert table_of(guest) == ""
         assert "fwmark" not in guest.must("ip rule; ip -6 rule")
         assert guest.must("ip route show table 21001 2>/dev/null; true") == ""
-    broker.run("apply", *map(str, DOCUMENTS))
-    guest.must("systemctl unmask persona-agent")
-    install(guest)
+    broker.documents(*DOCUMENTS)
+    guest.thaw()
     configure(guest, broker)

@@ -11,7 +11,7 @@ from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT, await_connected
 
-TRIES = 200
+TRIES = 60
 
 # alice may run 'told fine FILE' only; 'told evil FILE' creates the file
 TOLD = r"""

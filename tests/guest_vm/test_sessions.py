@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from tests.guest_vm.bound import DOCUMENTS, USER, apply, persona, policy
+from tests.guest_vm.login import Terminal
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, configure
 
@@ -49,12 +51,13 @@ def test_root_is_never_gated(guest: Machine) -> None:
 
 def test_break_glass_is_never_gated_and_loud(guest: Machine, broker: Broker) -> None:
     guest.must("usermod -aG persona-break-glass admin")
+    began = guest.moment()
     try:
         done = guest.ssh("admin", "nmap --version")
         assert "Nmap version" in done.out
         assert "BREAK GLASS: admin" in guest.must("journalctl -u persona-agent --no-pager -n 100")
         time.sleep(2)
-        assert "break_glass" in broker.run("records", "tail", "-n", "50")
+        assert ("break_glass", "admin") in {(record["event"], record["user"]) for record in broker.records(began)}
     finally:
         guest.must("gpasswd -d admin persona-break-glass")
 
@@ -133,6 +136,9 @@ def test_sudo_and_su_inside_a_session_stay_gated(guest: Machine) -> None:
         assert done.out.splitlines()[0] == "0"
         assert guest.root("test -e /tmp/escaped").code == 1
         assert (done.out + done.err).count("persona: forbidden: denied") >= 3
+        done = guest.ssh("carol", "persona denials >&2; sudo -n persona denials; sudo -n -u alice persona denials")
+        assert done.err.count("/usr/local/bin/forbidden: denied") >= 1
+        assert (done.out, done.code, done.err.count("this session is another user's")) == ("", 3, 2)
     finally:
         guest.must("rm -f /etc/sudoers.d/carol")
 
@@ -161,31 +167,56 @@ def test_a_revoked_session_is_denied_everything_at_once(guest: Machine, broker: 
         assert ident is not None
         broker.run("sessions", "revoke", ident[1])
         time.sleep(1)
-        assert "session_revoked" in session.ask("ls -d /etc")
+        said = session.ask("ls -d /etc")
+        assert "persona: an operator revoked this session: every command is denied from now on" in said
+        assert "session_revoked" in said
 
 
 def test_complain_mode_stops_nothing_and_records(guest: Machine, broker: Broker) -> None:
     configure(guest, broker, mode="complain")
+    began = guest.moment()
     try:
         assert "Nmap version" in guest.ssh("alice", "nmap --version").out
         assert guest.ssh("bob", "echo in").out == "in\n"
         time.sleep(2)
-        records = broker.run("records", "tail", "-n", "60", "--json")
-        assert '"complain": true' in records
-        assert any('"denied"' in line and "nmap" in line for line in records.splitlines())
+        denied = broker.records(began, "--denied")
+        assert {(record["user"], record["program"], record["complain"]) for record in denied} >= {
+            ("alice", "/usr/bin/nmap", True),
+            ("bob", "", True),  # the login itself
+        }
     finally:
         configure(guest, broker)
 
 
 def test_the_persona_command(guest: Machine) -> None:
     done = guest.ssh(
-        "alice", "persona status; persona list; persona explain nmap -p 1 x; echo $?; persona explain ls; echo $?"
+        "alice",
+        "persona status; persona list; persona explain nmap -p 1 x; echo $?; persona explain ls; echo $?; "
+        "nmap -p 7 localhost 2>/dev/null; persona denials",
     )
     assert "persona:   DataAnalyst v1 (policy analysts-by-day)" in done.out
     assert "layers:    seccomp, bpf, limits, network\n" in done.out
     assert "AnalystOnBusyHost v1, policy analysts-on-busy-host: applies now" in done.out
     assert "nmap: would be denied, no_matching_policy under DataAnalyst" in done.out
     assert re.search(r"^1\nls: would run under DataAnalyst v1 .*\n0$", done.out, re.MULTILINE)
+    denial = rf"  /usr/bin/nmap: denied, no_matching_policy {UNDER}\n    command: nmap -p 7 localhost\n"
+    assert re.search(denial, done.out)
+
+
+def test_programs_in_a_home(guest: Machine) -> None:
+    """Under the kernel layer, by the agent in its sandbox, with the home that the account database names."""
+    line = "own/v1/tool -un; echo $?; "
+    done = guest.ssh(
+        "carol",
+        "mkdir -p own/v1; cp /usr/bin/id own/v1/tool; cp /usr/bin/id own/other; export HOME=/tmp; " + line +
+        "own/other -un; echo $?; mv own moved; moved/v1/tool -un; echo $?; mv moved own; " + line +
+        "chmod u+s own/v1/tool; " + line + "chmod u-s own/v1/tool; " + line +
+        "persona explain own/v1/tool; persona explain own/other; persona list | grep home",
+    )  # fmt: skip
+    explained = "own/v1/tool: would run under Escapist v1 (policy escapists)\n"
+    assert done.out.startswith("carol\n0\n126\n126\ncarol\n0\n126\ncarol\n0\n" + explained), done.text
+    assert "own/other: would be denied, program_not_trusted" in done.out
+    assert "    in your home: own/**/tool\n" in done.out
 
 
 def test_greeting_only_for_interactive_logins(guest: Machine) -> None:
@@ -225,3 +256,32 @@ def test_persona_shell_where_there_is_no_pam(guest: Machine) -> None:
         assert "bob may not log in" in bob.err
     finally:
         guest.must("kill $(cat /run/sshd2.pid); rm /root/key")
+
+
+def test_the_set_for_login_shells_is_what_they_start_at_a_login(guest: Machine, broker: Broker) -> None:
+    """A first and a second login; what of a denial nobody would see, as in the background, is in the record."""
+    apply(broker, persona("Shells", {}, ["@login-shell"]), policy("shells", "Shells"))
+    began = guest.moment()
+    try:
+        for shell, asked in (("bash", ""), ("zsh", "Type one of the keys"), ("fish", "")):
+            guest.must(f"chsh -s /usr/bin/{shell} {USER}")
+            for keys in ("0" if asked else "", ""):
+                terminal = Terminal(guest.ssh_argv(USER, "-tt"))
+                try:
+                    if keys:
+                        terminal.expect(asked, 60)
+                        terminal.type(keys)
+                    terminal.expect("analytics-1", 60)  # the prompt
+                    terminal.type("nmap\n")
+                    terminal.expect("nmap: denied", 60)
+                    terminal.type("exit\n")
+                    terminal.end(60)
+                finally:
+                    terminal.close()
+        time.sleep(2)
+        denied = broker.records(began, "--user", USER, "--denied")
+        assert {record["program"] for record in denied} == {"/usr/bin/nmap"}, denied
+        assert len(denied) >= 6
+    finally:
+        guest.must(f"chsh -s /bin/bash {USER}; rm -f /home/{USER}/.zshrc /home/{USER}/.zcompdump*")
+        broker.documents(*DOCUMENTS)

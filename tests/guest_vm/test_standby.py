@@ -5,6 +5,8 @@ import re
 import time
 from collections.abc import Iterator
 
+import pytest
+
 from tests.guest_vm.login import Session
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, await_connected, configure
@@ -134,3 +136,38 @@ def test_removal_while_the_agent_is_stopped_cuts_nobody_off(guest: Machine, brok
     assert guest.root(gone, timeout=60).code == 0
     guest.thaw()
     configure(guest, broker)
+
+
+@contextlib.contextmanager
+def slow_start(guest: Machine) -> Iterator[None]:
+    """The agent's next start takes longer than anybody waits for one that is not heard of; then it is fast again."""
+    starting = "/run/persona/state/starting"
+    quota = "systemctl set-property --runtime persona-agent.service CPUQuota"
+    guest.must(f"{quota}=20%")
+    guest.must(
+        f"systemd-run -q --collect sh -c 'until test -e {starting}; do sleep 0.5; done;"
+        f" while test -e {starting}; do sleep 0.5; done; {quota}='"
+    )
+    try:
+        yield
+    finally:
+        guest.must("systemctl set-property --runtime persona-agent.service CPUQuota=")
+        await_connected(guest)
+
+
+@pytest.mark.soak  # it hangs on how fast the emulated machine is; tests/guest/test_standby.py has the rule itself
+def test_a_start_that_takes_long_refuses_nothing_that_is_allowed(guest: Machine) -> None:
+    with guest.session("alice") as session, contextlib.ExitStack() as stack:
+        assert session.ask("ls -d /etc") == "/etc\n"
+        stack.enter_context(slow_start(guest))
+        guest.must("systemctl kill -s KILL persona-agent")
+        started = time.monotonic()
+        session.write("ls -d /etc; nmap --version")
+        time.sleep(10)  # by now it has said that it starts
+        assert guest.ssh("alice", "ls -d /etc", timeout=120).out == "/etc\n"
+        text = session.read(timeout=120)
+        took = time.monotonic() - started
+        print(f"a start of {took:.0f} s")
+        assert "agent_stopping" not in text
+        assert text.startswith("/etc\n")
+        assert took > 16  # else this shows nothing
