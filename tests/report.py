@@ -1,4 +1,4 @@
-"""The end of ``scripts/test``: what each part took, the slowest tests, and what was tried twice.
+"""The end of ``scripts/test``: what each part took, the slowest tests, what was tried twice, and what failed.
 
 ``python3 -m tests.report DIRECTORY`` reads what the parts left there: ``parts.tsv`` (name, budget and seconds,
 exit code), and for each part that ran tests pytest's NAME.xml and NAME.retried.txt.  Exits with 1 where more
@@ -15,6 +15,7 @@ from tests.bench.machine import pace
 BUDGET_S, LIMIT_S = 20 * 60, 25 * 60  # of the whole run, on a quiet machine of two cores
 SLOWEST = 10
 RETRIES_MAX = 3
+REASON_LINES = 6  # of a failure: the rest is in the junit file
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Part:
     code: int
     tests: tuple[tuple[float, str], ...]  # seconds with set-up and tear-down, and the test
     retried: tuple[str, ...]
+    failures: tuple[tuple[str, str], ...]  # the test, and what pytest says in the end
 
 
 def read(directory: Path) -> list[Part]:
@@ -35,14 +37,16 @@ def read(directory: Path) -> list[Part]:
 
 
 def _part(directory: Path, name: str, budget: str, seconds: str, code: str) -> Part:
-    tests, retried = [], []
+    tests, retried, failures = [], [], []
     if (junit := directory / f"{name}.xml").exists():
         for case in ElementTree.parse(junit).iter("testcase"):  # noqa: S314 # pytest's own
             where = case.get("classname", "").removeprefix("tests.").replace(".", "/")
-            tests.append((float(case.get("time", 0)), f"{where}.py::{case.get('name')}"))
+            test = f"{where}.py::{case.get('name')}"
+            tests.append((float(case.get("time", 0)), test))
+            failures += [(test, end.get("message", "")) for end in case if end.tag in ("failure", "error")]
     if (again := directory / f"{name}.retried.txt").exists():
         retried = again.read_text().splitlines()
-    return Part(name, float(budget), float(seconds), int(code), tuple(tests), tuple(retried))
+    return Part(name, float(budget), float(seconds), int(code), tuple(tests), tuple(retried), tuple(failures))
 
 
 def lines(parts: list[Part], whole: float) -> list[str]:
@@ -64,6 +68,8 @@ def lines(parts: list[Part], whole: float) -> list[str]:
     if again := [line for part in parts for line in part.retried]:
         found += ["", f"tried a second time ({len(again)}, at most {RETRIES_MAX} may be):"]
         found += ["  " + line.replace("\t", ": ") for line in again]
+    for test, reason in (failure for part in parts for failure in part.failures):
+        found += ["", f"failed: {test}", *(f"    {line}" for line in reason.splitlines()[:REASON_LINES])]
     return found
 
 

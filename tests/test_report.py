@@ -1,4 +1,4 @@
-"""The report at the end of a run: what each part took, what was over its budget, what was tried twice."""
+"""The report at the end of a run: what each part took, what was over its budget, what was tried twice, what failed."""
 
 from pathlib import Path
 
@@ -28,6 +28,17 @@ def test_what_is_told(tmp_path: Path) -> None:
     ]
     assert "    70.2 s  guest/test_x.py::test_slow" in told
     assert "  test_x: a reason" in told
+
+
+def test_why_a_test_failed_is_told_at_the_end_of_a_run(tmp_path: Path) -> None:
+    parts(tmp_path)
+    broken = '<failure message="AssertionError: assert 1 == 2&#10; + where 1 = x()">a traceback</failure>'
+    (tmp_path / "guests.xml").write_text(XML.format("slow", "70.25").replace("/></", f">{broken}</testcase></"))
+    assert report.lines(report.read(tmp_path), 1300)[-3:] == [
+        "failed: guest/test_x.py::test_slow",
+        "    AssertionError: assert 1 == 2",
+        "     + where 1 = x()",
+    ]
 
 
 @pytest.mark.parametrize(("retried", "code"), [(0, 0), (3, 0), (4, 1)])
