@@ -1,4 +1,4 @@
-"""``persona-broker``: serve decisions, and the operator's commands (``commands``).
+"""``persona-broker``: serve decisions, and the operator's commands (``cli``).
 
 Exit codes: 0 done, 1 refused or problems found, 2 usage, 3 the database or a file cannot be used, 4 nobody said
 yes to a removal.
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(
             "--message", "-m", type=usage.message, default="", metavar="TEXT", help="why, for the history"
         )
+        parser.add_argument("--if-revision", type=usage.count, metavar="N", help="only where that is the newest one")
         parser.add_argument("--yes", "-y", action="store_true", help="remove without being asked")
         parser.add_argument("--dry-run", action="store_true", help="only say what would change")
 
@@ -122,7 +123,6 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--before", metavar="NAME", help="new policies without an order are asked before this one")
     place.add_argument("--after", metavar="NAME", help="the same, after this one")
     apply.add_argument("--allow-empty", action="store_true", help="also no documents at all: everything is removed")
-    apply.add_argument("--if-revision", type=usage.count, metavar="N", help="only where that is the newest revision")
     about_change(apply)
 
     past = command("history", history.history, "who changed which documents when, the newest first")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from persona_broker.policy.losses import losses
 from persona_broker.policy.merge import ADD, How
+from persona_broker.store.change_sets import NOBODY
 from persona_broker.store.sqlite import SessionRow, Store, make_snapshot
 
 from persona.decisions import Subject
@@ -185,10 +186,10 @@ def test_what_was_shown_is_what_is_done(store: Store) -> None:
     values = (persona("A"), policy("a"), policy("b"), policy("c", order=1))
     one, two, three = ([parse_document(value) for value in values[:count]] for count in (3, 2, 4))
     store.apply(one)
-    seen = store.plan(two, How(prune=True)).changes
+    seen = store.plan(two, How(prune=True))
     store.apply(three, ADD)
-    with pytest.raises(PersonaError, match="somebody else applied documents meanwhile"):
-        store.apply(two, How(prune=True), seen)
+    with pytest.raises(PersonaError, match="the revision is 2 by now, no longer 1: 2 by somebody unknown"):
+        store.change(two, How(prune=True), NOBODY, seen.revision)
     assert len(store.snapshot().policies) == 3
 
 

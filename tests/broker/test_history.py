@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -14,16 +15,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from persona_broker.policy.field_diff import FieldChange, compare
-from persona_broker.policy.merge import WHOLE
+from persona_broker.policy.merge import ADD, WHOLE
 from persona_broker.policy_files.reader import load
 from persona_broker.policy_files.writer import as_yaml
 from persona_broker.store.change_sets import Author
 from persona_broker.store.schema import MIGRATIONS
 from persona_broker.store.sqlite import Store
 
-from persona.documents import parse_document
+from persona.documents import Document, parse_document
 from persona.problems import PersonaError
-from tests.broker.conftest import ROOT, Broker
+from tests import releases
+from tests.broker.conftest import ROOT, Broker, environment
 from tests.broker.test_apply import EXAMPLES, names, persona, policy, write
 
 SET = {"kind": "CommandSet", "name": "git", "commands": ["git **", "tig"]}
@@ -73,11 +75,33 @@ def test_a_change_that_is_not_of_the_newest_revision_names_who_was_faster(cli: B
     assert answer(cli, "apply", str(file), "--if-revision", "2")["revision"] == 3
 
 
+def test_another_revision_is_refused_before_anybody_is_asked(cli: Broker, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    cli.run("apply", write(file, persona("A"), policy("a")))
+    cli.run("apply", "--yes", "--prune", write(file, persona("A", "cat")))
+    for words in (("apply", "--prune", str(file)), ("rollback", "1"), ("apply", str(file), "--dry-run")):
+        done = cli.run(*words, "--if-revision", "1")
+        assert (done.returncode, "the revision is 2 by now" in done.stderr) == (1, True), words
+    assert answer(cli, "rollback", "1", "--if-revision", "2", "-m", "oops")["revision"] == 3
+    assert answer(cli, "history", "-n", "1")["items"][0]["message"] == "rollback to 1: oops"
+
+
+def test_what_somebody_was_shown_is_not_done_to_what_they_have_not_seen(store: Store) -> None:
+    def of(*commands: str) -> list[Document]:
+        return [parse_document(persona("A", *commands))]
+
+    store.change(of("ls"), ADD, Author("ann"))
+    seen = store.plan(of("mine"), ADD)
+    store.change(of("colleagues"), ADD, Author("bob"))
+    with pytest.raises(PersonaError, match="no longer 1: 2 by bob"):
+        store.change(of("mine"), ADD, Author("ann"), seen.revision)
+
+
 def test_of_many_at_once_one_has_the_revision(cli: Broker) -> None:
     def change(number: int) -> bool:
         own = Store(cli.directory / "db")
         try:
-            own.change([parse_document(persona("A", f"x{number}"))], WHOLE, Author(f"u{number}"), None, 0)
+            own.change([parse_document(persona("A", f"x{number}"))], WHOLE, Author(f"u{number}"), 0)
         except PersonaError:
             return False
         else:
@@ -104,14 +128,25 @@ def test_what_was_at_a_revision_comes_back(cli: Broker, tmp_path: Path) -> None:
     assert answer(cli, "rollback", "1", "--yes")["revision"] == 3
     assert (names(cli), cli.run("export").stdout) == (["a", "b"], exported)
     assert answer(cli, "history", "-n", "1")["items"][0]["message"] == "rollback to 1"
-    assert answer(cli, "diff", "1", "3")["documents"] == []
+    whole = {"from": 1, "to": 3, "documents": [], "reordered": False}
+    assert {key: answer(cli, "diff", "1", "3")[key] for key in whole} == whole
+    assert answer(cli, "diff", "1", "2")["reordered"] is True
+    assert [item["reordered"] for item in answer(cli, "history")["items"]] == [True, True, False]
+    assert "        the order of policies\n" in cli.run("history", "-n", "1").stdout
+    assert answer(cli, "diff", "0", "1")["documents"][0]["before"] is None
+    assert cli.run("rollback", "0").returncode == 1
     assert "there is no revision 9; the newest is 3" in cli.run("rollback", "9").stderr
 
 
 def test_what_is_exported_is_applied_to_the_same(cli: Broker, tmp_path: Path) -> None:
+    most = persona("Most", "größe") | {"resource_limits": {"memory": "1000000TiB"}}
     cli.run("apply", EXAMPLES)
+    cli.run("apply", write(tmp_path / "most.yaml", most))
     (tmp_path / "all").mkdir()
-    (tmp_path / "all" / "x.yaml").write_text(cli.run("export").stdout)
+    done = subprocess.run(
+        cli.argv("export"), env=environment(ROOT) | {"PYTHONIOENCODING": "latin-1"}, capture_output=True, check=True
+    )
+    (tmp_path / "all" / "x.yaml").write_bytes(done.stdout)
     assert cli.run("apply", "--all", str(tmp_path / "all")).stdout == "nothing changed\n"
 
 
@@ -151,6 +186,9 @@ def test_what_differs_between_two_revisions(cli: Broker, tmp_path: Path) -> None
 def test_a_list_whose_order_alone_changed() -> None:
     assert list(compare({"a": ["x", "y"]}, {"a": ["y", "x"]})) == [FieldChange("a", ["x", "y"], ["y", "x"])]
     assert list(compare({"a": {"b": 1}}, {})) == [FieldChange("a.b", 1, None)]
+    both = [FieldChange("a", None, "z"), FieldChange("a", ["x", "y"], ["y", "x", "z"])]  # the first that fits decides
+    assert list(compare({"a": ["x", "y"]}, {"a": ["y", "x", "z"]})) == both
+    assert list(compare({"a": ["x", "y"]}, {"a": ["x", "z", "y"]})) == both[:1]
 
 
 def test_a_document_and_its_versions(cli: Broker, tmp_path: Path) -> None:
@@ -179,6 +217,84 @@ def test_what_0_1_0_applied_meanwhile_is_in_the_history(cli: Broker, store: Stor
     assert "somebody unknown  what a broker that keeps no revisions applied" in cli.run("history").stdout
 
 
+def test_a_stale_history_is_brought_up_by_whatever_reads_it(cli: Broker, store: Store, tmp_path: Path) -> None:
+    cli.run("apply", write(tmp_path / "a.yaml", persona("A"), policy("a"), policy("b", "bob")))
+    with store.writing() as db:  # 0.1.0 applies them in another order: position by position
+        for position, name in enumerate(("b", "a")):
+            db.execute("UPDATE applied SET name = ? WHERE position = ?", (name, position + 1))
+    assert names(cli) == ["b", "a"]
+    done = cli.run("apply", str(tmp_path / "a.yaml"), "--if-revision", "1")
+    assert (done.returncode, "what a broker that keeps no revisions applied" in done.stderr) == (1, True)
+    newest, _first = answer(cli, "history")["items"]
+    assert (newest["revision"], newest["documents"], newest["reordered"]) == (2, [], True)
+    assert cli.run("diff", "1").stdout == "policies are asked in this order: b, a\n"
+    exported = answer(cli, "export")["items"]
+    assert [item["document"]["name"] for item in exported] == ["A", "b", "a"]
+
+
+def test_0_1_0_goes_on_with_a_database_of_this_version(cli: Broker, tmp_path: Path) -> None:
+    """Where nothing is applied that it does not know; what it applies is in the history."""
+    old = environment(releases.unpack(tmp_path))
+    file = write(tmp_path / "a.yaml", persona("A"), policy("a"))
+    assert cli.run("apply", file).returncode == 0
+    write(tmp_path / "a.yaml", persona("A", "cat"), policy("a"))
+    done = subprocess.run(cli.argv("apply", file), env=old, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cat" in cli.run("export").stdout
+    (newest, _) = answer(cli, "history")["items"]
+    assert (newest["author"], newest["documents"][0]["after"]) == (None, 2)
+
+
+def test_what_cannot_be_read_stays_and_holds_up_no_rollback_of_the_rest(
+    cli: Broker, store: Store, tmp_path: Path
+) -> None:
+    cli.run("apply", write(tmp_path / "a.yaml", persona("A"), policy("a"), policy("A"), persona("B")))
+    cli.run("apply", write(tmp_path / "a.yaml", persona("A", "cat"), persona("B", "cat")))
+    with store.writing() as db:
+        db.execute("UPDATE documents SET body = '{\"x\": 1}' WHERE kind = 'Policy' AND name = 'A'")
+        db.execute("UPDATE documents SET body = '{' WHERE name = 'B' AND version = 1")
+    shown = cli.run("show", "A")
+    assert (shown.returncode, shown.stderr.startswith("persona-broker: Policy A (version 1) cannot be read")) == (
+        1,
+        True,
+    )
+    assert yaml.safe_load(shown.stdout.partition("---")[0])["command_whitelist"] == ["cat"]
+    assert '# {"x": 1}' in shown.stdout
+    assert [item["problem"] is None for item in json.loads(cli.run("show", "A", "--json").stdout)["items"]] == [
+        True,
+        False,
+    ]
+    assert cli.run("export").returncode == 1
+    found = answer(cli, "diff", "1")["documents"]
+    assert [(item["name"], item["fields"] == [], item["problem"] is None) for item in found] == [
+        ("A", False, True),
+        ("B", True, False),
+    ]
+    done = cli.run("rollback", "1")
+    assert (done.returncode, "Persona B (version 1) cannot be read" in done.stderr) == (1, True)
+    assert "Policy A" not in done.stderr
+    with store.writing() as db:
+        db.execute("UPDATE documents SET body = ? WHERE name = 'B' AND version = 1", (json.dumps(persona("B")),))
+    assert sorted(answer(cli, "rollback", "1")["changed"]) == ["Persona A", "Persona B"]
+    assert cli.run("check").stdout.splitlines()[0].startswith("Policy A (version 1) cannot be read")
+
+
+def test_a_persona_that_changed_with_its_command_set(cli: Broker, tmp_path: Path) -> None:
+    cli.run("apply", write(tmp_path / "a.yaml", persona("A", "@git"), SET, policy("a")))
+    cli.run("apply", write(tmp_path / "b.yaml", SET | {"commands": ["git **"]}))
+    lines = cli.run("diff", "1").stdout.splitlines()
+    assert lines[-2:] == ["Persona A: version 1 -> 2", "  its command sets changed"]
+
+
+def test_a_damaged_order_is_an_error_and_no_order(cli: Broker, store: Store, tmp_path: Path) -> None:
+    cli.run("apply", write(tmp_path / "a.yaml", persona("A"), policy("a")))
+    with store.writing() as db:
+        db.execute("UPDATE change_sets SET policies = '['")
+    for words in (("history",), ("export",), ("rollback", "1")):
+        done = cli.run(*words)
+        assert (done.returncode, "the order of policies at revision 1" in done.stderr) == (3, True), done.stderr
+
+
 def test_what_was_applied_before_there_were_revisions_is_the_first(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "db")) as db, db:
         for migration in MIGRATIONS[:2]:
@@ -188,9 +304,10 @@ def test_what_was_applied_before_there_were_revisions_is_the_first(tmp_path: Pat
             "INSERT INTO applied VALUES (?, ?, ?, 3)", [(2, "Policy", "a"), (1, "Policy", "b"), (0, "Persona", "A")]
         )
     store = Store(tmp_path / "db")
-    (found,) = store.history(10)
+    (found,), ((order,),) = store.history(10), store.rows("SELECT policies FROM change_sets")
     store.close()
-    assert (found.revision, found.policies, len(found.items)) == (1, ("b", "a"), 3)
+    assert json.loads(order) == ["b", "a"]
+    assert (found.revision, found.reordered, len(found.items)) == (1, False, 3)
 
 
 def test_a_message_is_one_line(cli: Broker) -> None:

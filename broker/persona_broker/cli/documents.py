@@ -1,6 +1,6 @@
 """The operator's commands about personas, policies and command sets: check, apply, list, explain.
 
-As in ``commands``, each imports what it needs itself.
+Each imports what it needs itself.
 """
 
 import argparse
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from persona_broker.policy.diff import Changes
     from persona_broker.policy.field_diff import FieldChange
     from persona_broker.policy.losses import Losses
-    from persona_broker.policy.merge import How
+    from persona_broker.policy.merge import How, Stored
     from persona_broker.policy_files.reader import Loaded, Present
     from persona_broker.store.sqlite import Plan, SessionRow, Store
 
@@ -151,7 +151,7 @@ def _check_applied(arguments: argparse.Namespace, settings: Settings) -> int:
         print(as_json({"documents": len(found), "problems": problems, "warnings": [], "skipped": []}))
     else:
         for item in unreadable:
-            print(item)
+            print(printable(str(item)))
         fix = "; each grants nothing until it is applied anew" if unreadable else ""
         print(f"{plural(len(found), 'applied document')}, {plural(len(unreadable), 'problem')}{fix}")
     return 1 if unreadable else 0
@@ -166,6 +166,7 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
     how = How(arguments.prune, arguments.all is not None, arguments.before, arguments.after)
     paths: list[Path] = [arguments.all] if how.whole else arguments.files
     store = store_of(settings)
+    store.catch_up()
     removing = how.prune or how.whole
     loaded = _loaded(paths, None if removing else _present(store))
     for warning in (*loaded.warnings, *loaded.skipped):
@@ -180,24 +181,27 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
         print(
             f"persona-broker: {note}; an applied policy is moved by an order of its own, or by --all", file=sys.stderr
         )
-    return carry_out(arguments, settings, loaded.documents, how, arguments.if_revision)
+    return carry_out(arguments, store, loaded.documents, how, plan, arguments.message)
 
 
 def carry_out(
     arguments: argparse.Namespace,
-    settings: Settings,
-    documents: "Sequence[Document]",
+    store: "Store",
+    documents: "Sequence[Stored]",
     how: "How",
-    if_revision: int | None = None,
-    message: str = "",
+    plan: "Plan",
+    message: str,
 ) -> int:
-    """Shows what a change does to documents and people, asks before it removes any, and does it; the exit code."""
+    """Shows what the plan does to documents and people, asks before it removes any, and does it; the exit code.
+
+    Where somebody else applied documents since the plan was made, nothing is done: it is not what was shown.
+    """
     from persona_broker.cli.author import author
     from persona_broker.policy.losses import losses
     from persona_broker.store.sqlite import make_snapshot
 
-    store = store_of(settings)
-    plan = store.plan(documents, how)
+    if arguments.if_revision is not None:
+        store.refuse_another(plan.revision, arguments.if_revision)
     rows = {row.id: row for row in store.sessions() if not row.revoked}
     before, after = (make_snapshot((document, 0) for document in items) for items in (plan.before, plan.after))
     lost = losses(before, after, {ident: row.subject for ident, row in rows.items()}, store.guests())
@@ -210,10 +214,9 @@ def carry_out(
         else:
             print(f"persona-broker: {why}", file=sys.stderr)
         return UNCONFIRMED
-    revision = store.revision()
+    revision = plan.revision
     if not arguments.dry_run:
-        by = author(arguments.message or message)
-        revision = store.change(documents, how, by, plan.changes, if_revision).revision
+        revision = store.change(documents, how, author(message), plan.revision).revision
     value = {
         **asdict(plan.changes),
         "fields": {name: [field_value(field) for field in found] for name, found in fields.items()},
@@ -244,7 +247,7 @@ def _misused(arguments: argparse.Namespace) -> str:
 
 
 _NAMED_MAX = 20  # in a line; --json has them all
-_FIELDS_MAX = 100  # lines
+_LINES_MAX = 100
 
 
 def _fields(plan: "Plan") -> "dict[str, list[FieldChange]]":
@@ -259,6 +262,12 @@ def _fields(plan: "Plan") -> "dict[str, list[FieldChange]]":
     )
     both = (name for name in plan.changes.changed if name in before and name in after)
     return {name: list(compare(before[name], after[name])) for name in both}
+
+
+def first_lines(lines: list[str]) -> list[str]:
+    """As many as somebody may read, and how many more there are."""
+    more = len(lines) - _LINES_MAX
+    return [*lines[:_LINES_MAX], *([f"  and {more} more; --json has them all"] if more > 0 else [])]
 
 
 def field_line(field: "FieldChange") -> str:
@@ -296,9 +305,7 @@ def _effects(
     ]
     lines = [f"{what}: {', '.join(names)}" for what, names in found[:3] if names]
     changed = [f"  {name}: {field_line(field)}" for name, items in fields.items() for field in items]
-    lines += changed[:_FIELDS_MAX]
-    if len(changed) > _FIELDS_MAX:
-        lines.append(f"  and {len(changed) - _FIELDS_MAX} more; --json has them all")
+    lines += first_lines(changed)
     if changes.reordered:
         lines.append("the order changed")
     lines += [f"{what}: {_few(names)}" for what, names in found[3:] if names]

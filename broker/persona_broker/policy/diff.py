@@ -1,6 +1,6 @@
 """What applying a set of documents would change: the same answer for a dry run and for the real one."""
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Identity = tuple[str, str, str]  # kind, name, digest of the content
@@ -26,9 +26,11 @@ def compare(before: Sequence[Identity], after: Sequence[Identity]) -> Changes:
         tuple(name for name in new if name not in old),
         tuple(name for name in new if name in old and old[name] != new[name]),
         tuple(name for name in old if name not in new),
-        reordered=_policies(old, new) != _policies(new, old),
+        reordered=in_another_order(*([name for name in side if name.startswith("Policy ")] for side in (old, new))),
     )
 
 
-def _policies(names: Iterable[str], among: Container[str]) -> list[str]:
-    return [name for name in names if name in among and name.startswith("Policy ")]
+def in_another_order(before: Sequence[str], after: Sequence[str]) -> bool:
+    """Whether those names that are in both come in another order."""
+    first, second = set(before), set(after)
+    return [name for name in before if name in second] != [name for name in after if name in first]

@@ -10,7 +10,8 @@ from typing import Any
 class FieldChange:
     """A field by its path, and its value before and after: ``None`` where it is not there.
 
-    Of a list there is one for each entry that is only in one of the two, and one where only their order differs.
+    Of a list there is one for each entry that is only in one of the two, and one with both lists where those
+    that are in both come in another order.
     """
 
     path: str
@@ -39,5 +40,5 @@ def _lists(old: list[Any], new: list[Any], path: str) -> Iterator[FieldChange]:
     come = [item for key, item in after.items() if key not in before]
     yield from (FieldChange(path, item, None) for item in gone)
     yield from (FieldChange(path, None, item) for item in come)
-    if not gone and not come:
+    if [key for key in before if key in after] != [key for key in after if key in before]:
         yield FieldChange(path, old, new)

@@ -38,7 +38,7 @@ def key_of(document: Stored) -> tuple[str, str]:
     return kind, document.name
 
 
-def merge(stored: Sequence[Stored], given: Sequence[Document], how: How) -> list[Stored]:
+def merge(stored: Sequence[Stored], given: Sequence[Stored], how: How) -> list[Stored]:
     """All documents after it, policies last and in order, personas with the commands of their sets.
 
     What stays as it was is the same object.  Raises ``PersonaError`` where a new policy has no place, a policy
@@ -73,7 +73,7 @@ def _expanded(item: Stored, sets: dict[str, CommandSet], *, must: bool, before: 
         return item
 
 
-def unplaced(stored: Sequence[Stored], given: Sequence[Document]) -> list[str]:
+def unplaced(stored: Sequence[Stored], given: Sequence[Stored]) -> list[str]:
     """The policies that are new, have no ``order``, and come to others: ``before`` or ``after`` must say where."""
     if not any(key_of(item)[0] == "Policy" for item in stored):
         return []
@@ -93,12 +93,12 @@ def wrong_together(stored: Sequence[Stored], given: Sequence[Document]) -> str:
     return ""
 
 
-def _new(stored: Sequence[Stored], given: Sequence[Document]) -> list[Document]:
+def _new(stored: Sequence[Stored], given: Sequence[Stored]) -> list[Stored]:
     there = {key_of(item) for item in stored}
     return [document for document in given if key_of(document) not in there]
 
 
-def _with_new(kept: list[Stored], new: list[Document], how: How) -> list[Stored]:
+def _with_new(kept: list[Stored], new: list[Stored], how: How) -> list[Stored]:
     waiting = unplaced(kept, new)
     anchor = how.before or how.after
     if waiting and anchor is None:
@@ -127,7 +127,7 @@ def _with_new(kept: list[Stored], new: list[Document], how: How) -> list[Stored]
     return merged
 
 
-def _refuse_without_persona(stored: Sequence[Stored], given: Sequence[Document], merged: Sequence[Stored]) -> None:
+def _refuse_without_persona(stored: Sequence[Stored], given: Sequence[Stored], merged: Sequence[Stored]) -> None:
     """Raises ``PersonaError`` where the change leaves a policy without its persona.
 
     A policy that lacked it before does not count: this change did not cause that.

@@ -7,7 +7,7 @@ from persona.parsing import SHOWN_MAX, Finding, Unread
 
 DEPTH_MAX = 20
 VALUES_MAX = 100_000  # fields, values and documents of one file
-_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})", re.ASCII)
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,18})", re.ASCII)  # as many bytes as the most memory that may be asked
 _FLOAT = re.compile(r"-?(?:0|[1-9][0-9]{0,17})\.[0-9]{1,30}", re.ASCII)
 
 
@@ -44,7 +44,7 @@ def number_of(text: str) -> int | float | Unread | None:
         return int(text)
     if _FLOAT.fullmatch(text):
         return float(text)
-    if re.fullmatch(r"-?[1-9][0-9]{18,}(?:\.[0-9]+)?|-?[0-9]{1,18}\.[0-9]{31,}", text, re.ASCII):
+    if re.fullmatch(r"-?[1-9][0-9]{19,}|-?[1-9][0-9]{18,}\.[0-9]+|-?[0-9]{1,18}\.[0-9]{31,}", text, re.ASCII):
         return Unread("a number of too many digits")
     return None
 

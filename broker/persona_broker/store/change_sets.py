@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persona.shown import line
+from persona_broker.policy.diff import in_another_order
 
 Versions = dict[tuple[str, str], int]  # by kind and name
 
@@ -43,13 +44,13 @@ class Item:
 class ChangeSet:
     """One entry of the history.
 
-    ``at`` is in Unix seconds; ``policies`` are all of that revision, in the order in which they are asked.
+    ``at`` is in Unix seconds; ``reordered`` where policies that stayed are asked in another order since then.
     """
 
     revision: int
     at: float
     author: Author
-    policies: tuple[str, ...]
+    reordered: bool
     items: tuple[Item, ...]
 
 
@@ -65,11 +66,9 @@ def applied(db: sqlite3.Connection) -> Versions:
 
 def add(db: sqlite3.Connection, before: Mapping[tuple[str, str], int], author: Author) -> None:
     """Writes down what is applied now against the versions ``before``."""
-    after, number = applied(db), revision(db) + 1
-    query = "SELECT name FROM applied WHERE kind = 'Policy' ORDER BY position"
-    policies = json.dumps([name for (name,) in db.execute(query)])
-    same = policies == _policies(db, number)
-    row = (number, time.time(), author.name, author.message, None if same else policies)
+    after, order, number = applied(db), _order(db), revision(db) + 1
+    policies = None if order == policies_at(db, number - 1) else json.dumps(order)
+    row = (number, time.time(), author.name, author.message, policies)
     db.execute("INSERT INTO change_sets VALUES (?, ?, ?, ?, ?)", row)
     items = (
         (number, *key, before.get(key), after.get(key))
@@ -79,11 +78,21 @@ def add(db: sqlite3.Connection, before: Mapping[tuple[str, str], int], author: A
     db.executemany("INSERT INTO change_items VALUES (?, ?, ?, ?, ?)", items)
 
 
+def is_behind(db: sqlite3.Connection) -> bool:
+    """Whether a broker of 0.1 applied something meanwhile, to which one may have gone back: it keeps no change-sets."""
+    newest = revision(db)
+    return versions_at(db, newest) != applied(db) or policies_at(db, newest) != _order(db)
+
+
 def catch_up(db: sqlite3.Connection) -> None:
-    """Writes down what a broker of 0.1 applied meanwhile, to which one may have gone back: it keeps no change-sets."""
-    known = versions_at(db, revision(db))
-    if known != applied(db):
-        add(db, known, Author("", "what a broker that keeps no revisions applied"))
+    """Writes down what such a broker applied, where it did."""
+    if is_behind(db):
+        add(db, versions_at(db, revision(db)), Author("", "what a broker that keeps no revisions applied"))
+
+
+def _order(db: sqlite3.Connection) -> list[str]:
+    """The applied policies, in the order in which they are asked."""
+    return [name for (name,) in db.execute("SELECT name FROM applied WHERE kind = 'Policy' ORDER BY position")]
 
 
 def overtaken(db: sqlite3.Connection, wanted: int) -> str:
@@ -103,20 +112,13 @@ def overtaken(db: sqlite3.Connection, wanted: int) -> str:
 
 def newest(db: sqlite3.Connection, limit: int, name: str | None = None) -> list[ChangeSet]:
     """The newest ``limit`` first; with ``name`` those that changed a document of that name."""
-    every = "SELECT revision, at, author, message FROM change_sets"
+    every = "SELECT revision, at, author, message, policies IS NOT NULL FROM change_sets"
     if name is None:
         rows = db.execute(f"{every} ORDER BY revision DESC LIMIT ?", (limit,))
     else:
         of = "revision IN (SELECT revision FROM change_items WHERE name = ?)"
         rows = db.execute(f"{every} WHERE {of} ORDER BY revision DESC LIMIT ?", (name, limit))
     return [_read(db, row) for row in rows.fetchall()]
-
-
-def find(db: sqlite3.Connection, number: int) -> ChangeSet | None:
-    """The one of this revision; ``None`` = there is none."""
-    query = "SELECT revision, at, author, message FROM change_sets WHERE revision = ?"
-    row = db.execute(query, (number,)).fetchone()
-    return _read(db, row) if row is not None else None
 
 
 def versions_at(db: sqlite3.Connection, number: int) -> Versions:
@@ -129,17 +131,21 @@ def versions_at(db: sqlite3.Connection, number: int) -> Versions:
     return {(kind, name): version for kind, name, version in db.execute(query, (number,))}
 
 
-def _read(db: sqlite3.Connection, row: tuple[int, float, str, str]) -> ChangeSet:
-    number, at, author, message = row
+def _read(db: sqlite3.Connection, row: tuple[int, float, str, str, bool]) -> ChangeSet:
+    number, at, author, message, moved = row
     query = "SELECT kind, name, before, after FROM change_items WHERE revision = ? ORDER BY kind, name"
     items = tuple(Item(*item) for item in db.execute(query, (number,)))
-    return ChangeSet(number, at, Author(author, message), tuple(json.loads(_policies(db, number))), items)
+    reordered = bool(moved) and in_another_order(policies_at(db, number - 1), policies_at(db, number))
+    return ChangeSet(number, at, Author(author, message), reordered, items)
 
 
-def _policies(db: sqlite3.Connection, number: int) -> str:
-    """The policies' order at a revision, as it is stored: with the newest change-set that changed it."""
+def policies_at(db: sqlite3.Connection, number: int) -> list[str]:
+    """The policies of a revision, in the order in which they were asked.  Raises ``sqlite3.DatabaseError``."""
     query = (
         "SELECT policies FROM change_sets WHERE revision <= ? AND policies IS NOT NULL ORDER BY revision DESC LIMIT 1"
     )
     row = db.execute(query, (number,)).fetchone()
-    return str(row[0]) if row is not None else "[]"
+    try:
+        return [str(name) for name in json.loads(row[0])] if row is not None else []
+    except (ValueError, TypeError, RecursionError) as error:
+        raise sqlite3.DatabaseError(f"change_sets: the order of policies at revision {number}: {error}") from None

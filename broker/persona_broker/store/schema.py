@@ -2,8 +2,8 @@
 
 The version is SQLite's ``PRAGMA user_version``.  Version 0.1.0 of the broker did not set it, so a database without one
 may have its tables already: the first two migrations make only what is not there.  A migration is never changed once
-it was released; what is new is a new one at the end.  A broker of 0.1.0 goes on with a database of any version here:
-it looks at none of what was added.
+it was released; what is new is a new one at the end.  A broker of 0.1.0 goes on with a database of any version here,
+since it looks at none of what was added, while no document is applied that it does not know.
 """
 
 import sqlite3
@@ -38,7 +38,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         f"CREATE INDEX IF NOT EXISTS records_denied ON records ({RECORD_FIELD.format('reason')})"
         f" WHERE {RECORD_FIELD.format('decision')} = 'denied'",
     ),
-    (  # 3: change-sets; what is applied already is the first.  ``policies``: their names in order, NULL = as before
+    (  # 3: change-sets; what is applied already is the first.  ``policies``: their names in order, NULL = as in the change-set before
         "CREATE TABLE change_sets (revision INTEGER PRIMARY KEY, at REAL NOT NULL, author TEXT NOT NULL,"
         " message TEXT NOT NULL, policies TEXT)",
         "CREATE TABLE change_items (revision INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,"

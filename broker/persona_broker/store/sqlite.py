@@ -1,6 +1,6 @@
 """The database in one SQLite file (WAL): documents and versions, guests, sessions, decisions, what holds now.
 
-Every process opens its own; ``changed`` tells cheaply whether another wrote.  The generation is
+Every process opens its own; ``data_version`` tells cheaply whether another wrote.  The generation is
 raised in the same transaction as the change that it announces.
 """
 
@@ -70,8 +70,9 @@ class SessionRow:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The applied documents before and after an ``apply``, and what it changes."""
+    """The applied documents before and after an ``apply``, and what it changes; ``revision`` holds before it."""
 
+    revision: int
     before: tuple[Stored, ...]
     after: tuple[Stored, ...]
     changes: Changes
@@ -203,34 +204,24 @@ class Store:
 
     # --- documents --------------------------------------------------------------------------------
 
-    def apply(self, documents: Sequence[Document], how: How = WHOLE, seen: Changes | None = None) -> Changes:
+    def apply(self, documents: Sequence[Document], how: How = WHOLE) -> Changes:
         """``change`` by nobody in particular."""
-        return self.change(documents, how, NOBODY, seen).changes
+        return self.change(documents, how, NOBODY).changes
 
-    def change(
-        self,
-        documents: Sequence[Document],
-        how: How,
-        author: Author,
-        seen: Changes | None = None,
-        if_revision: int | None = None,
-    ) -> Changed:
+    def change(self, documents: Sequence[Stored], how: How, author: Author, if_revision: int | None = None) -> Changed:
         """Does what ``plan`` says, in one transaction; a version is new only where the content is.
 
         Generation and revision rise only where something changed: leases outlive an ``apply`` of the same.  Raises
-        ``PersonaError``, also where it would not be what was ``seen``, or another revision than ``if_revision`` holds.
+        ``PersonaError``, also where another revision than ``if_revision`` holds: it is not what somebody has looked at.
         """
+        self.catch_up()  # apart from what may be refused: a refusal names the revision
         with self.writing() as db:
             change_sets.catch_up(db)
-            revision = change_sets.revision(db)
-            if if_revision is not None and if_revision != revision:
-                raise PersonaError(Fault.CONFLICT, change_sets.overtaken(db, if_revision))
             plan = self.plan(documents, how)
-            if seen is not None and seen != plan.changes:
-                message = "refused: somebody else applied documents meanwhile; look again with --dry-run"
-                raise PersonaError(Fault.CONFLICT, message)
+            if if_revision is not None:
+                self.refuse_another(plan.revision, if_revision)
             if not plan.changes:
-                return Changed(revision, plan.changes)
+                return Changed(plan.revision, plan.changes)
             used = change_sets.applied(db)
             db.execute("DELETE FROM applied")
             newest = {(kind, name): rest for kind, name, *rest in db.execute(_NEWEST_VERSIONS)}
@@ -253,7 +244,21 @@ class Store:
                 db.execute("INSERT INTO applied VALUES (?, ?, ?, ?)", (position, kind, name, version))
             change_sets.add(db, used, author)
             _raise(db)
-            return Changed(revision + 1, plan.changes)
+            return Changed(plan.revision + 1, plan.changes)
+
+    def refuse_another(self, revision: int, wanted: int) -> None:
+        """Raises ``PersonaError``, with who was faster, where ``revision`` is not the one that was ``wanted``."""
+        if revision != wanted:
+            with self.reading():
+                raise PersonaError(Fault.CONFLICT, change_sets.overtaken(self._db, wanted))
+
+    def catch_up(self) -> None:
+        """Writes down as a change-set what a broker applied that keeps none; without one, it writes nothing."""
+        with self.reading():
+            behind = change_sets.is_behind(self._db)
+        if behind:
+            with self.writing() as db:
+                change_sets.catch_up(db)
 
     def revision(self) -> int:
         """The number of the newest change-set; 0 = there is none."""
@@ -265,16 +270,15 @@ class Store:
         with self.reading():
             return change_sets.newest(self._db, limit, name)
 
-    def documents_at(self, revision: int) -> list[tuple[Document | Unreadable, int]] | None:
+    def documents_at(self, revision: int) -> list[tuple[Document | Unreadable, int]]:
         """What was applied at a revision, policies last and in order, each with its version.
 
-        ``None`` = there is no such revision.
+        Raises ``PersonaError`` where there is no such revision.
         """
         with self.reading():
-            found = change_sets.find(self._db, revision)
-            if found is None:
-                return None
-            place = {name: number for number, name in enumerate(found.policies)}
+            if revision > (newest := change_sets.revision(self._db)):
+                raise PersonaError(Fault.NOT_FOUND, f"there is no revision {revision}; the newest is {newest}")
+            place = {name: number for number, name in enumerate(change_sets.policies_at(self._db, revision))}
             versions = sorted(
                 change_sets.versions_at(self._db, revision).items(),
                 key=lambda item: (item[0][0] == "Policy", place.get(item[0][1], 0), item[0]),
@@ -289,12 +293,15 @@ class Store:
         """How many documents are applied."""
         return int(self.rows("SELECT count(*) FROM applied")[0][0])
 
-    def plan(self, documents: Sequence[Document], how: How = WHOLE) -> Plan:
+    def plan(self, documents: Sequence[Stored], how: How = WHOLE) -> Plan:
         """What ``apply`` would do.  A document whose stored text cannot be read is changed by the same one.
+
+        One that is given as unreadable stays as it is: it must be applied.
 
         Raises ``PersonaError`` for what ``apply`` would refuse.
         """
         with self.reading():
+            revision = change_sets.revision(self._db)
             before = [document for document, _ in self.documents()]
             rows = self.rows(_APPLIED)
         after = merge(before, documents, how)
@@ -309,7 +316,7 @@ class Store:
             old.append((kind, name, "cannot be read" if broken else str(key)))
         new |= {key: wanted for key, (wanted, _) in given.items()}
         changes = compare(old, [(*key_of(document), new[key_of(document)]) for document in after])
-        return Plan(tuple(before), tuple(after), changes)
+        return Plan(revision, tuple(before), tuple(after), changes)
 
     def documents(self) -> list[tuple[Document | Unreadable, int]]:
         """The applied set in order, each with its version.  Those that cannot be read are logged once."""
@@ -326,6 +333,11 @@ class Store:
     def texts(self) -> list[tuple[str, str, int, str | None]]:
         """The applied set as it is stored: kind, name, version and JSON, ``None`` where that is gone."""
         return [(kind, name, version, body) for kind, name, version, _digest, body, _expansion in self.rows(_APPLIED)]
+
+    def text(self, kind: str, name: str, version: int) -> str | None:
+        """The JSON of one version as it is stored; ``None`` where it is gone."""
+        rows = self.rows("SELECT body FROM documents WHERE kind = ? AND name = ? AND version = ?", kind, name, version)
+        return str(rows[0][0]) if rows else None
 
     def _tell(self, unreadable: Iterable[Unreadable]) -> None:
         now = set(unreadable)
