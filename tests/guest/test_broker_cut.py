@@ -49,9 +49,10 @@ class Served:
         with connection, contextlib.suppress(OSError):
             while data := connection.recv(65536):
                 self.seen.append(data)
-                if self.answer is not None:
-                    connection.sendall(self.answer)
-                    if b"close" in self.answer:
+                answer = self.answer  # a test may set another one at this moment
+                if answer is not None:
+                    connection.sendall(answer)
+                    if b"close" in answer:
                         return
 
     def close(self) -> None:
