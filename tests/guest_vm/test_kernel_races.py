@@ -40,6 +40,8 @@ def test_no_race_is_won(
     guest: Machine, broker: Broker, record_property: Callable[[str, object], None], who: str, what: str, seconds: int
 ) -> None:
     event = "killed" if what == "argv" else "stopped"
+    # what arrives by userfaultfd is nearly always swapped in time: there it is chance whether any runs as allowed
+    some_run = what == "argv" and who != "fault"
     before, began, caught, tries = kernel(guest), guest.moment(), dict[str, int](), 0
     for _ in range(GOES):
         race = f"race {who} {what} {TRIES} {seconds} /tmp/race 2>/dev/null"
@@ -48,14 +50,13 @@ def test_no_race_is_won(
         tries += int(done.out)
         after = kernel(guest)
         caught = {name: after[name] - before[name] for name in after}
-        if caught[event]:
+        if caught[event] and (found(guest, "right") or not some_run):
             break
     for name, value in {"tries": tries, **caught}.items():
         record_property(name, value)
     assert (found(guest, "ran"), found(guest, "wrong"), caught["lost"]) == (0, 0, 0)
     assert caught[event] > 0  # or nothing was raced for
-    if what == "argv":
-        assert found(guest, "right") > 0
+    assert found(guest, "right") > 0 or not some_run
     deadline = time.monotonic() + 20
     while (recorded := records(broker, began, event)) < caught[event] and time.monotonic() < deadline:
         time.sleep(0.5)
