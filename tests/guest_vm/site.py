@@ -120,12 +120,13 @@ class Broker:
 
         Emulated, a guest takes ten times as long as a real one for what it does within a question to the broker:
         with the two seconds of a real one a command may be denied where another user keeps the only CPU busy.
+        The PAM module waits for six.
         """
         return (
             f'mode = "{mode}"\n[vm]\nname = "{VM}"\n[broker]\n'
             f'url = "https://{HOST_SEEN_FROM_GUEST}:{self.port}"\n'
             f'events_url = "https://{HOST_SEEN_FROM_GUEST}:{self.events_port}"\n'
-            f'ca_file = "/etc/persona/ca.pem"\ntoken_file = "/etc/persona/token"\ntimeout_s = 6.0\n{extra}'
+            f'ca_file = "/etc/persona/ca.pem"\ntoken_file = "/etc/persona/token"\ntimeout_s = 4.0\n{extra}'
         )
 
 

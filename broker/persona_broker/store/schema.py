@@ -38,7 +38,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         f"CREATE INDEX IF NOT EXISTS records_denied ON records ({RECORD_FIELD.format('reason')})"
         f" WHERE {RECORD_FIELD.format('decision')} = 'denied'",
     ),
-    (  # 3: change-sets; what is applied already is the first.  ``policies``: their names in order, NULL = as in the change-set before
+    # 3: change-sets; what is applied already is the first.  ``policies``: their names in order, NULL = as one before
+    (
         "CREATE TABLE change_sets (revision INTEGER PRIMARY KEY, at REAL NOT NULL, author TEXT NOT NULL,"
         " message TEXT NOT NULL, policies TEXT)",
         "CREATE TABLE change_items (revision INTEGER NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,"
