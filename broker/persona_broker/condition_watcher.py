@@ -1,5 +1,6 @@
-"""Samples the load, keeps the latches, and raises the generation when a condition changes its mind.
+"""Sees within 20 ms that any process wrote to the database, as ``apply`` does, and wakes the event streams.
 
+It also samples the load, keeps the latches, and raises the generation when a condition begins or ceases to hold.
 One thread of the events process; the only writer of samples.  When it dies its process ends with it;
 where that does not help, samples age and every condition on load becomes unknown, which is not below
 anything.
@@ -36,7 +37,7 @@ class Watcher:
         self._load_max_age_s = load_max_age_s
         self._snapshot, self._loaded = store.snapshot(), self.generation
         self._reports = Reports(store)
-        self._ward = HealthJudge(health_max_age_s)
+        self._health_judge = HealthJudge(health_max_age_s)
         self._state: dict[object, str] | None = None
         self._seen: int | None = None
         self._sample_at = time.monotonic()
@@ -74,7 +75,7 @@ class Watcher:
             self._sample_at = time.monotonic() + _SAMPLE_EVERY_S
         world = ConditionInputs(sample, latches, time.time(), self._load_max_age_s)
         health = self._reports.look(self._store.guests())
-        unhealthy = self._ward.look(self._snapshot.vm_conditions, health, world.now)
+        unhealthy = self._health_judge.look(self._snapshot.vm_conditions, health, world.now)
         state = _state(look(self._snapshot.conditions, world, generation, unhealthy))
         if self._state is not None and state.keys() != self._state.keys():
             began = [said for key, said in state.items() if key not in self._state]

@@ -1,4 +1,4 @@
-"""What a worker decides from: the snapshot and the outlook, each swapped by one assignment.
+"""What a worker decides from: the snapshot and the condition state, each swapped by one assignment.
 
 A worker looks at the database before it decides and rebuilds only what changed.
 """
@@ -44,7 +44,7 @@ class State:
         self._store = store
         self._load_max_age_s = load_max_age_s
         self._reports = Reports(store)
-        self._ward = HealthJudge(health_max_age_s)
+        self._health_judge = HealthJudge(health_max_age_s)
         self._lock = threading.Lock()
         self._check_at = 0.0  # monotonic
         self._view = self._load(None)
@@ -77,7 +77,7 @@ class State:
             world = ConditionInputs(self._store.sample(), self._store.latches(), time.time(), self._load_max_age_s)
             guests = self._store.tokens()
             health = self._reports.look(guests.values())
-        unhealthy = self._ward.look(snapshot.vm_conditions, health, world.now)
+        unhealthy = self._health_judge.look(snapshot.vm_conditions, health, world.now)
         condition_state = look(snapshot.conditions, world, generation, unhealthy)
         if previous is not None and condition_state == previous.condition_state and snapshot is previous.snapshot:
             condition_state = previous.condition_state  # the same object: what was made for it stays good

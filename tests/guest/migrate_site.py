@@ -86,7 +86,7 @@ class Site:
             directory / "places", lambda _session: OLD, lambda _place: None,
         )  # fmt: skip
         self.enforcer = enforcer
-        self.home = enforcer.homes["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), OLD)
+        self.placement = enforcer.placements["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), OLD)
         self.gated = Gated(SESSION, -1, 0, (), (), b"s-1")
         self.records: list[Record] = []
         self.denials = Book()
@@ -107,7 +107,7 @@ class Site:
 
     def put(self, pid: int, *, withdrawn: bool = False) -> str:
         """The cgroup of Old, with a process in it."""
-        place = self.enforcer.enter(self.home, OLD, withdrawn=withdrawn)
+        place = self.enforcer.enter(self.placement, OLD, withdrawn=withdrawn)
         Path(self.tree.path(place.cgroup, "cgroup.kill")).write_text("0")
         self.tree.move(place.cgroup, pid)
         return place.cgroup
@@ -115,17 +115,17 @@ class Site:
     def serve(self, pid: int) -> None:
         """A session that is a service manager under Old, with a process in it."""
         self.tree.grow(f"{MANAGER}/app.slice/a.service", pid)
-        self.enforcer.enter(self.home, OLD, MANAGER)
+        self.enforcer.enter(self.placement, OLD, MANAGER)
         Path(self.tree.path(MANAGER, "cgroup.kill")).write_text("0")
 
     def follow(self) -> bool:
         """New applies now, which allows nothing that these tests run."""
         holding = (Applicable(NEW, "p", Whitelist((parse_pattern("/usr/bin/true"),))),)
-        return self.migrator.follow(self.home, self.gated, holding, Word.REVOKED)
+        return self.migrator.follow(self.placement, self.gated, holding, Word.REVOKED)
 
     def revoke(self, word: Word = Word.REVOKED) -> bool:
         """No policy holds for it any more, by an operator's word."""
-        return self.migrator.follow(self.home, self.gated, (), word)
+        return self.migrator.follow(self.placement, self.gated, (), word)
 
     def run(self, seconds: float) -> None:
         self.loop.call_later(seconds, self.loop.stop)

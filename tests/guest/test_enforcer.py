@@ -69,24 +69,24 @@ def enforcer(tree: FakeHierarchy, broker: Broker, tmp_path: Path) -> Enforcer:
     enforcer = Enforcer(
         Loop(), tree, [Cgroups(tree, "/dev/null")], personas, tmp_path / "places", lambda _: None, lambda _: None
     )
-    home = enforcer.homes["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
+    placement = enforcer.placements["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
     for ref in REFS:
-        home.add(place_of("s-1", 1000, ref, SCOPE))
+        placement.add(place_of("s-1", 1000, ref, SCOPE))
     return enforcer
 
 
 def test_an_agent_thaws_what_the_one_before_it_stopped_and_leaves_what_was_withdrawn(
     enforcer: Enforcer, tree: FakeHierarchy, tmp_path: Path
 ) -> None:
-    home = enforcer.homes.pop("s-1")
-    home.add(place_of("s-1", 1000, REFS[0], SCOPE, withdrawn=True))
-    home.save(tmp_path / "places")
-    for place in home.places.values():
+    placement = enforcer.placements.pop("s-1")
+    placement.add(place_of("s-1", 1000, REFS[0], SCOPE, withdrawn=True))
+    placement.save(tmp_path / "places")
+    for place in placement.places.values():
         tree.make(place.cgroup)
         tree.freeze(place.cgroup)
     session = Session("s-1", Subject("alice", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0.0)
     enforcer.restore({"s-1": Gated(session, -1, 0, (), (), b"s-1")})
-    assert [place.cgroup for place in home.places.values() if tree.freezes(place.cgroup)] == [f"{SCOPE}/-One"]
+    assert [place.cgroup for place in placement.places.values() if tree.freezes(place.cgroup)] == [f"{SCOPE}/-One"]
 
 
 def test_with_the_last_document_that_was_missing_all_is_looked_after_at_once(
@@ -103,7 +103,7 @@ def test_with_the_last_document_that_was_missing_all_is_looked_after_at_once(
 
 
 def test_how_much_of_a_limit_is_taken_by_what_was_left(enforcer: Enforcer, tree: FakeHierarchy) -> None:
-    place = enforcer.homes["s-1"].places["One"]
+    place = enforcer.placements["s-1"].places["One"]
     persona = Persona("One", Whitelist(()), ResourceLimits(memory_bytes=(128 << 20) + 5))
     tree.make(place.cgroup)
     tree.write(place.cgroup, "memory.max", str(40 << 20))
@@ -137,14 +137,14 @@ def test_the_journal_has_one_line_for_each_change_that_matters(
         return lines
 
     caplog.set_level(logging.DEBUG, "persona.enforce")
-    home = enforcer.homes["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
+    placement = enforcer.placements["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
     enforcer._personas.ensure(REFS[0], lambda _: None)
     ask, broker.asked = broker.asked, []
     limits = {"pids": 60, "memory": "256MiB"}
     document = {"kind": "Persona", "name": "One", "command_whitelist": ["ls"], "resource_limits": limits}
     ask[0][1]({"version": 1, "document": document})
     tree.use(SLICE, 100 << 20)
-    place = enforcer.enter(home, REFS[0])
+    place = enforcer.enter(placement, REFS[0])
     assert said() == ["session s-1 (uid 1000): One v1 is in use"]
     enforcer.reconcile()
     said()

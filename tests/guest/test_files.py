@@ -167,7 +167,7 @@ def test_nothing_starts_in_a_place_that_is_not_kept(
         broker.answer()
     directory = small_disk.path / "places"
     enforcer = Enforcer(Loop(), tree, [], personas, directory, lambda _session: None, lambda _place: None)
-    home = enforcer.homes["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0))
+    home = enforcer.placements["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0))
     place = enforcer.enter(home, one, SCOPE)
     kept = (directory / "s-1.json").read_text()
     fill(small_disk)

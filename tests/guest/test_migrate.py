@@ -124,7 +124,7 @@ def test_an_agent_without_descriptors_tries_again(tmp_path: Path) -> None:
             patch.setattr(sorters, "look", starved)
             assert not site.follow()
         assert site.tree.processes(place) == [process.pid]
-        assert (site.told, site.home.holding) == ([], None)
+        assert (site.told, site.placement.holding) == ([], None)
         assert site.follow()
         assert site.tree.processes(f"{SCOPE}/-Old") == [process.pid]
         process.kill()
@@ -173,11 +173,11 @@ def test_after_an_error_the_way_back_is_to_be_followed_too(
     site = Site(tmp_path, "freeze")
     site.put(stubborn.pid)
     before = (Applicable(OLD, "p", Whitelist((parse_pattern("**"),))),)
-    assert site.migrator.follow(site.home, site.gated, before, Word.NONE)
-    assert site.home.holding == before
+    assert site.migrator.follow(site.placement, site.gated, before, Word.NONE)
+    assert site.placement.holding == before
     monkeypatch.setattr(site.tree, "move", fails)
     assert not site.follow()
-    assert site.home.holding is None, "or nobody would undo what was done of it"
+    assert site.placement.holding is None, "or nobody would undo what was done of it"
 
 
 def test_what_was_moved_before_an_error_is_frozen_all_the_same(
@@ -252,7 +252,7 @@ def test_an_agent_thaws_what_the_one_before_it_stopped(tmp_path: Path) -> None:
     site = Site(tmp_path, "finish")
     with subprocess.Popen(["/usr/bin/true"]) as process:
         cgroup = site.put(process.pid)
-        site.home.base = NEW
+        site.placement.base = NEW
         site.tree.freeze(cgroup)
         process.wait()
         assert site.follow()
@@ -266,7 +266,7 @@ def test_what_cannot_be_stopped_is_tried_again(
     Chain(site, stubborn.pid, monkeypatch)
     monkeypatch.setattr(site.tree, "freezes", lambda _cgroup: False)
     assert not site.follow()
-    assert site.home.holding is None
+    assert site.placement.holding is None
 
 
 def test_what_cannot_be_stopped_is_waited_for_once(
@@ -315,9 +315,9 @@ def test_a_frozen_place_stays_so_while_it_is_sorted(
 
 def counted(site: Site, pattern: str = "**") -> bool:
     """The next version of Old applies now, which is counted for all sessions together."""
-    site.home.holding = None
+    site.placement.holding = None
     holding = (Applicable(COUNTED, "p", Whitelist((parse_pattern(pattern),))),)
-    return site.migrator.follow(site.home, site.gated, holding, Word.NONE)
+    return site.migrator.follow(site.placement, site.gated, holding, Word.NONE)
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ def test_a_version_that_is_counted_otherwise_keeps_its_place(house: Site, stubbo
     house.put(stubborn.pid)
     assert counted(house)
     assert house.tree.processes(SHARED) == [stubborn.pid]
-    assert [place.cgroup for place in house.home.places.values()] == [SHARED], "or nobody looks after its limits"
+    assert [place.cgroup for place in house.placement.places.values()] == [SHARED], "or nobody looks after its limits"
 
 
 def test_what_comes_along_to_a_place_counted_otherwise_is_looked_at_there(

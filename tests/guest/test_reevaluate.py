@@ -46,7 +46,9 @@ class Site:
             "version": ref.version,
             "document": {**DOCUMENT, "name": ref.name},
         }
-        self.homes = homes = {f"s-{number}": Placement(f"s-{number}", 1000, "x", Image(1, 2)) for number in range(5)}
+        self.placements = placements = {
+            f"s-{number}": Placement(f"s-{number}", 1000, "x", Image(1, 2)) for number in range(5)
+        }
 
         def current(sessions: list[str], done: Callable[[Any], None]) -> None:
             self.asked.append(sessions)
@@ -58,16 +60,16 @@ class Site:
 
         self.meanwhile: Callable[[str], None] = lambda _session: None
 
-        def follow(home: Placement, _gated: object, _holding: object, word: Word) -> bool:
-            self.followed.append(home.session)
+        def follow(placement: Placement, _gated: object, _holding: object, word: Word) -> bool:
+            self.followed.append(placement.session)
             self.words.append(word)
-            self.meanwhile(home.session)
+            self.meanwhile(placement.session)
             return True
 
         self.reevaluator = Reevaluator(
             self.loop,
-            SimpleNamespace(homes=homes),  # type: ignore[arg-type]  # fakes, each of one method
-            SimpleNamespace(sessions=homes, released=False),  # type: ignore[arg-type]
+            SimpleNamespace(placements=placements),  # type: ignore[arg-type]  # fakes, each of one method
+            SimpleNamespace(sessions=placements, released=False),  # type: ignore[arg-type]
             SimpleNamespace(current=current, batches=lambda sessions: [sessions]),  # type: ignore[arg-type]
             Personas(directory, fetch),
             SimpleNamespace(follow=follow),  # type: ignore[arg-type]
@@ -119,8 +121,8 @@ def test_one_that_is_tried_again_and_again_is_not_first_again(site: Site) -> Non
 
 def test_what_was_said_before_is_void(site: Site) -> None:
     def away(_session: str) -> None:
-        for home in site.homes.values():
-            home.holding = holding  # as what was asked for meanwhile will say
+        for placement in site.placements.values():
+            placement.holding = holding  # as what was asked for meanwhile will say
         site.reevaluator.changed()
 
     holding = (Applicable(PersonaRef("P", 1), "p", Whitelist((parse_pattern("**"),))),)

@@ -62,8 +62,8 @@ def test_what_comes_back_has_its_whole_grace_the_next_time(
     assert site.follow()
     site.run(0.4)
     again = (Applicable(OLD, "p", Whitelist((parse_pattern("**"),))),)
-    assert site.migrator.follow(site.home, site.gated, again, Word.REVOKED)
-    assert list(site.home.places) == ["Old"]
+    assert site.migrator.follow(site.placement, site.gated, again, Word.REVOKED)
+    assert list(site.placement.places) == ["Old"]
     assert site.follow()
     cgroup = f"{SCOPE}/-Old"
     Path(site.tree.path(cgroup, "cgroup.kill")).write_text("0")
@@ -164,7 +164,7 @@ def test_a_service_manager_that_cannot_be_looked_through_ends(
 
 def comes_back(site: Site) -> bool:
     again = (Applicable(OLD, "p", Whitelist((parse_pattern("**"),))),)
-    return site.migrator.follow(site.home, site.gated, again, Word.NONE)
+    return site.migrator.follow(site.placement, site.gated, again, Word.NONE)
 
 
 def test_what_a_service_manager_runs_stays_where_its_base_comes_back(
@@ -192,9 +192,9 @@ def test_only_what_was_asked_to_end_since_a_base_was_there_stays(
         for name, pid in (("New", stubborn.pid), ("Old", spared.pid), ("Third", spared.pid)):
             old = document(name, ["**"], "kill")
             if whole and name == "Third":
-                asked.all_of(site.home, old, MANAGER, {})
+                asked.all_of(site.placement, old, MANAGER, {})
             else:
-                asked.each(site.home, old, MANAGER, {}, dict(terminate.started([pid])))
+                asked.each(site.placement, old, MANAGER, {}, dict(terminate.started([pid])))
         asked.returned(MANAGER, "Old")
         site.run(0.6)
         assert stubborn.wait(5) == -signal.SIGKILL
@@ -275,7 +275,7 @@ def test_nothing_is_kept_of_a_session_that_ended_in_its_grace(tmp_path: Path, mo
 
 def test_a_line_that_cannot_be_told_is_recorded_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(tmp_path, "kill")
-    place = site.enforcer.enter(site.home, OLD)
+    place = site.enforcer.enter(site.placement, OLD)
     monkeypatch.setattr(site.tree, "processes", fails)
     site.notices.alarm(place, Reason.PIDS_LIMIT)
     site.notices.refused(Refusal("Old", 1000, "tcp 192.0.2.1:80"))
@@ -301,7 +301,7 @@ def test_a_terminal_that_is_just_written_to_is_told_once_more(tmp_path: Path) ->
         os.close(slave)
         site.put(writer.pid)
         time.sleep(0.3)  # it waits in its write, since nobody reads
-        site.notices.tell(site.home, "persona: heard")
+        site.notices.tell(site.placement, "persona: heard")
         reader = threading.Thread(target=read)
         reader.start()
         site.run(0.5)
@@ -320,7 +320,9 @@ def test_a_revoked_user_is_told_at_once_and_once(
     assert site.revoke()
     assert site.revocations == 1
     assert site.revoke()
-    site.home = site.enforcer.homes["s-1"] = load(tmp_path / "places" / "s-1.json")  # as the next agent has it
+    site.placement = site.enforcer.placements["s-1"] = load(
+        tmp_path / "places" / "s-1.json"
+    )  # as the next agent has it
     assert site.revoke()
     assert site.revocations == 1
 

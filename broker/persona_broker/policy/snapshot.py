@@ -1,7 +1,7 @@
 """Picks the persona: an immutable snapshot of all policies, indexed so that cost does not grow with their number.
 
 First by who asks (user, groups, VM: a view), then by program (a row): the few policies that can say
-anything about the program, in order.  What a row answers is built once an outlook, so that a request
+anything about the program, in order.  What a row answers is built once a condition state, so that a request
 costs a lookup and, where arguments matter, a test of the patterns that look at them.
 """
 
@@ -110,7 +110,7 @@ def _allow(patterns: _Patterns | None, argv: tuple[str, ...], complete: bool) ->
 
 
 class _Judged:
-    """What a row answers under one outlook."""
+    """What a row answers under one condition state."""
 
     __slots__ = ("condition_state", "options", "refused", "too_long", "whole")
 
@@ -172,7 +172,7 @@ class _Row:
         self.width = Width.ARGV if looks else Width.PROGRAM
 
     def judge(self, condition_state: ConditionState) -> _Judged:
-        """Everything that can be answered as long as the outlook does not change."""
+        """Everything that can be answered as long as the condition state does not change."""
         judged = _Judged()
         lease, now = Lease(LEASE_S, self.width), condition_state.generation
         options = []

@@ -32,8 +32,8 @@ class ResourceStatus:
 
     def use(self, session: str, done: Callable[[list[dict[str, Any]]], None]) -> None:
         """Each place of a session with its limits, what it uses and how hard it waits; answers a moment later."""
-        home = self._enforcer.homes.get(session)
-        before = self._sample(list(home.places.values())) if home else {}
+        placement = self._enforcer.placements.get(session)
+        before = self._sample(list(placement.places.values())) if placement else {}
         if not before:
             done([])
             return

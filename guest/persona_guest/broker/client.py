@@ -30,8 +30,8 @@ _SESSIONS_TOLD_MAX = 4096  # a broker knows no more of one guest
 _REST = 32 * 1024  # of a body: program, directory, names of fields
 _GROUPS_OF_0_1_0 = 256  # that its broker takes of one user; it knows no list of those that matter
 _AGAIN_MAX = 3  # how often a question is asked, where the answer is older than the newest event or wants other groups
-# A refusal for want of an answer is reused this briefly, so that a loop of commands does not become
-# a loop of timeouts, and recovery is still felt at once.
+# A refusal for want of an answer is never reused; what keeps a loop of commands from becoming a loop of timeouts is
+# the pause of ``Pool`` after a failure.
 _NO_ANSWER = Lease(0.0, Width.ARGV)
 
 _AGENT = ""  # on behalf of whom the agent asks for itself: no user has that name

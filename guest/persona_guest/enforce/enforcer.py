@@ -54,7 +54,7 @@ class Enforcer:
         watch: Watch,
     ) -> None:
         self.tree = tree
-        self.homes: dict[str, Placement] = {}
+        self.placements: dict[str, Placement] = {}
         self._loop = loop
         self._facilities = tuple(facilities)
         self._personas = personas
@@ -72,14 +72,14 @@ class Enforcer:
         Raises ``PersonaError`` (or ``OSError`` where the task is gone): then it must not start.
         """
         gated = pending.gated
-        home = gated.home
+        placement = gated.placement
         before = pending.before()
-        if home is None:
-            home = gated.home = self._settle(gated.session, pending.task, before)
-        elif before != home.opener and (granted is None or granted.persona == home.only or home.managed):
-            return
+        if placement is None:
+            placement = gated.placement = self._settle(gated.session, pending.task, before)
+        elif before != placement.opener and (granted is None or granted.persona == placement.only or placement.managed):
+            return  # most execs: it was born where it belongs (docs/decisions/0011-where-processes-live.md)
         try:
-            self._put(home, pending, granted)
+            self._put(placement, pending, granted)
         except ProcessLookupError:
             raise
         except OSError as error:
@@ -87,8 +87,8 @@ class Enforcer:
 
     def cgroups_of(self, uid: int) -> list[str]:
         """A user's places as directories, but for what is their service manager's.  Safe to call from any thread."""
-        homes = [home for home in list(self.homes.values()) if home.uid == uid]
-        places = [place for home in homes for place in list(home.places.values())]
+        placements = [placement for placement in list(self.placements.values()) if placement.uid == uid]
+        places = [place for placement in placements for place in list(placement.places.values())]
         return [self.tree.path(place.cgroup) for place in places if not place.managed]
 
     @staticmethod
@@ -100,62 +100,66 @@ class Enforcer:
             log.error("%s: %s", what, error)
 
     def _settle(self, session: Session, task: Task, before: Image) -> Placement:
-        home = self.homes.get(session.id)
-        if home is None:
+        placement = self.placements.get(session.id)
+        if placement is None:
             base = self._base(session.id) or NOBODY
-            home = self.homes[session.id] = Placement(session.id, session.uid, cgroup_of(task.tid), before, base)
-        return home
+            placement = self.placements[session.id] = Placement(
+                session.id, session.uid, cgroup_of(task.tid), before, base
+            )
+        return placement
 
-    def _put(self, home: Placement, pending: Pending, granted: Granted | None) -> None:
+    def _put(self, placement: Placement, pending: Pending, granted: Granted | None) -> None:
         task = pending.task
-        if not home.places and _is_services(home, task):
+        if not placement.places and _is_services(placement, task):
             return  # before the session is its user's: the same program may be one that they may start
         current = cgroup_of(task.tid)
-        if manager_of(current, home.uid) is not None:
-            if MANAGED not in home.places:
-                self.enter(home, home.base, current)
+        if manager_of(current, placement.uid) is not None:
+            if MANAGED not in placement.places:
+                self.enter(placement, placement.base, current)
             return
-        if granted is None and _is_services(home, task):
+        if granted is None and _is_services(placement, task):
             return
         if not seccomp.still_valid(pending.gated.listener, pending.ident):
             raise ProcessLookupError(errno.ESRCH, "what was looked at may be another's task")
-        ref = home.base if granted is None else granted.persona
-        place = home.places.get(ref.name)
+        ref = placement.base if granted is None else granted.persona
+        place = placement.places.get(ref.name)
         if place is None or place.persona.version < ref.version:
-            place = self.enter(home, ref, current)
+            place = self.enter(placement, ref, current)
         if current != place.cgroup:
             self.tree.move(place.cgroup, task.tid)
 
     # --- places -----------------------------------------------------------------------------------
 
-    def enter(self, home: Placement, ref: PersonaRef, current: str = "", *, withdrawn: bool = False) -> PersonaCgroup:
+    def enter(
+        self, placement: Placement, ref: PersonaRef, current: str = "", *, withdrawn: bool = False
+    ) -> PersonaCgroup:
         """The place of a persona in a session, made, or brought to this version.  Raises ``PersonaError``."""
-        found = current if scope_of(current, home.uid) or manager_of(current, home.uid) else home.found
-        if scope_of(found, home.uid):
-            home.found = found
+        found = current if scope_of(current, placement.uid) or manager_of(current, placement.uid) else placement.found
+        if scope_of(found, placement.uid):
+            placement.found = found
         persona = self.document(ref)
         shared = persona.resource_limits.per == "persona"
-        place = place_of(home.session, home.uid, ref, found, shared=shared, withdrawn=withdrawn)
-        known = home.places.get(place.key)
+        place = place_of(placement.session, placement.uid, ref, found, shared=shared, withdrawn=withdrawn)
+        known = placement.places.get(place.key)
         if known == place:
-            if home.session in self._unsaved:
-                self._save(home)
+            if placement.session in self._unsaved:
+                self._save(placement)
             return place
         plans.apply(self._entering(place, bereft(persona) if withdrawn else persona))
-        home.add(place)
+        placement.add(place)
         _tell(place, known)
         if known is not None and known.cgroup != place.cgroup:
             self.tree.empty(known.cgroup, place.cgroup)
             self._leave(known)
         self._watch(place)
-        self._save(home)
+        self._save(placement)
         return place
 
-    def leave(self, home: Placement, key: str) -> None:
-        """Nothing lives there any more."""
-        self._leave(home.places[key])
-        home.drop(key)
-        self._try_to_save(home)
+    def leave(self, placement: Placement, key: str) -> None:
+        """Takes the place of this key apart, once no process lives there: its rules, its limits, its cgroup."""
+        self._leave(placement.places[key])
+        placement.drop(key)
+        self._try_to_save(placement)
 
     def document(self, ref: PersonaRef) -> Persona:
         """Raises ``PersonaError`` where it is not here."""
@@ -184,38 +188,38 @@ class Enforcer:
                 left = False
         return left
 
-    def _save(self, home: Placement) -> None:
+    def _save(self, placement: Placement) -> None:
         """Raises ``PersonaError``: nothing starts in a place that the next agent would not know."""
-        self._unsaved.add(home.session)
+        self._unsaved.add(placement.session)
         try:
-            home.save(self._directory)
+            placement.save(self._directory)
         except OSError as error:
             raise PersonaError(Reason.ENFORCEMENT_FAILED, f"where it lives cannot be kept: {error}") from error
-        self._unsaved.discard(home.session)
+        self._unsaved.discard(placement.session)
 
-    def _try_to_save(self, home: Placement) -> None:
+    def _try_to_save(self, placement: Placement) -> None:
         """For what has been done already; ``reconcile`` tries again."""
         try:
-            self._save(home)
+            self._save(placement)
         except PersonaError as error:
-            log.error("session %s: %s", home.session, error.message)
+            log.error("session %s: %s", placement.session, error.message)
 
     # --- sessions ---------------------------------------------------------------------------------
 
     def ended(self, session: Session) -> None:
         """The last process of a session is gone."""
         self._unsaved.discard(session.id)
-        home = self.homes.pop(session.id, None)
-        if home is not None:
-            self._clear(home, 0)
+        placement = self.placements.pop(session.id, None)
+        if placement is not None:
+            self._clear(placement, 0)
 
-    def _clear(self, home: Placement, tries: int) -> None:
+    def _clear(self, placement: Placement, tries: int) -> None:
         def again() -> None:
-            left = [self._leave(place) for place in home.places.values()]
+            left = [self._leave(place) for place in placement.places.values()]
             if all(left):
-                (self._directory / f"{home.session}.json").unlink(missing_ok=True)
+                (self._directory / f"{placement.session}.json").unlink(missing_ok=True)
             elif tries + 1 < len(_LEAVE_S):
-                self._clear(home, tries + 1)
+                self._clear(placement, tries + 1)
 
         self._loop.call_later(_LEAVE_S[tries], again)
 
@@ -225,7 +229,7 @@ class Enforcer:
         for path in self._directory.glob("*.json"):
             gated = sessions.get(path.stem)
             try:
-                home = load(path)
+                placement = load(path)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.error("%s: %s; its session is placed anew", path, error)
                 path.unlink(missing_ok=True)
@@ -233,14 +237,14 @@ class Enforcer:
             if gated is None:
                 path.unlink(missing_ok=True)
             else:
-                gated.home = self.homes[home.session] = home
+                gated.placement = self.placements[placement.session] = placement
         for ident, gated in sessions.items():  # from an agent that had no places: a service manager starts little anew
             with contextlib.suppress(OSError):
                 found = cgroup_of(gated.session.monitor)
-                if gated.home is None and manager_of(found, gated.session.uid) is not None:
-                    gated.home = self.homes[ident] = Placement(ident, gated.session.uid, found, Image(0, 0))
-        for home in self.homes.values():
-            for place in home.places.values():
+                if gated.placement is None and manager_of(found, gated.session.uid) is not None:
+                    gated.placement = self.placements[ident] = Placement(ident, gated.session.uid, found, Image(0, 0))
+        for placement in self.placements.values():
+            for place in placement.places.values():
                 self._watch(place)
                 if not place.withdrawn and not place.managed:
                     self._thaw(place)
@@ -256,8 +260,8 @@ class Enforcer:
     def wanted(self) -> dict[PersonaCgroup, Persona]:
         """Every place in use, and what it is under.  Raises ``PersonaError`` where a document is not here."""
         found = {}
-        for home in self.homes.values():
-            for place in home.places.values():
+        for placement in self.placements.values():
+            for place in placement.places.values():
                 persona = self.document(place.persona)
                 found[place] = bereft(persona) if place.withdrawn else persona
         return found
@@ -269,8 +273,8 @@ class Enforcer:
 
     def reconcile(self) -> None:
         """Makes what is found what should be; what cannot be is in the journal, and denied when it matters."""
-        for home in [self.homes[session] for session in self._unsaved if session in self.homes]:
-            self._try_to_save(home)
+        for placement in [self.placements[session] for session in self._unsaved if session in self.placements]:
+            self._try_to_save(placement)
         try:
             wanted = self.wanted()
         except PersonaError as error:  # what is there stays as it is, rather than go for want of a document
@@ -290,7 +294,9 @@ class Enforcer:
 
     def _fetch_missing(self) -> None:
         """The documents of places that are not here; with the last of them it is reconciled again, at once."""
-        refs = {place.persona for home in self.homes.values() for place in home.places.values()} - {NOBODY}
+        refs = {place.persona for placement in self.placements.values() for place in placement.places.values()} - {
+            NOBODY
+        }
 
         def arrived(ref: PersonaRef, denied: Denied | None) -> None:
             self._fetching.discard(ref)
@@ -306,11 +312,11 @@ class Enforcer:
 
     def release(self) -> None:
         """Nothing of ours stays; the sessions go on without limits."""
-        for home in list(self.homes.values()):
-            for place in home.places.values():
+        for placement in list(self.placements.values()):
+            for place in placement.places.values():
                 if place.managed:
                     self._leave(place)
-        self.homes.clear()
+        self.placements.clear()
         for facility in reversed(self._facilities):
             try:
                 for failure in plans.apply_each(facility.release()):
@@ -321,9 +327,9 @@ class Enforcer:
             os.unlink(path)
 
 
-def _is_services(home: Placement, task: Task) -> bool:
+def _is_services(placement: Placement, task: Task) -> bool:
     """Whether it is sshd's or cron's own, which stays with them.  Raises ``OSError`` when it is gone."""
-    return home.uid != 0 and not any(task.credentials().uids)
+    return placement.uid != 0 and not any(task.credentials().uids)
 
 
 def _tell(place: PersonaCgroup, before: PersonaCgroup | None) -> None:

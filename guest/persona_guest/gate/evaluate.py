@@ -1,4 +1,4 @@
-"""The gate's walk over the stages of an attempt: what runs, what is refused, and when the broker must be asked first.
+"""The gate's walk over the stages of an exec request: what runs, what is refused, and when the broker is asked first.
 
 The gate and ``persona explain`` both use it, so that what is explained is what happens.  It reads nothing of the
 machine: the caller passes what is known, and which programs a session starts by itself.
@@ -20,7 +20,7 @@ class Ask(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """The attempt may run: because this stage is granted, or because the session starts it by itself (``own``)."""
+    """The program may start: because this stage is granted, or because the session starts it by itself (``own``)."""
 
     stage: int
     granted: Granted | None

@@ -59,13 +59,16 @@ class HangWatchdog:
         threading.Thread(target=self._watch, name="hang-watchdog", daemon=True).start()
 
     def enter(self, session: Session) -> Entered | None:
-        """From now on a task of ``session`` may make us wait; what to ``leave`` to: a look may stand within another."""
+        """Watches from now on: a task of ``session`` may make us wait.
+
+        Returns what ``leave`` needs, for one watch may stand within another.
+        """
         outer = self._entered
         self._entered = (time.monotonic(), session)
         return outer
 
     def leave(self, outer: Entered | None) -> None:
-        """It did not."""
+        """Ends the watch that ``enter`` began: the task has not made us wait."""
         self._entered = outer
 
     def rest(self) -> Entered | None:

@@ -32,7 +32,7 @@ def rule_for(
 ) -> Own | None:
     """The rule that lets ``task`` start this whatever the personas say, or ``None``.
 
-    In a revoked session only the service still ends its own business.  ``denials`` are the answers to this attempt,
+    In a revoked session only the service still ends its own business.  ``denials`` are the answers to this request,
     which may be the first to tell of that.
     """
     revoked = gated.revoked is not None or any(denied.reason is Reason.SESSION_REVOKED for denied in denials)

@@ -28,7 +28,7 @@ class Gated:
     lines: int = 0
     lines_at: int = 0
     last: Granted | None = None
-    home: Placement | None = None  # where its processes live, once one has started
+    placement: Placement | None = None  # where its processes live, once one has started
     confirmed: int = -1  # the generation in which the broker last answered for this very session
     revoked: Denied | None = None  # if that was the answer
     said: dict[int, tuple[int, float, bool]] = field(default_factory=dict)  # by process: the last denial's words, when

@@ -163,13 +163,13 @@ class Supervisor:
     def _answer(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
         self._guarded(gated, notification.id, slot, lambda: self._handle(gated, notification, slot))
 
-    def _guarded(self, gated: Gated, ident: int, slot: int, judge: Callable[[], None]) -> None:
+    def _guarded(self, gated: Gated, ident: int, slot: int, work: Callable[[], None]) -> None:
         """Whatever a caller's exec can provoke while it is judged: it is denied, and the agent serves the others."""
         outer = self._hang_watchdog.enter(
             gated.session
         )  # memory, files and standard error of the task may all be its user's own
         try:
-            judge()
+            work()
         except Exception:  # no list is complete of what may go wrong, and not to answer would be to hang
             log.exception("an exec could not be judged; it is denied")
             self._not_judged(gated, ident, slot, "the agent's journal says why")
@@ -231,8 +231,10 @@ class Supervisor:
                 self._enquire(pending, exec_request.question(stage, gated.holder), exec_request.stages[stage].argv)
 
     def _known(self, gated: Gated, question: Question) -> Decision | None:
-        """What holds without asking.  Leases are the user's, over all their sessions: since the last event the
-        broker must have answered for this very one, which may have been revoked.
+        """Returns the decision that holds without asking the broker, ``None`` where it must be asked.
+
+        Leases are the user's, over all their sessions.  After each event the broker must have answered once for this
+        very session, which may have been revoked, before a lease counts in it.
         """
         if gated.confirmed != self._leases.generation:
             return None

@@ -114,7 +114,7 @@ class Doorway:
 
 
 class PamSocket:
-    """Serves the binary protocol for ``door``; ``root`` is the only uid that may speak it."""
+    """Serves the binary protocol; ``admissions`` answers.  ``root`` is the only uid that may speak it."""
 
     def __init__(self, loop: Loop, path: Path, admissions: Peer, root: int = 0) -> None:
         self._loop = loop

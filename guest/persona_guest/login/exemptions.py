@@ -55,7 +55,7 @@ class Recent(Generic[Answer]):
         self._kept[pid, subject] = (answer, generation, now)
 
     def take(self, pid: int, subject: Subject, generation: int, now: float) -> Answer | None:
-        """The answer if it still holds, which it then does no more."""
+        """Returns the answer if it still holds, and forgets it: it is used once."""
         kept = self._kept.pop((pid, subject), None)
         if kept is None or kept[1] != generation or now - kept[2] > _FRESH_S:
             return None

@@ -14,7 +14,7 @@ log = logging.getLogger("persona.kernel")
 
 
 class Fallback:
-    """Which sessions are bound, and to what."""
+    """Says whether a session that opens is bound by Landlock, and to which directories."""
 
     def __init__(self, settings: Settings, kernel_layer: KernelLayer) -> None:
         self._kernel_layer = kernel_layer

@@ -56,13 +56,13 @@ class NoKernelLayer:
         hangs_on: HangsOn = HangsOn.NOTHING,
         script: int | None = None,
     ) -> None:
-        """Nobody asks."""
+        """Does nothing: without the layer, nothing in the kernel looks at approvals."""
 
     def withdraw(self, tid: int) -> None:
-        """Nothing was approved."""
+        """Does nothing, as ``approve``."""
 
     def counts(self) -> dict[str, int]:
-        """Nothing was stopped."""
+        """Returns no counters: there is nothing that stops anything."""
         return {}
 
 

@@ -1,6 +1,6 @@
 """One execve as the kernel will see it: the program file, for a script the chain of its interpreters, the loader.
 
-Beside what each file is, an attempt says for each whether an allowance of it may be used (``obstacles``).
+Beside what each file is, an exec request says for each whether an allowance of it may be used (``obstacles``).
 The kernel resolves every path of the chain for the *task*, in mounts and a root that may be its user's own;
 so what is allowed is tied to what the same paths lead to for the agent.
 """
@@ -146,7 +146,7 @@ def look(
     *,
     complete: bool = True,
 ) -> ExecRequest:
-    """The attempt to start the program behind ``fd``, which this closes.  Raises ``OSError`` as ``read``."""
+    """The request to start the program behind ``fd``, which this closes.  Raises ``OSError`` as ``read``."""
     try:
         stages = _stages(task, fd, path, argv, identifier, owner)
         found = stages[-1].found

@@ -64,43 +64,45 @@ class Migrator:
         self._ending = Termination(loop, enforcer, tell, note)
         self._patience_s = 0.0  # what is left of _STOPPED_S: the loop and the watchdog wait for all places together
 
-    def follow(self, home: Placement, gated: Gated, holding: tuple[Applicable, ...], word: Word) -> bool:
+    def follow(self, placement: Placement, gated: Gated, holding: tuple[Applicable, ...], word: Word) -> bool:
         """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
-        home.base = holding[0].ref if holding else NOBODY
+        placement.base = holding[0].ref if holding else NOBODY
         self._patience_s = _STOPPED_S
-        home.holding = None  # until all of it is done: from the middle, the way back is one to follow too
+        placement.holding = None  # until all of it is done: from the middle, the way back is one to follow too
         outer = self._hang_watchdog.enter(gated.session)  # what its processes call themselves is in their own memory
         try:
-            if word is not Word.NONE and not home.told:
-                home.told = True
-                self._tell(home, REVOKED)
+            if word is not Word.NONE and not placement.told:
+                placement.told = True
+                self._tell(placement, REVOKED)
             ends = word is Word.END
             pairs = [(held, self._enforcer.document(held.ref)) for held in holding]
             shells = () if word is not Word.NONE else (*gated.shell_files, *images_of(gated.shells))
-            sorted_ = [self._sort(home, key, pairs, shells, ends=ends) for key in list(home.places) if key != MANAGED]
+            sorted_ = [
+                self._sort(placement, key, pairs, shells, ends=ends) for key in list(placement.places) if key != MANAGED
+            ]
             whole = all(sorted_)
-            if not home.places and manager_of(home.found, home.uid) is not None:
-                self._enforcer.enter(home, home.base, home.found)
-            if MANAGED in home.places:
-                self._manage(home, pairs, shells, ends=ends)
+            if not placement.places and manager_of(placement.found, placement.uid) is not None:
+                self._enforcer.enter(placement, placement.base, placement.found)
+            if MANAGED in placement.places:
+                self._manage(placement, pairs, shells, ends=ends)
             if whole:
-                home.holding = holding
+                placement.holding = holding
         except (PersonaError, OSError) as error:
-            log.error("session %s does not follow: %s", home.session, error)
+            log.error("session %s does not follow: %s", placement.session, error)
             return False
         except Exception:  # whatever a user's processes are: the agent answers the others, and tries all of this again
-            log.exception("session %s does not follow", home.session)
+            log.exception("session %s does not follow", placement.session)
             return False
         finally:
             self._hang_watchdog.leave(outer)
         return whole
 
-    def _sort(self, home: Placement, key: str, pairs: Pairs, shells: Shells, *, ends: bool) -> bool:
+    def _sort(self, placement: Placement, key: str, pairs: Pairs, shells: Shells, *, ends: bool) -> bool:
         """Every process of a place goes to where it would be started now, or stays, or is withdrawn.
 
         What forks and ends faster than it can be looked at is frozen for it.  False where something is left even so.
         """
-        place = here = home.places[key]
+        place = here = placement.places[key]
         tree = self._enforcer.tree
         old = self._enforcer.document(place.persona)
         done: set[int] = set()  # what needs no further look: what was born of it is listed by itself
@@ -109,7 +111,9 @@ class Migrator:
         frozen = place.withdrawn and old.on_revoke == "freeze" and not ends and tree.freezes(place.cgroup)
         try:
             for number in range(_PASSES):
-                here = home.places[key]  # elsewhere, once a version has been entered whose limits are counted otherwise
+                here = placement.places[
+                    key
+                ]  # elsewhere, once a version has been entered whose limits are counted otherwise
                 listed = [pid for pid in tree.processes(here.cgroup) if pid not in done]
                 if not listed:
                     whole = True
@@ -117,17 +121,17 @@ class Migrator:
                 if number == _RUNNING:
                     self._stop(here.cgroup)
                     continue
-                found = dict(self._look(listed, home.uid))
+                found = dict(self._look(listed, placement.uid))
                 done.update(pid for pid in listed if pid not in found)
                 for pid, running in found.items():
-                    ref = self._target(running, home, old, pairs, shells)
+                    ref = self._target(running, placement, old, pairs, shells)
                     if ref is None:
-                        target = self._enforcer.enter(home, place.persona, withdrawn=True)
+                        target = self._enforcer.enter(placement, place.persona, withdrawn=True)
                         if not withdrawn and not tree.populated(target.cgroup):
                             self._ending.void(target.cgroup)
                         withdrawn[pid] = running
                     else:
-                        target = self._enforcer.enter(home, ref)
+                        target = self._enforcer.enter(placement, ref)
                     if target.cgroup == here.cgroup:
                         done.add(pid)
                         stays = True
@@ -141,11 +145,11 @@ class Migrator:
                     tree.thaw(here.cgroup)
             finally:
                 if withdrawn:
-                    self._withdraw(home, place, old, withdrawn, ends=ends)
-        if not stays and not tree.populated(home.places[key].cgroup):
-            self._enforcer.leave(home, key)
+                    self._withdraw(placement, place, old, withdrawn, ends=ends)
+        if not stays and not tree.populated(placement.places[key].cgroup):
+            self._enforcer.leave(placement, key)
         if returns and old.on_revoke == "freeze":
-            self._tell(home, f"persona: {old.name} applies again; what was frozen goes on")
+            self._tell(placement, f"persona: {old.name} applies again; what was frozen goes on")
         return whole
 
     def _stop(self, cgroup: str) -> None:
@@ -154,39 +158,41 @@ class Migrator:
         self._patience_s = max(0.0, self._patience_s - (time.monotonic() - began))
 
     @staticmethod
-    def _target(running: Running, home: Placement, old: Persona, pairs: Pairs, shells: Shells) -> PersonaRef | None:
+    def _target(
+        running: Running, placement: Placement, old: Persona, pairs: Pairs, shells: Shells
+    ) -> PersonaRef | None:
         ref = choose(running.trusted, pairs)
-        if ref is None and (running.image in shells or (old.on_revoke == "finish" and home.base != NOBODY)):
-            return home.base  # the login shell is admission's, until the session itself is revoked
+        if ref is None and (running.image in shells or (old.on_revoke == "finish" and placement.base != NOBODY)):
+            return placement.base  # the login shell is admission's, until the session itself is revoked
         return ref
 
     def _withdraw(
-        self, home: Placement, place: PersonaCgroup, old: Persona, rest: dict[int, Running], *, ends: bool
+        self, placement: Placement, place: PersonaCgroup, old: Persona, rest: dict[int, Running], *, ends: bool
     ) -> None:
         """``place`` is where it was: perhaps withdrawn already, by an agent that ended before it ended this."""
-        cgroup = self._enforcer.enter(home, place.persona, withdrawn=True).cgroup
+        cgroup = self._enforcer.enter(placement, place.persona, withdrawn=True).cgroup
         if ends or old.on_revoke == "kill":
             if not place.withdrawn or not self._ending.under_way(cgroup):
-                self._ending.all_of(home, old, cgroup, rest)
+                self._ending.all_of(placement, old, cgroup, rest)
         elif old.on_revoke == "freeze":
             if place.withdrawn and self._enforcer.tree.freezes(cgroup):
                 return
             self._enforcer.tree.freeze(cgroup)
-            self._tell(home, f"persona: {old.name} no longer applies: {names_of(rest)} frozen until it does again")
+            self._tell(placement, f"persona: {old.name} no longer applies: {names_of(rest)} frozen until it does again")
             for running in list(rest.values())[:NAMED_MAX]:
-                self._note(home, old, "frozen", running)
+                self._note(placement, old, "frozen", running)
 
-    def _manage(self, home: Placement, pairs: Pairs, shells: Shells, *, ends: bool) -> None:
+    def _manage(self, placement: Placement, pairs: Pairs, shells: Shells, *, ends: bool) -> None:
         """The service manager keeps its place under whatever is the base now.
 
         Its parts cannot be frozen one by one (its user could thaw them): ``freeze`` lets them finish.
         """
-        place = home.places[MANAGED]
-        if place.persona == home.base and not ends:
+        place = placement.places[MANAGED]
+        if place.persona == placement.base and not ends:
             return
         old = self._enforcer.document(place.persona)
         if not ends:  # an operator's word is not taken back
-            self._ending.returned(place.cgroup, home.base.name)
+            self._ending.returned(place.cgroup, placement.base.name)
         rest: dict[int, Running] = {}
         whole = True
         if (ends or old.on_revoke == "kill") and not self._ending.under_way(
@@ -195,20 +201,20 @@ class Migrator:
             pids, whole = self._below(place.cgroup)
             rest = {
                 pid: running
-                for pid, running in self._look(pids, home.uid)
-                if self._target(running, home, old, pairs, shells) is None and not running.plumbing(self._settings)
+                for pid, running in self._look(pids, placement.uid)
+                if self._target(running, placement, old, pairs, shells) is None and not running.plumbing(self._settings)
             }
         asked = self._ending.asked(place.cgroup)
         began = {pid: at for pid, at in started(rest) if asked.get(pid) != at}
         rest = {pid: running for pid, running in rest.items() if pid in began}
         try:
-            self._enforcer.enter(home, home.base, place.cgroup)
+            self._enforcer.enter(placement, placement.base, place.cgroup)
         finally:  # a base that cannot be kept on disk is the base all the same
-            if home.places[MANAGED].persona == home.base:
+            if placement.places[MANAGED].persona == placement.base:
                 if not whole:
-                    self._ending.all_of(home, old, place.cgroup, rest)
+                    self._ending.all_of(placement, old, place.cgroup, rest)
                 elif rest:
-                    self._ending.each(home, old, place.cgroup, rest, began)
+                    self._ending.each(placement, old, place.cgroup, rest, began)
 
     def _below(self, cgroup: str) -> tuple[list[int], bool]:
         """The processes of a service manager, and whether these are all: its user may make many cgroups."""

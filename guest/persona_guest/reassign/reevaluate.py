@@ -26,7 +26,7 @@ Rebase = Callable[[str, PersonaRef | None, str | None], None]
 
 
 class Reevaluator:
-    """``rebase`` is told what a session is under from now on; ``sorter`` brings its processes there."""
+    """``rebase`` is told what a session is under from now on; ``migrator`` brings its processes there."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Reevaluator:
         self._coming = False  # the turn of the first of them
 
     def changed(self) -> None:
-        """Something did; a question that is under way is asked again after its answer."""
+        """Asks the broker what applies to each session now; if such a question is under way, again after its answer."""
         if self._asking:
             self._again = True
             return
@@ -92,8 +92,8 @@ class Reevaluator:
 
     def _prepare(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
         """The documents first, then, in a round of the loop of its own, what changes."""
-        home = self._enforcer.homes.get(session)
-        if home is not None and home.holding == holding and word is Word.NONE:
+        placement = self._enforcer.placements.get(session)
+        if placement is not None and placement.holding == holding and word is Word.NONE:
             self._due.pop(session, None)
             return
         needed = {held.ref for held in holding}
@@ -145,12 +145,12 @@ class Reevaluator:
         self._soon()
 
     def _follow(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
-        home, gated = self._enforcer.homes.get(session), self._supervisor.sessions.get(session)
+        placement, gated = self._enforcer.placements.get(session), self._supervisor.sessions.get(session)
         first = holding[0] if holding else None
         self._rebase(session, first.ref if first else None, first.policy if first else None)
-        if home is None or gated is None or self._supervisor.released:
+        if placement is None or gated is None or self._supervisor.released:
             return  # nothing has started in it yet
-        if not self._migrator.follow(home, gated, holding, word):
+        if not self._migrator.follow(placement, gated, holding, word):
             self._later()
 
 

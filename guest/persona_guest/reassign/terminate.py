@@ -73,14 +73,14 @@ class Termination:
         """Who of a cgroup was asked to end one by one, by when they started, and whose grace lasts."""
         return {pid: at for some in self._some if some.cgroup == cgroup for pid, at in some.started.items()}
 
-    def all_of(self, home: Placement, old: Persona, cgroup: str, rest: dict[int, Running]) -> None:
+    def all_of(self, placement: Placement, old: Persona, cgroup: str, rest: dict[int, Running]) -> None:
         """Asks them to end, and ends all of their cgroup when the grace of those that were asked first is over."""
         now = time.monotonic()
         notice = self._notices.get(cgroup)
         if notice is None:
-            timer = self._loop.call_later(GRACE_S, lambda: self._over(home, cgroup))
+            timer = self._loop.call_later(GRACE_S, lambda: self._over(placement, cgroup))
             notice = self._notices[cgroup] = _Notice(cgroup, old.name, now + GRACE_S, timer)
-        self._ask(home, old, rest, notice.due - now)
+        self._ask(placement, old, rest, notice.due - now)
 
     def void(self, cgroup: str) -> None:
         """Whoever was asked to end there has ended, or come back."""
@@ -89,13 +89,13 @@ class Termination:
             notice.timer.cancel()
 
     def each(
-        self, home: Placement, old: Persona, cgroup: str, rest: dict[int, Running], started: dict[int, int]
+        self, placement: Placement, old: Persona, cgroup: str, rest: dict[int, Running], started: dict[int, int]
     ) -> None:
         """The same for some of a cgroup, by when they ``started``: descriptors for all might be too many."""
         some = _Some(cgroup, old.name, time.monotonic() + GRACE_S, started)
         self._some.append(some)
         self._loop.call_later(GRACE_S, lambda: self._over_each(some))
-        self._ask(home, old, rest, GRACE_S)
+        self._ask(placement, old, rest, GRACE_S)
 
     def returned(self, cgroup: str, persona: str) -> None:
         """A cgroup is under ``persona`` again: whoever was asked to end there since it was may stay."""
@@ -106,17 +106,17 @@ class Termination:
         if notice is not None and notice.due >= since:
             self.void(cgroup)
 
-    def _over(self, home: Placement, cgroup: str) -> None:
+    def _over(self, placement: Placement, cgroup: str) -> None:
         try:
             with contextlib.suppress(FileNotFoundError):  # all that was there has come back, or ended
                 self._enforcer.tree.write(cgroup, "cgroup.kill", "1")
         except OSError as error:
             log.error("%s does not end yet: %s", cgroup, error)
-            timer = self._loop.call_later(AGAIN_S, lambda: self._over(home, cgroup))
+            timer = self._loop.call_later(AGAIN_S, lambda: self._over(placement, cgroup))
             self._notices[cgroup] = replace(self._notices[cgroup], timer=timer)
             return
         del self._notices[cgroup]
-        self._loop.call_later(0.5, lambda: self._gone(home, cgroup))
+        self._loop.call_later(0.5, lambda: self._gone(placement, cgroup))
 
     def _over_each(self, some: _Some) -> None:
         if some not in self._some:
@@ -135,23 +135,23 @@ class Termination:
         else:
             self._some.remove(some)
 
-    def _ask(self, home: Placement, old: Persona, rest: dict[int, Running], seconds: float) -> None:
+    def _ask(self, placement: Placement, old: Persona, rest: dict[int, Running], seconds: float) -> None:
         names = names_of(rest) or "all of the service manager"
         why = "no persona applies" if old.name == NOBODY.name else f"{old.name} no longer applies"
-        self._tell(home, f"persona: {why}: {names} is asked to end, and killed after {seconds:.0f} s")
+        self._tell(placement, f"persona: {why}: {names} is asked to end, and killed after {seconds:.0f} s")
         for pid in rest:
             with contextlib.suppress(OSError):  # it ended meanwhile
                 _signal(pid, signal.SIGTERM)
         for running in list(rest.values())[:NAMED_MAX] or [UNKNOWN]:
-            self._note(home, old, "killed", running)
+            self._note(placement, old, "killed", running)
 
-    def _gone(self, home: Placement, cgroup: str) -> None:
-        if self._enforcer.homes.get(home.session) is not home:
+    def _gone(self, placement: Placement, cgroup: str) -> None:
+        if self._enforcer.placements.get(placement.session) is not placement:
             return  # the session has ended meanwhile: what is saved of it now would stay
         try:
-            for key, place in list(home.places.items()):
+            for key, place in list(placement.places.items()):
                 if place.cgroup == cgroup and not self._enforcer.tree.populated(cgroup):
-                    self._enforcer.leave(home, key)
+                    self._enforcer.leave(placement, key)
         except (PersonaError, OSError) as error:  # it is empty, and left when what it is for changes next
             log.error("%s cannot be left yet: %s", cgroup, error)
 

@@ -47,39 +47,39 @@ class Notices:
         self._hang_watchdog = hang_watchdog
         self._record = record
 
-    def tell(self, home: Placement, line: str) -> None:
+    def tell(self, placement: Placement, line: str) -> None:
         """One line to the session's user, through the first process of it that has a terminal or pipe.
 
         What a process has as its standard error may hang: the caller is between the watchdog's ``enter`` and ``leave``.
         A terminal that another one is just writing to takes nothing: once more then, and the record has it anyway.
         """
-        if not self._told(home, line):
-            self._loop.call_later(_AGAIN_S, lambda: self._tell_again(home, line))
+        if not self._told(placement, line):
+            self._loop.call_later(_AGAIN_S, lambda: self._tell_again(placement, line))
 
-    def _tell_again(self, home: Placement, line: str) -> None:
-        gated = self._supervisor.sessions.get(home.session)
+    def _tell_again(self, placement: Placement, line: str) -> None:
+        gated = self._supervisor.sessions.get(placement.session)
         if gated is not None:
             with self._hang_watchdog.watching(gated.session):
-                self._told(home, line)
+                self._told(placement, line)
 
-    def _told(self, home: Placement, line: str) -> bool:
+    def _told(self, placement: Placement, line: str) -> bool:
         try:
             pids = [
                 pid
-                for place in home.places.values()
+                for place in placement.places.values()
                 if not place.withdrawn and not place.managed
                 for pid in self._enforcer.tree.processes(place.cgroup)
             ]
         except OSError as error:
-            log.warning("session %s is not told: %s", home.session, error)
+            log.warning("session %s is not told: %s", placement.session, error)
             return False
         return any(tell(pid, printable(line)) for pid in sorted(pids)[:_TRIED_MAX])
 
     def alarm(self, place: PersonaCgroup, reason: Reason) -> None:
         """A place ran into a limit."""
         gated = self._supervisor.sessions.get(place.session)
-        home = self._enforcer.homes.get(place.session)
-        if gated is None or home is None:
+        placement = self._enforcer.placements.get(place.session)
+        if gated is None or placement is None:
             return
         try:
             persona = self._enforcer.document(place.persona)
@@ -87,7 +87,7 @@ class Notices:
             return
         line = limit_line(persona, reason, self._enforcer.left(place, persona))
         with self._hang_watchdog.watching(gated.session):
-            self.tell(home, line)
+            self.tell(placement, line)
         self._record(_record(gated.session, place, "limit", reason, "", ()))
         self._deny(gated.session, "limit", "", "", Denied(reason, persona=persona.name, help=line))
 
@@ -96,9 +96,9 @@ class Notices:
         theirs = [gated.session for gated in self._supervisor.sessions.values() if gated.session.uid == refusal.uid]
         logins = [session for session in theirs if session.service != _MANAGER]
         session = logins[0] if len(logins) == 1 else None
-        if session is not None and (home := self._enforcer.homes.get(session.id)) is not None:
+        if session is not None and (placement := self._enforcer.placements.get(session.id)) is not None:
             with self._hang_watchdog.watching(session):
-                self.tell(home, refusal_line(refusal.persona, refusal.target))
+                self.tell(placement, refusal_line(refusal.persona, refusal.target))
         if theirs:
             denied = Denied(Reason.NETWORK_REFUSED, persona=refusal.persona, help=_NETWORK_HELP)
             where, uid = session.id if session is not None else "", theirs[0].uid
@@ -121,10 +121,10 @@ class Notices:
             )
         )
 
-    def note(self, home: Placement, persona: Persona, event: str, running: Running) -> None:
+    def note(self, placement: Placement, persona: Persona, event: str, running: Running) -> None:
         """One process that was frozen or asked to end."""
-        gated = self._supervisor.sessions.get(home.session)
-        place = next((place for place in home.places.values() if place.persona.name == persona.name), None)
+        gated = self._supervisor.sessions.get(placement.session)
+        place = next((place for place in placement.places.values() if place.persona.name == persona.name), None)
         if gated is not None:
             shown = tuple(argument[:256] for argument in running.stages[-1][1][:16])
             reason = Reason.PERSONA_WITHDRAWN

@@ -16,8 +16,8 @@ class Placement:
     """Places by their key.
 
     ``found`` is the cgroup in which the session was first seen.  ``opener`` is the program that
-    opened it: its forks have started nothing yet and are in no place.  ``base`` is the persona of what
-    was granted to nobody in particular, the login shell above all.  ``holding``: what the broker said
+    opened it: its forks have started nothing yet and are in no place.  ``base`` is the default persona: of the login
+    shell, and of whatever else starts without a grant of its own.  ``holding``: what the broker said
     last; ``None`` = nothing yet.  ``told``: its user knows that an operator revoked it.
     """
 
@@ -72,7 +72,7 @@ class Placement:
 def load(path: Path) -> Placement:
     """What ``save`` wrote.  Raises ``OSError``, ``ValueError``, ``KeyError`` or ``TypeError``."""
     value = json.loads(path.read_text())
-    home = Placement(
+    placement = Placement(
         session=str(value["session"]),
         uid=int(value["uid"]),
         found=str(value["found"]),
@@ -82,5 +82,14 @@ def load(path: Path) -> Placement:
     )
     for name, version, shared, withdrawn in value["places"]:
         ref = PersonaRef(str(name), int(version))
-        home.add(place_of(home.session, home.uid, ref, home.found, shared=shared is True, withdrawn=withdrawn is True))
-    return home
+        placement.add(
+            place_of(
+                placement.session,
+                placement.uid,
+                ref,
+                placement.found,
+                shared=shared is True,
+                withdrawn=withdrawn is True,
+            )
+        )
+    return placement

@@ -69,7 +69,7 @@ class Outside:
         return [(number, kept.cgroup) for number, kept in self._known.items() if kept.uid not in uids]
 
     def add(self, new: Mapping[int, Kept]) -> None:
-        """They are about to be bound.  Raises ``OSError`` where that cannot be kept."""
+        """Keeps, before they are bound, what tells whose they are.  Raises ``OSError`` where that cannot be kept."""
         if new.keys() <= self._known.keys():
             return
         known = {**self._known, **{n: kept for n, kept in new.items() if n not in self._known}}
@@ -166,7 +166,7 @@ class Spare:
 
 
 class Network:
-    """The facility.  ``bases`` says what each user is under outside of every place: its owner keeps it up to date."""
+    """The facility.  ``user_rules`` says what each user is under outside of every place; its owner keeps it so."""
 
     name = "network"
 
@@ -200,7 +200,7 @@ class Network:
         return self._bind((place.cgroup, _owner(place.uid), _NOBODYS), None, lambda: self._with_owner(place, None))
 
     def base(self, uid: int) -> Plan:
-        """Binds, or lets go, a user's slice of cgroups and whatever else is theirs, as ``bases`` has it.
+        """Binds, or lets go, a user's slice of cgroups and whatever else is theirs, as ``user_rules`` has it.
 
         To be asked again at each login: the slice may be another by then.
         """
