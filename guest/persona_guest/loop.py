@@ -6,6 +6,7 @@ wait; what could wait goes to a thread and comes back through ``call_soon_thread
 
 import heapq
 import itertools
+import logging
 import os
 import select
 import threading
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 
 Handler = Callable[[int], None]
+log = logging.getLogger("persona.agent")
 
 READABLE = select.EPOLLIN
 GONE = select.EPOLLHUP | select.EPOLLERR
@@ -72,10 +74,16 @@ class Loop:
         return timer
 
     def call_every(self, seconds: float, call: Callable[[], None]) -> None:
-        """Calls again and again, ``seconds`` after the last call ended."""
+        """Calls again and again, ``seconds`` after the last call ended.
+
+        Where one fails for want of a descriptor or of space (``OSError``), the next may not.
+        """
 
         def again() -> None:
-            call()
+            try:
+                call()
+            except OSError as error:
+                log.error("%s", error)
             self.call_later(seconds, again)
 
         self.call_later(seconds, again)

@@ -88,8 +88,10 @@ class Site:
             personas,
             note,
             lambda _session, _reader: "hello",
+            lambda _uid: self.excluded_s,
         )
         self.began: list[str] = []
+        self.excluded_s = 0.0
         self.admissions.began = self.began.append
         self.answered: list[tuple[Verdict, str]] = []
         self.link.answers = {
@@ -165,6 +167,17 @@ def test_without_a_yes_nobody_comes_in(site: Site, outcome: Outcome, code: Reaso
     told = [(one.event, one.command, one.reason) for one in site.supervisor.denials.of(ALICE.uid)]
     assert told == [("admission", "a login by sshd", code)]
     site.user_rules.opened.assert_not_called()
+
+
+def test_who_made_the_gate_wait_stays_out_for_a_while(site: Site) -> None:
+    site.excluded_s = 7.0
+    assert site.account() is Verdict.DENY
+    assert site.open() is not None
+    assert (site.verdict, "refused for 7 s more" in site.answered[-1][1]) == (Verdict.DENY, True)
+    assert "POST /v1/sessions" not in site.link.asked
+    site.excluded_s = 0.0
+    site.open()
+    assert site.verdict is Verdict.GATE
 
 
 def test_without_the_persona_s_document_nobody_comes_in_and_the_broker_hears_so(site: Site) -> None:

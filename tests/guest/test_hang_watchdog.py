@@ -114,6 +114,8 @@ def test_who_makes_the_agent_wait_is_killed_and_the_agent_goes_on(hostage: tuple
     assert os.read(asked, 1) == b"x", "the page was really asked for"
     assert 0.5 <= time.monotonic() - began < 6
     assert not gave_up
+    assert 5 < hang_watchdog.excluded_s(UID) <= 10
+    assert hang_watchdog.excluded_s(UID + 1) == 0
 
 
 def test_a_process_without_its_leader_is_found_too() -> None:
@@ -158,6 +160,22 @@ def test_a_chain_of_forks_does_not_outrun_the_end_of_its_cgroup(cgroup: str) -> 
     kill_all_of(UID, [cgroup])
     time.sleep(0.1)
     assert not lives()
+
+
+def test_who_does_it_again_and_again_is_kept_out_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    hang_watchdog = HangWatchdog(lambda: None)
+    hang_watchdog.close()
+    seconds = []
+    for _ in range(8):
+        hang_watchdog._exclude(UID)
+        seconds.append(hang_watchdog.excluded_s(UID))
+        now[0] += 1000
+    assert seconds == [10, 20, 40, 80, 160, 320, 640, 640]
+    now[0] += 4000
+    hang_watchdog._exclude(UID)
+    assert hang_watchdog.excluded_s(UID) == 10
 
 
 def test_where_killing_does_not_help_the_agent_gives_up() -> None:

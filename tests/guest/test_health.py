@@ -9,8 +9,10 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from persona_guest.health import rules
@@ -213,6 +215,23 @@ def test_a_journal_that_cannot_be_read_is_not_a_quiet_one(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(journal, "_open", broken)
     assert journal.count(time.time()) is None
+
+
+def test_an_entry_that_its_sender_made_unreadable_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """COREDUMP_TIMESTAMP=1000000000000000000000000000000, say: python3-systemd makes a date of it."""
+    now = time.time()
+    entry = {"_UID": 0, "__REALTIME_TIMESTAMP": datetime.fromtimestamp(now, UTC)}
+    entries: list[Any] = [entry, OverflowError("int too large"), entry, {}]
+
+    def get_next() -> Any:
+        found = entries.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    journal = Journal(1000)
+    monkeypatch.setattr(journal, "_open", lambda _now: Mock(get_next=get_next))
+    assert journal.count(now) == 2
 
 
 class Listener:

@@ -98,6 +98,19 @@ def test_a_stop_names_the_file_and_not_what_its_caller_called_it(known: bool, tm
     assert record.program == ("/usr/bin/strace" if known else device)
 
 
+def test_of_several_sessions_in_one_login_of_roots_descent_tells_which_it_was() -> None:
+    alice, bob = (
+        Mock(session=Session(name, Subject(name, (), "vm"), uid, "su", "", "/bin/bash", 1, 4, 0))
+        for name, uid in (("alice", 1000), ("bob", 1001))
+    )
+    for found in (bob, None):
+        supervisor = Mock(sessions={"a": alice, "b": bob}, find=Mock(return_value=found), denials=Book())
+        records: list[Any] = []
+        Stops(records.append, supervisor, lambda _image: "/x")(stop(5)._replace(audit_session=4))
+        assert [getattr(record, "user", None) for record in records] == ["bob" if found else None]
+        assert supervisor.denials.of(1000) == ()
+
+
 @pytest.mark.parametrize(
     ("enforced", "login", "in_session", "of"),
     [(True, 7, True, 1000), (False, 7, True, None), (True, 7, False, 7), (True, None, False, None)],

@@ -22,6 +22,23 @@ def test_timers_go_by_the_loop_s_clock() -> None:
     assert 3600 <= now[0] < 3750
 
 
+def test_a_round_that_fails_for_want_of_something_is_not_the_last() -> None:
+    now, calls = [0.0], list[float]()
+    loop = Loop(lambda: now[0])
+
+    def look() -> None:
+        calls.append(now[0])
+        raise OSError(24, "Too many open files")
+
+    def later() -> bool:
+        now[0] += 1
+        return len(calls) == 3
+
+    loop.call_every(10, look)
+    loop.run_until(later, 100)
+    assert len(calls) == 3
+
+
 def test_what_does_not_come_about_is_an_error_in_the_loop_s_time() -> None:
     now = [0.0]
     loop = Loop(lambda: now[0])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from persona_guest.core.pam_protocol import MAGIC, Caller, Op, Verdict, reply
+from persona_guest.ipc import pam
 from persona_guest.ipc.pam import PamSocket, Reply
 from persona_guest.loop import Loop
 
@@ -72,6 +73,29 @@ def test_a_module_that_goes_away_leaves_no_session(tmp_path: Path, at_once: bool
 
 def of_groups(*names: str) -> bytes:
     return struct.pack("=IHH", MAGIC, Op.GROUPS, len(names)) + b"".join(name.encode() + b"\0" for name in names)
+
+
+def test_where_too_many_are_open_the_next_one_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hung up on, the module would refuse the login."""
+    monkeypatch.setattr(pam, "_CONNECTIONS_MAX", 2)
+    loop = Loop()
+    served = PamSocket(loop, tmp_path / "sock", FakeDoor(loop, at_once=True), root=os.geteuid())
+    answers: list[bytes] = []
+
+    def ask() -> None:
+        modules = [asking(tmp_path / "sock") for _ in range(3)]
+        answers.extend(module.recv(8192) for module in modules[:2])
+        modules[0].close()
+        answers.append(modules[2].recv(8192))
+        for module in modules[1:]:
+            module.close()
+
+    module = threading.Thread(target=ask)
+    module.start()
+    loop.run_until(lambda: len(answers) == 3, 5)
+    module.join(5)
+    assert [answer[4:5] for answer in answers] == [bytes([Verdict.GATE])] * 3
+    served.close()
 
 
 @pytest.mark.parametrize(

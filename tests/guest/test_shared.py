@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_guest.audit import upload
 from persona_guest.audit.journal import PER_SECOND, Journal
 from persona_guest.broker.client import _bounded
 from persona_guest.broker.fair_queue import FairQueue
+from persona_guest.broker.http import BrokerError, Connection
+from persona_guest.ipc import users
 from persona_guest.ipc.users import Answer, Call, UserSocket, Whois
 from persona_guest.loop import Loop
+from persona_guest.settings import Broker
 from persona_guest.system.accounts import caller_of
 
+from persona import wire
 from persona.codec import MAX_BODY, Record, encode_request
 from persona.decisions import Program, Request, Subject
+from persona.problems import Reason
 
 
 def test_a_flood_of_one_delays_nobody_else() -> None:
@@ -256,6 +262,85 @@ def test_an_o_path_descriptor_comes_through(served: Served) -> None:
         os.close(program)
         assert json.loads(connection.recv(1000)) == {"ok": True}
         assert len(served.calls[-1].fds) == 1
+
+
+def test_a_descriptor_whose_path_is_too_long_to_be_told_is_refused(served: Served, tmp_path: Path) -> None:
+    """readlink(2) of it fails: in a thread of the agent's, whose end would be the agent's."""
+    here = os.open(tmp_path, os.O_PATH)
+    for number in range(22):
+        name = f"{number:x<200}"
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_PATH, dir_fd=here)
+        os.close(here)
+        here = below
+    deep = os.open("file", os.O_CREAT | os.O_RDWR, dir_fd=here)
+    try:
+        with pytest.raises(OSError, match="File name too long"):
+            os.readlink(f"/proc/self/fd/{deep}")
+        with served.connect() as connection:
+            socket.send_fds(connection, [b'{"op": "now"}'], [deep])
+            assert json.loads(connection.recv(1000))["code"] == "bad_request"
+            assert ask(connection, "now") == {"ok": True}
+    finally:
+        os.close(deep)
+        os.close(here)
+
+
+def test_an_error_while_a_request_is_read_is_answered(served: Served) -> None:
+    def broken(_uid: int) -> None:
+        raise RuntimeError("a module of the user database")
+
+    served.whois = broken
+    with served.connect() as connection:
+        assert ask(connection, "status")["code"] == "internal"
+        assert ask(connection, "now") == {"ok": True}
+
+
+def test_one_with_many_uids_leaves_room_for_root(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    uids = iter([*range(1000, 1030), 0])
+    monkeypatch.setattr(users, "peer_credentials", lambda _connection: (1, next(uids), 1))
+    monkeypatch.setattr(users, "_TOTAL_MAX", 20)
+    held = [served.connect() for _ in range(31)]
+    assert ask(held[19], "now") == ask(held[30], "now") == {"ok": True}
+    with pytest.raises(OSError):
+        ask(held[20], "now")
+        held[20].recv(10)
+    for connection in held:
+        connection.close()
+
+
+def test_a_flood_of_one_while_the_broker_is_away_costs_nobody_elses_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+    lost: list[int] = []
+    away = threading.Event()
+    away.set()
+
+    def call(_self: Connection, _method: str, _path: str, body: Any, _deadline: float) -> tuple[int, None]:
+        if away.is_set():
+            raise BrokerError(Reason.BROKER_UNREACHABLE, "away")
+        said = body(wire.CURRENT)
+        kept.extend(item["session"] for item in said["records"])
+        lost.append(said["lost"])
+        return 204, None
+
+    monkeypatch.setattr(Connection, "call", call)
+    monkeypatch.setattr(upload, "_SHARE_MAX", 50)
+    monkeypatch.setattr(upload, "_BATCH", 10)
+    journal: list[Record] = []
+    recorder = upload.Recorder(Broker(), journal.append)
+    for _ in range(300):
+        recorder.add(record("s-a"))
+    for _ in range(5):
+        recorder.add(record("s-b"))
+    deadline = time.monotonic() + 5
+    while len(journal) < 305 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(journal) == 305
+    away.clear()
+    recorder.close()
+    assert kept.count("s-b") == 5
+    assert 50 <= kept.count("s-a") <= 60  # a batch was on its way already
+    assert kept.count("s-a") + sum(lost) == 300
 
 
 def test_without_a_thread_to_be_had_a_request_waits_for_one(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

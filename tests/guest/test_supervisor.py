@@ -1,15 +1,21 @@
 """The supervisor's own promise: whatever goes wrong while an exec is judged, it is answered, with a denial."""
 
 import ctypes
+import errno
 import os
 import shutil
+import signal
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from persona_guest.core.leases import LeaseBook
-from persona_guest.gate.hang_watchdog import HangWatchdog
+from persona_guest.gate import implicit_allow
+from persona_guest.gate.hang_watchdog import INTERRUPT, HangWatchdog
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.pending import Gated, Pending
 from persona_guest.gate.post_exec_check import Wrong
@@ -219,6 +225,64 @@ def test_a_program_is_looked_at_while_the_guard_watches(monkeypatch: pytest.Monk
     assert outcome(pid) == 0
     assert watched
     assert all(watched)
+
+
+def test_who_reads_a_listener_that_was_handed_over_does_not_hold_the_agent_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the agent was woken for is taken by another; its own receipt would wait for the next, for ever."""
+    nobody = 54_322
+    child, listener = gated_child("/usr/bin/true")
+    thief = os.dup(listener)
+    receive = seccomp.receive
+
+    def late(fd: int, buffer: bytearray) -> seccomp.Notification | None:
+        taken = receive(thief, bytearray(seccomp.NOTIF_SIZE))
+        assert taken is not None
+        monkeypatch.setattr(seccomp, "receive", receive)
+        return receive(fd, buffer)
+
+    monkeypatch.setattr(seccomp, "receive", late)
+    before = signal.signal(INTERRUPT, lambda _number, _frame: None)
+    began = time.monotonic()
+    try:
+        supervisor = supervise(listener, granted, hang_watchdog=HangWatchdog(lambda: None, 0.3), uid=nobody)
+    finally:
+        signal.signal(INTERRUPT, before)
+        os.close(thief)
+    assert time.monotonic() - began < 8
+    assert supervisor.sessions == {}
+    assert outcome(child) == errno.ENOSYS  # nobody is left who could answer it
+
+
+def test_of_several_sessions_in_one_login_descent_tells_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Task, "audit_session", lambda _task: 7)
+    supervisor = Supervisor.__new__(Supervisor)
+    sessions = [
+        Mock(session=Session(name, Subject("u", (), "vm"), 1000, "su", "", "", monitor, 7, 0, Task(monitor).started()))
+        for name, monitor in (("s-1", 1), ("s-2", os.getppid()))
+    ]
+    supervisor.sessions = {gated.session.id: gated for gated in sessions}
+    assert supervisor.find(os.getpid()) is sessions[1]
+    del supervisor.sessions["s-2"]
+    assert supervisor.find(os.getpid()) is sessions[0]
+    supervisor.sessions["s-3"] = Mock(session=replace(sessions[0].session, monitor=999_999))
+    assert supervisor.find(os.getpid()) is None
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_left_the_service_s_cgroup_is_not_the_service_s_own(monkeypatch: pytest.MonkeyPatch, apart: bool) -> None:
+    """A sibling of the session's first process (CLONE_PARENT) is a child of the monitor, too."""
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    monkeypatch.setattr(implicit_allow, "cgroup_of", lambda pid: "place" if apart and pid == child else "service")
+    session = Session(
+        "s-1", Subject("u", (), "vm"), 1000, "cron", "", "", os.getpid(), None, 0, Task(os.getpid()).started()
+    )
+    try:
+        assert implicit_allow._is_services_own(Mock(foreign=None), session, Task(child)) is not apart
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_slot_that_is_cleared_twice_is_free_once() -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import time
 
+from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.login import Terminal
 from tests.guest_vm.machine import HOST_SEEN_FROM_GUEST, Machine
 from tests.guest_vm.site import Broker
@@ -116,6 +117,28 @@ def test_sudo_s_own_hooks_and_pty_are_gated(guest: Machine) -> None:
         assert guest.root("test -e /tmp/orphan").code == 1
     finally:
         guest.must("rm -f /etc/sudoers.d/carol")
+
+
+# As pkexec and doas do: becomes root as a whole, and is the program that was asked for, with no user above it.
+BECOME = r"""
+#include <unistd.h>
+int main(int argc, char **argv) { return setuid(0) || execv(argv[1], argv + 1); }
+"""
+
+
+def test_the_first_process_of_a_session_is_none_of_the_service_s_own_as_root(
+    guest: Machine, static_c: Compiler
+) -> None:
+    """It is a child of the root process of su, cron or login that opened the session, as the service's own are."""
+    guest.put(static_c.compile("become", BECOME), to="/usr/local/bin/become")
+    guest.must("chmod 4755 /usr/local/bin/become; rm -f /tmp/became*; sleep 2")
+    inside = "/usr/local/bin/forbidden /tmp/became; touch /tmp/became-so"
+    try:
+        guest.root(f"su - carol -c 'exec become /bin/sh -c \"{inside}\"'", timeout=60)
+        guest.must("test -e /tmp/became-so")
+        assert guest.root("test -e /tmp/became").code == 1
+    finally:
+        guest.must("rm -f /usr/local/bin/become")
 
 
 def test_a_guest_may_ask_only_about_itself(guest: Machine, broker: Broker) -> None:

@@ -33,7 +33,7 @@ from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.enforce.facility import Facility
 from persona_guest.enforce.network.build import Net
 from persona_guest.gate.decider import Decider
-from persona_guest.gate.hang_watchdog import HangWatchdog
+from persona_guest.gate.hang_watchdog import INTERRUPT, HangWatchdog
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.kernel_stops import Stops
 from persona_guest.gate.supervisor import Supervisor
@@ -145,7 +145,17 @@ def _serve(settings: Settings, start: Start, runtime: Path, state: Path, ends: E
     fallback = Fallback(settings, kernel_layer)
     agent = Agent(settings, supervisor, sessions, kernel_layer, fallback, leases, broker_client, keeping)
     admissions = Admissions(
-        settings, supervisor, sessions, kernel_layer, fallback, leases, broker_client, personas, note, agent.greeting
+        settings,
+        supervisor,
+        sessions,
+        kernel_layer,
+        fallback,
+        leases,
+        broker_client,
+        personas,
+        note,
+        agent.greeting,
+        hang_watchdog.excluded_s,
     )
     broker_client.subject_of = admissions.subject_of
     tree = Hierarchy(settings.paths.cgroup_root)
@@ -230,6 +240,7 @@ def _serve(settings: Settings, start: Start, runtime: Path, state: Path, ends: E
     interval = systemd.watchdog_interval()
     if interval is not None:
         loop.call_every(interval, lambda: _alive())
+    signal.signal(INTERRUPT, lambda _number, _frame: None)  # a system call that waits ends by it
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: loop.call_soon_threadsafe(loop.stop))
     # not before all is there: who connects while nobody serves would wait in vain, root too

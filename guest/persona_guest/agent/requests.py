@@ -248,7 +248,10 @@ class Users:
     def _listener(self, call: Call, answer: Answer) -> None:
         """Takes the seccomp listener of the session that ``gate`` opened, and answers for it from now on."""
         call.only()
-        _, session = self._opening.pop(call.pid, (0, None))
+        uid, session = self._opening.pop(call.pid, (0, None))
+        if session is not None and uid != call.uid:  # the number of a process that has ended is another user's by now
+            self._admissions.abandoned(session)
+            session = None
         if session is None or len(call.fds) != 1:
             raise PersonaError(Reason.SESSION_UNKNOWN, "expected one descriptor, after 'gate'")
         self._admissions.listener_from_shell(session, os.dup(call.fds[0]))

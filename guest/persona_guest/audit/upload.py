@@ -1,7 +1,7 @@
 """Every decision on its way to the journal and to the broker's record, never in the way of an exec.
 
-The loop appends to a bounded queue; a thread writes.  What does not fit is counted and the count is
-sent: nothing is lost silently.
+The loop appends to a bounded queue; a thread writes, to the journal first.  What does not fit while the broker is away
+(one session has a quarter of the room) is counted and the count is sent: nothing is lost silently.
 """
 
 import http
@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +20,7 @@ from persona_guest.settings import Broker
 log = logging.getLogger("persona.record")
 
 _QUEUE_MAX = 20_000
+_SHARE_MAX = _QUEUE_MAX // 4  # of one session, while the broker takes none
 _BATCH = 200
 _BATCH_SIZE = MAX_BODY // 2  # one more record, at its largest, still fits into the body
 _INTERVAL_S = 0.5
@@ -46,11 +47,13 @@ class Recorder:
     def __init__(self, settings: Broker, journal: Callable[[Record], None]) -> None:
         self._queue: deque[Recordable] = deque()  # from the loop to the journal
         self._waiting: deque[Record] = deque()  # in the journal, not yet in a batch
+        self._waiting_of: Counter[str] = Counter()  # the same by session
         self._batch: list[Record] = []
         self._part = _BATCH  # how many of the batch are sent at once
         self._size = 0
         self._dropped = 0  # the loop's thread alone writes it
-        self._refused = 0  # these two the recorder's
+        self._unkept = 0  # from here on the recorder's: no room while the broker took none
+        self._refused = 0
         self._told = 0
         self._unwilling = 0  # the HTTP status with which the broker took nothing, for whatever reason of its own
         self._journal = journal
@@ -61,8 +64,8 @@ class Recorder:
         self._thread.start()
 
     def add(self, record: Recordable) -> None:
-        """Takes a record; when 20,000 wait already, counts it as lost instead."""
-        if len(self._queue) + len(self._waiting) >= _QUEUE_MAX:
+        """Takes a record; when 20,000 wait for the journal already, counts it as lost instead."""
+        if len(self._queue) >= _QUEUE_MAX:
             self._dropped += 1
         else:
             self._queue.append(record)
@@ -91,13 +94,20 @@ class Recorder:
             taken = self._queue.popleft()
             record = taken() if callable(taken) else taken
             self._journal(record)
-            self._waiting.append(record)
+            if len(self._waiting) >= _QUEUE_MAX or self._waiting_of[record.session] >= _SHARE_MAX:
+                self._unkept += 1
+            else:
+                self._waiting.append(record)
+                self._waiting_of[record.session] += 1
 
     def _flush(self) -> None:
         self._write_down()
         while self._waiting or self._batch or self._lost():
             while self._waiting and len(self._batch) < _BATCH and self._size < _BATCH_SIZE:
                 record = self._waiting.popleft()
+                self._waiting_of[record.session] -= 1
+                if not self._waiting_of[record.session]:
+                    del self._waiting_of[record.session]
                 self._size += len(json.dumps(encode_record(record)))  # a user chooses how long command lines are
                 self._batch.append(record)
             part, lost = self._batch[: self._part], self._lost()
@@ -127,7 +137,7 @@ class Recorder:
 
     def _lost(self) -> int:
         """How many the broker has still to be told of that it will never get."""
-        return self._dropped + self._refused - self._told
+        return self._dropped + self._unkept + self._refused - self._told
 
     def _send(self, part: list[Record], lost: int) -> tuple[int, Any]:
         """Raises ``BrokerError``."""

@@ -24,9 +24,12 @@ from persona_guest.session.model import Session
 
 log = logging.getLogger("persona.gate")
 
+INTERRUPT = signal.SIGURG  # what else would come of it is nothing: signal(7)
 LIMIT_S = 1.0  # thousands of times what it takes
 _DOUBT = 5  # times as long, where it could as well be a disk that this machine waits for
 _LOOK_S = 0.25
+_EXCLUDED_S, _EXCLUDED_MAX_S = 10.0, 640.0  # who did it once, and twice as long each time that they do it again
+_FORGOTTEN_S = 3600.0
 _PASSES = 32
 _CGROUPS = "/sys/fs/cgroup"
 _FUSE = b"request_wait_answer"  # where a task sleeps that asked a FUSE server: nothing of this machine's is there
@@ -53,8 +56,9 @@ class HangWatchdog:
         self._give_up = give_up
         self._cgroups = cgroups
         self._limit_s = limit_s
-        self._thread = threading.get_native_id()
+        self._thread, self._ident = threading.get_native_id(), threading.get_ident()
         self._entered: Entered | None = None
+        self._excluded: dict[int, tuple[float, float]] = {}  # by uid: since when, and for how long
         self._over = threading.Event()
         threading.Thread(target=self._watch, name="hang-watchdog", daemon=True).start()
 
@@ -92,6 +96,17 @@ class HangWatchdog:
         finally:
             self.leave(outer)
 
+    def excluded_s(self, uid: int) -> float:
+        """Seconds for which a user who made the agent wait should not come in again; 0 = at once."""
+        since, seconds = self._excluded.get(uid, (0.0, 0.0))
+        return max(0.0, since + seconds - time.monotonic())
+
+    def _exclude(self, uid: int) -> None:
+        now = time.monotonic()
+        self._excluded = {who: one for who, one in self._excluded.items() if now - one[0] < _FORGOTTEN_S}
+        before = self._excluded[uid][1] * 2 if uid in self._excluded else _EXCLUDED_S
+        self._excluded[uid] = now, min(before, _EXCLUDED_MAX_S)
+
     def close(self) -> None:
         """Watches no more."""
         self._over.set()
@@ -111,12 +126,19 @@ class HangWatchdog:
                     log.critical(
                         "%s makes the gate wait: all their processes are killed", printable(session.subject.user)
                     )
+                    self._exclude(session.uid)
                     kill_all_of(session.uid, self._cgroups(session.uid))
+                self._interrupt()
                 answered, until = entered, now + self._limit_s
             elif now > until:
                 log.critical("the gate hangs in an exec of %s", printable(session.subject.user))
                 self._give_up()
                 return
+
+    def _interrupt(self) -> None:
+        """Ends a wait for a notification that somebody else has taken: no end of a process does, but a signal."""
+        if signal.getsignal(INTERRUPT) not in (signal.SIG_DFL, signal.SIG_IGN, None):
+            signal.pthread_kill(self._ident, INTERRUPT)
 
     def _asks_a_user(self) -> bool:
         """Whether the watched thread sleeps in a question to a file system that is some process's."""

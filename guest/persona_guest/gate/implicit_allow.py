@@ -10,6 +10,7 @@ from persona.called_names import called_name
 from persona.decisions import Denied
 from persona.problems import Reason
 from persona_guest.gate.pending import Gated
+from persona_guest.kernel.cgroup import cgroup_of
 from persona_guest.kernel.task import Task
 from persona_guest.program.exec_request import ExecRequest
 from persona_guest.program.identity import Identifier
@@ -77,17 +78,19 @@ def _is_services_own(exec_request: ExecRequest, session: Session, task: Task) ->
     """What sshd, cron or su itself starts as root (motd, sshrc): root all the way up to the monitor.
 
     A root process that the user got by sudo has the user's own processes above it; one that was
-    orphaned hangs below init: neither reaches the monitor.
+    orphaned hangs below init: neither reaches the monitor.  But the session's first process is the monitor's child,
+    may become root as a whole (pkexec), and may have siblings (CLONE_PARENT, clone(2)): what the session's are is told
+    by the cgroup, which none of them can leave for the monitor's.
     """
     if session.uid == 0 or exec_request.foreign is not None:  # in a trial by root, root is the user
         return False
-    pid = task.tid
+    pid, cgroup = task.tid, _cgroup(session.monitor)
     for _ in range(_ANCESTORS_MAX):
         try:
             credentials = Task(pid).credentials()
         except OSError:
             return False
-        if any(credentials.uids):
+        if any(credentials.uids) or _cgroup(pid) != cgroup:
             return False
         if credentials.tgid == session.monitor:
             return Task(credentials.tgid).started() == session.monitor_started
@@ -95,3 +98,11 @@ def _is_services_own(exec_request: ExecRequest, session: Session, task: Task) ->
         if pid <= 1:
             return False
     return False
+
+
+def _cgroup(pid: int) -> str | None:
+    """The cgroup of a process; ``None`` on a machine without the second version of them, where nobody is moved."""
+    try:
+        return cgroup_of(pid)
+    except OSError:
+        return None

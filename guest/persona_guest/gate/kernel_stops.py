@@ -40,9 +40,8 @@ class Stops:
     def __call__(self, event: Event) -> None:
         """Under the session that it happened in; outside of any, under its user's name."""
         sessions = self._supervisor.sessions.values()
-        gated = next((one for one in sessions if one.session.audit == event.audit_session), None)
-        if gated is None or event.audit_session is None:
-            gated = self._supervisor.find(event.tgid)
+        of_login = [one for one in sessions if one.session.audit == event.audit_session is not None]
+        gated = of_login[0] if len(of_login) == 1 else self._supervisor.find(event.tgid)
         program = self._where(Image(os.makedev(event.device >> 20, event.device & 0xFFFFF), event.inode))
         if gated is not None:
             record, uid = _of_stop(event, program, gated.session.id, gated.session.subject.user), gated.session.uid

@@ -22,7 +22,7 @@ from persona_guest.core.leases import LeaseBook, Question
 from persona_guest.core.messages import denial_line, printable
 from persona_guest.gate import implicit_allow
 from persona_guest.gate.evaluate import Ask, Refused, Runs, judge
-from persona_guest.gate.hang_watchdog import HangWatchdog
+from persona_guest.gate.hang_watchdog import LIMIT_S, HangWatchdog
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.notes import Notes
 from persona_guest.gate.pending import Gated, Pending
@@ -124,11 +124,12 @@ class Supervisor:
             audit = Task(pid).audit_session()
         except OSError:
             return None
-        if audit is not None:
-            for gated in self.sessions.values():
-                if gated.session.audit == audit:
-                    return gated
-        monitors = {gated.session.monitor: gated for gated in self.sessions.values()}
+        among = list(self.sessions.values())
+        if audit is not None and (of_login := [gated for gated in among if gated.session.audit == audit]):
+            if len(of_login) == 1:
+                return of_login[0]
+            among = of_login  # several su in one login of root's: which of them, descent tells
+        monitors = {gated.session.monitor: gated for gated in among}
         for _ in range(_ANCESTORS_MAX):
             found = monitors.get(pid)
             if found is not None and Task(pid).started() == found.session.monitor_started:
@@ -151,8 +152,16 @@ class Supervisor:
 
     def _ready(self, gated: Gated, events: int) -> None:
         if events & READABLE:
-            notification = seccomp.receive(gated.listener, self._buffer)
-            if notification is not None:
+            started = time.monotonic()
+            with_nobody = self._hang_watchdog.enter(gated.session)
+            try:
+                notification = seccomp.receive(gated.listener, self._buffer)
+            finally:
+                self._hang_watchdog.leave(with_nobody)
+            if notification is None and time.monotonic() - started > LIMIT_S:
+                log.error("session %s: somebody else reads its listener; nothing more starts in it", gated.session.id)
+                self._end(gated)
+            elif notification is not None:
                 began = time.thread_time()
                 slot = self._inflight.put(gated.name, self._buffer)
                 self._answer(gated, notification, slot)

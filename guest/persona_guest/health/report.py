@@ -61,7 +61,13 @@ class Journal:
     def _read(self, now: float) -> None:
         self._reader.wait(0)  # takes notice of files that came or went
         for _ in range(_ENTRIES_A_LOOK):
-            entry = self._reader.get_next()
+            try:
+                entry = self._reader.get_next()
+            except OSError:
+                raise
+            except Exception as error:  # python3-systemd converts fields that any sender may set, and is past it then
+                log.debug("an entry of the journal cannot be read: %r", error)
+                continue
             if not entry:
                 return
             if rules.counts(entry, self._uid_min):

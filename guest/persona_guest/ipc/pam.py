@@ -74,9 +74,17 @@ class Doorway:
     Without the pause a socket with somebody waiting would call again and again, and the loop do nothing else.
     """
 
-    def __init__(self, loop: Loop, path: Path, mode: int, accepted: Callable[[socket.socket], None]) -> None:
-        """Raises ``OSError``."""
+    def __init__(
+        self,
+        loop: Loop,
+        path: Path,
+        mode: int,
+        accepted: Callable[[socket.socket], None],
+        full: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """While it is ``full()``, who connects waits.  Raises ``OSError``."""
         self._loop = loop
+        self._full = full
         self._accepted = accepted
         self._server = listen(path, mode)
         self._pause: Timer | None = None
@@ -95,15 +103,14 @@ class Doorway:
         self._loop.add_reader(self._server.fileno(), READABLE, self._ready)
 
     def _ready(self, _events: int) -> None:
+        if self._full():
+            self._rest("too many are open")
+            return
         try:
             connection, _ = self._server.accept()
         except OSError as error:
-            if error.errno in _SHORT:  # it stays in the queue, and is served when others are gone
-                if not self._quiet:
-                    log.error("no connection can be taken now: %s", error.strerror)
-                self._quiet = True
-                self._loop.remove_reader(self._server.fileno())
-                self._pause = self._loop.call_later(_AGAIN_S, self._wait)
+            if error.errno in _SHORT:
+                self._rest(str(error.strerror))
             return
         self._quiet = False
         try:
@@ -111,6 +118,14 @@ class Doorway:
         except OSError as error:  # nothing of one connection is worth the agent
             log.error("a connection could not be served: %s", error)
             connection.close()
+
+    def _rest(self, why: str) -> None:
+        """Who connects stays in the queue, and is served when others are gone."""
+        if not self._quiet:
+            log.error("no connection can be taken now: %s", why)
+        self._quiet = True
+        self._loop.remove_reader(self._server.fileno())
+        self._pause = self._loop.call_later(_AGAIN_S, self._wait)
 
 
 class PamSocket:
@@ -121,7 +136,7 @@ class PamSocket:
         self._admissions = admissions
         self._root = root
         self._open: set[_Conversation] = set()
-        self._doorway = Doorway(loop, path, 0o600, self._accepted)
+        self._doorway = Doorway(loop, path, 0o600, self._accepted, lambda: len(self._open) >= _CONNECTIONS_MAX)
 
     def close(self) -> None:
         """No new conversations; those that are open end."""
@@ -132,7 +147,7 @@ class PamSocket:
     def _accepted(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         pid, uid, _gid = peer_credentials(connection)
-        if uid != self._root or len(self._open) >= _CONNECTIONS_MAX:
+        if uid != self._root:
             connection.close()
             return
         self._open.add(_Conversation(self._loop, connection, pid, self._admissions, self._open.discard))

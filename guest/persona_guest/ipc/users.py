@@ -25,6 +25,7 @@ _REQUEST_MAX = 64 * 1024
 _ANSWER_MAX = 192 * 1024
 _DEADLINE_S = 8.0
 _PER_USER = 16  # connections of one uid: a user can fill their own share only
+_TOTAL_MAX = 1024  # of all but root, who may have many uids at hand (newuidmap): execs and logins need descriptors too
 _FDS_MAX = 2
 _PERSONAL = frozenset({"gate", "status"})  # the ops that need the user database's word on who asks
 _AGAIN_S = 1.0
@@ -87,7 +88,7 @@ class UserSocket:
     def _accepted(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         pid, uid, gid = peer_credentials(connection)
-        if self._count[uid] >= _PER_USER:
+        if self._count[uid] >= _PER_USER or (uid != 0 and self._count.total() >= _TOTAL_MAX):
             connection.close()
             return
         _Connection(self._loop, connection, (pid, uid, gid), self._handle, self._whois, lambda: self._ended(uid))
@@ -177,11 +178,17 @@ class _Connection:
     def _receive(self) -> None:
         data = b""
         fds: list[int] = []
-        with contextlib.suppress(OSError):
-            data, fds, _, _ = socket.recv_fds(self._connection, _REQUEST_MAX + 1, _FDS_MAX, socket.MSG_CMSG_CLOEXEC)
-        kept = [fd for fd in fds if _closes_at_once(fd)]
+        kept: list[int] = []
+        call: Call | PersonaError | None
+        try:
+            with contextlib.suppress(OSError):
+                data, fds, _, _ = socket.recv_fds(self._connection, _REQUEST_MAX + 1, _FDS_MAX, socket.MSG_CMSG_CLOEXEC)
+            kept += [fd for fd in fds if _closes_at_once(fd)]
+            call = self._understood(data, tuple(kept)) if data else None
+        except Exception:  # as in ``_received``: a thread that dies ends the agent, and no caller may bring that about
+            log.exception("a request of uid %d could not be read", self._peer[1])
+            call = PersonaError(Fault.INTERNAL, "the agent could not serve this; its journal says why")
         whole = len(kept) == len(fds)
-        call = self._understood(data, tuple(kept)) if data else None
         self._loop.call_soon_threadsafe(lambda: self._received(call, kept, whole))
         for fd in set(fds) - set(kept):
             with contextlib.suppress(OSError):  # their file system may say what it likes

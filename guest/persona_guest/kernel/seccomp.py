@@ -160,9 +160,10 @@ def parse_notification(raw: bytes | bytearray) -> Notification:
 
 
 def receive(listener: int, buffer: bytearray) -> Notification | None:
-    """Takes one notification; ``None`` where it was withdrawn meanwhile (its task was killed).
+    """Takes one notification; ``None`` where it was withdrawn meanwhile (its task was killed), or a signal came.
 
-    ``buffer`` (80 bytes) keeps the raw struct.  Call only after POLLIN: it blocks otherwise.
+    ``buffer`` (80 bytes) keeps the raw struct.  Call only after POLLIN: it blocks otherwise, and where somebody else
+    reads the same listener.
     """
     buffer[:] = _EMPTY  # the kernel refuses a struct that is not zeroed
     try:
@@ -205,7 +206,10 @@ def _respond(listener: int, response: bytes) -> bool:
 
 def is_listener(fd: int) -> bool:
     """Whether a descriptor that somebody handed over is what they say."""
-    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:seccomp notify"
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:seccomp notify"
+    except OSError:  # a file whose path is too long to be told, which its sender may choose
+        return False
 
 
 def use_synchronous_wakeup(listener: int) -> bool:

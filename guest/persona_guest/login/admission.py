@@ -36,7 +36,7 @@ Refuse = Callable[[Denied], None]
 
 
 class Admissions:
-    """``greeting`` has the line for a login in a terminal."""
+    """``greeting`` has the line for a login in a terminal; ``excluded_s`` for how long a uid should not come in."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class Admissions:
         personas: Personas,
         note: Logins,
         greeting: Callable[[Session, int], str | None],
+        excluded_s: Callable[[int], float],
     ) -> None:
         self._settings = settings
         self._supervisor = supervisor
@@ -61,6 +62,7 @@ class Admissions:
         self._personas = personas
         self._note = note
         self._greeting = greeting
+        self._excluded_s = excluded_s
         self.began: Callable[[str], None] = lambda _session: None  # called with each session that the broker knows
         self._filter = seccomp.gate_filter()
         self._opening: dict[str, tuple[Session, Admitted | None]] = {}
@@ -79,7 +81,7 @@ class Admissions:
         def answered(result: Admitted | Denied) -> None:
             if isinstance(result, Admitted) and self._broker_client.streaming:
                 self._recent.keep(pid, session.subject, result, self._leases.generation, time.monotonic())
-            result = self._unguarded() or result
+            result = self._kept_out(session.uid) or result
             if isinstance(result, Admitted) or self._settings.mode is Mode.COMPLAIN:
                 reply_to(reply(Verdict.PASS))
             else:
@@ -205,10 +207,10 @@ class Admissions:
 
         Otherwise asks it first, and calls neither if the opener has gone away meanwhile.
         """
-        unguarded = self._unguarded()
-        if unguarded is not None:
-            self._note_admission(session, unguarded)
-            refuse(unguarded)
+        kept_out = self._kept_out(session.uid)
+        if kept_out is not None:
+            self._note_admission(session, kept_out)
+            refuse(kept_out)
             return
         recent = self._recent.take(session.monitor, session.subject, self._leases.generation, time.monotonic())
         if recent is not None and self._broker_client.streaming:
@@ -240,6 +242,14 @@ class Admissions:
             gate()
 
         self._admit(session, answered, opening=True)
+
+    def _kept_out(self, uid: int) -> Denied | None:
+        """Why no session of a user may open now, whatever the broker says."""
+        seconds = self._excluded_s(uid)
+        if seconds:
+            help = f"your processes made the gate wait for them; logins are refused for {seconds:.0f} s more"
+            return Denied(Reason.AGENT_OVERLOADED, help=help)
+        return self._unguarded()
 
     def _unguarded(self) -> Denied | None:
         """Why no session may open on a machine whose operator demands what its kernel has not."""

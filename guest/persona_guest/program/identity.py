@@ -192,8 +192,11 @@ class Identifier:
             self.rescan()
 
     def rescan(self) -> None:
-        """Reads the secure path anew: which names and paths lead to which file."""
-        self._seen, self._scanned_at = self._state(), time.monotonic()
+        """Reads the secure path anew: which names and paths lead to which file.
+
+        Raises ``OSError``; then what was known before holds.
+        """
+        seen, self._scanned_at = self._state(), time.monotonic()
         aliases: dict[Image, list[str]] = {}
         for directory in self._gate.secure_path:
             if not _only_root_writes(directory):
@@ -208,7 +211,7 @@ class Identifier:
                     found = aliases.setdefault(Image(status.st_dev, status.st_ino), [])
                     if len(found) < 4096:
                         found.append(path)
-        self._aliases = aliases
+        self._seen, self._aliases = seen, aliases
         self._forget()
 
     def identify(self, fd: int) -> Identified:
