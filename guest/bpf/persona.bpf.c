@@ -324,14 +324,6 @@ int BPF_PROG(check_file, struct linux_binprm *bprm)
 		return refuse(bprm, task, state, WHY_OTHER_FILE);
 	}
 	approval = bpf_map_lookup_elem(&approvals, &tid);
-	if (approval && !state && task->seccomp.mode == 0) {
-		/*
-		 * Left by an exec that failed before it came here, and the number is another thread's by now: whom the
-		 * agent decides for has its filter.
-		 */
-		bpf_map_delete_elem(&approvals, &tid);
-		approval = 0;
-	}
 	if (!approval) {
 		if (state ? let_through(state, bprm) : !login_is_gated(task))
 			return 0;

@@ -191,26 +191,6 @@ def test_nobody_is_locked_out(guest: Machine) -> None:
         guest.must("rm -f /etc/sudoers.d/admin; gpasswd -d admin persona-break-glass; userdel -r sysop || true")
 
 
-# Allowed, and then refused by the kernel before any of our programs sees it: the environment is no address.
-UNUSED = """
-import ctypes, os
-libc, argv = ctypes.CDLL(None, use_errno=True), (ctypes.c_char_p * 2)(b"/usr/bin/true", None)
-libc.execve(b"/usr/bin/true", argv, ctypes.c_void_p(1))
-print(ctypes.get_errno(), os.getpid())
-"""
-
-
-def test_an_approval_that_nobody_used_is_not_held_against_whoever_gets_the_number(guest: Machine) -> None:
-    for _ in range(5):  # somebody else may get it first
-        code, number = guest.ssh("carol", "python3 -", stdin=UNUSED).out.split()
-        assert code == "14"  # EFAULT
-        then = f"echo {int(number) - 1} > /proc/sys/kernel/ns_last_pid; /usr/bin/id -u >&2 & p=$!; wait $p; echo $p $?"
-        got, ended = guest.must(then).split()
-        if got == number:
-            break
-    assert (got, ended) == (number, "0")
-
-
 def test_helpers_of_other_pam_modules_run_before_the_gate(guest: Machine) -> None:
     guest.must("sed -i '0,/pam_loginuid/s/.*pam_loginuid.*/&\\nsession required pam_exec.so \\/usr\\/bin\\/touch"
                " \\/tmp\\/pam-exec-ran/' /etc/pam.d/sshd")  # fmt: skip
