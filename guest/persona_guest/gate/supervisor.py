@@ -153,11 +153,11 @@ class Supervisor:
     def _ready(self, gated: Gated, events: int) -> None:
         if events & READABLE:
             started = time.monotonic()
-            with_nobody = self._hang_watchdog.enter(gated.session)
+            outer = self._hang_watchdog.enter(gated.session)
             try:
                 notification = seccomp.receive(gated.listener, self._buffer)
             finally:
-                self._hang_watchdog.leave(with_nobody)
+                self._hang_watchdog.leave(outer)
             if notification is None and time.monotonic() - started > LIMIT_S:
                 log.error("session %s: somebody else reads its listener; nothing more starts in it", gated.session.id)
                 self._end(gated)
