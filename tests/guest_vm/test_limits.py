@@ -48,23 +48,38 @@ def python(source: str, *arguments: str) -> str:
     return shlex.join(["python3", "-c", source, *arguments])
 
 
-# What a bomb may take of the guest's one CPU.  alice then starts programs in 1 / (1 - 0.3) = 1.4 times the time; with
-# half of the CPU it would be just twice as long, which is the bound of the two tests.
-BOMB_CPU = "30%"
+# Prints what a cgroup (its path is the argument) took of one CPU in five seconds, in percent.
+SHARE = """
+import sys, time
+used = lambda: int(open(sys.argv[1] + "/cpu.stat").readline().split()[1])
+a, t = used(), time.monotonic()
+time.sleep(5)
+print((used() - a) / 1e4 / (time.monotonic() - t))
+"""
+
+# A bomb's persona, and what its cgroup may take at most.  The kernel throttles a task on its way back to user mode, so
+# what it does in an exit or an OOM kill comes on top.
+BOMB_CPU, BOMB_SHARE_MAX = "30%", 45
+
+# alice starts programs in at most so many times the time.  A memory bomb makes it twice, whatever its limit of CPU:
+# the kernel prints some 60 lines to the guest's serial console for each OOM kill.
+SLOWER_AT_MOST = 4
 
 
 def bombed(guest: Machine, bomb: str) -> tuple[float, float, str]:
-    """alice's latency without and with a bomb in bob's session, and what bob was told."""
+    """How many times slower alice is beside a bomb of bob's, what of a CPU the bomb took (%), what bob was told."""
     idle = statistics.median(float(guest.ssh("alice", python(LATENCY)).out) for _ in range(3))
     with guest.session(USER) as session:
         place = cgroup(session.ask("cat /proc/self/cgroup"))
         session.write(bomb)
         time.sleep(3)
+        share = float(guest.must(python(SHARE, CGROUPS + place)))
         under = statistics.median(float(guest.ssh("alice", python(LATENCY)).out) for _ in range(3))
         answered = json.loads(guest.must("persona status --json"))
         assert answered["ok"]
         guest.must(f"echo 1 > {CGROUPS}{place}/cgroup.kill")  # pkill does not catch up with a fork bomb
-    return idle, under, guest.must("journalctl -u persona-agent --no-pager -n 200 -g 'limit:' || true")
+    said = guest.must("journalctl -u persona-agent --no-pager -n 200 -g 'limit:' || true")
+    return under / idle, share, said
 
 
 # --- where commands live ---------------------------------------------------------------------------
@@ -217,16 +232,18 @@ def test_priority_is_a_weight_between_users(guest: Machine, broker: Broker) -> N
 
 def test_a_fork_bomb_stays_inside(guest: Machine, broker: Broker) -> None:
     with bound(broker, {"cpu": BOMB_CPU, "memory": "256MiB", "pids": 64}):
-        idle, under, said = bombed(guest, "bomb() { bomb | bomb & }; bomb 2>/dev/null")
-    assert under < 2 * idle, (idle, under)
+        slower, share, said = bombed(guest, "bomb() { bomb | bomb & }; bomb 2>/dev/null")
+    assert share < BOMB_SHARE_MAX, share
+    assert slower < SLOWER_AT_MOST, slower
     assert "pids_limit" in said
 
 
 def test_a_memory_bomb_stays_inside(guest: Machine, broker: Broker) -> None:
     eat = "python3 -c 'x = []\nwhile True: x.append(bytearray(1 << 20))'"
     with bound(broker, {"cpu": BOMB_CPU, "memory": "128MiB", "pids": 64}):
-        idle, under, said = bombed(guest, f"while :; do {eat}; done")
-    assert under < 2 * idle, (idle, under)
+        slower, share, said = bombed(guest, f"while :; do {eat}; done")
+    assert share < BOMB_SHARE_MAX, share
+    assert slower < SLOWER_AT_MOST, slower
     assert "memory_limit" in said
 
 
