@@ -457,4 +457,16 @@ int BPF_PROG(inherit, struct task_struct *task, unsigned long clone_flags)
 	return bpf_task_storage_get(&states, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE) ? 0 : -EAGAIN;
 }
 
+/* ---- the end ----------------------------------------------------------------------------------- */
+
+/* An exec may fail, or be killed, before check_file sees it: its approval ends with the thread, not its number. */
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(end, struct task_struct *task)
+{
+	__u32 tid = (__u32)task->pid;
+
+	bpf_map_delete_elem(&approvals, &tid);
+	return 0;
+}
+
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -373,8 +373,10 @@ class Supervisor:
         complain = self.settings.mode is Mode.COMPLAIN
         self.notes.add(pending, "exec", denied)
         if complain:
-            self._kernel_layer.layer.approve(pending.task.tid, gated.session.uid, pending.exec_request)
-            self._go_on(gated, pending.ident, pending.slot)
+            layer = self._kernel_layer.layer
+            layer.approve(pending.task.tid, gated.session.uid, pending.exec_request)
+            if not self._go_on(gated, pending.ident, pending.slot):
+                layer.withdraw(pending.task.tid)
         else:
             if self._may_speak(gated):
                 with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told

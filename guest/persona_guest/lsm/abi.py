@@ -9,7 +9,7 @@ from typing import NamedTuple
 from persona.problems import Reason
 
 LAYOUT = "2"
-PROGRAMS = ("check_file", "check_loader", "check_arguments", "inherit")
+PROGRAMS = ("check_file", "check_loader", "check_arguments", "inherit", "end")
 EVENTS_BYTES = 1 << 20
 CHAIN_MAX = 6
 ARGV_MAX = 17 * 4096
