@@ -15,7 +15,6 @@ from typing import Any
 from persona.answers import iso, local, refusal
 from persona.shown import line, word
 from persona.version import VERSION
-from persona_guest.shell.bars import place_lines
 from persona_guest.shell.client import SOCKET, AgentError, Client
 
 _ALWAYS = {  # why an agent lets a session start something by itself
@@ -118,6 +117,8 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(status))
         return 0
+    from persona_guest.shell.bars import place_lines  # half of what a status takes, and --json needs none
+
     for label, value in _status_lines(status):
         _say(f"{label + ':':<11}{value}")
     for row in place_lines(status["places"], bars=sys.stdout.isatty()):
