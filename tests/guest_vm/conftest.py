@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import STOCK
 from tests.guest_vm.bound import DOCUMENTS
-from tests.guest_vm.machine import Machine
+from tests.guest_vm.machine import HOST_SEEN_FROM_GUEST, Machine
 from tests.guest_vm.site import ROOT, Broker, await_connected, site
 
 ARTIFACTS = ROOT / "build" / "artifacts"
@@ -66,9 +66,15 @@ class Warm:
         self.broker.load(30)
         if self._used_by not in (None, file):
             self.machine.thaw()
-            self.machine.must("systemctl restart persona-agent")  # its connections are of another time
+            self._reconnect()
         self._used_by = file
         await_connected(self.machine)
+
+    def _reconnect(self) -> None:
+        """Ends the agent's connections, which are of another time, and waits until it has made new ones."""
+        host = f"dst {HOST_SEEN_FROM_GUEST}"
+        stream = f"ss -Htn state established {host} dport = :{self.broker.events_port} | grep -q ."
+        self.machine.must(f"ss -HK {host} sport != :22 >/dev/null; until {stream}; do sleep 0.1; done", timeout=60)
 
     def spoil(self, test: str) -> None:
         """Keeps what a failed test leaves to look at, and tells the end of it; the next one begins anew."""
