@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"persona-agent: {error.message}; the default paths are taken", file=sys.stderr)
         settings = Settings()
     if arguments.command == "run":
-        from persona_guest.agent import build
+        from persona_guest.agent import lifecycle
 
-        return build.run(settings, start, debug=arguments.debug)
+        return lifecycle.run(settings, start, debug=arguments.debug)
     if arguments.command.endswith("-kernel"):
         from persona_guest.agent import kernel_commands
 

@@ -14,10 +14,10 @@ from flask.testing import FlaskClient
 from persona_broker.serve.app import api
 from persona_broker.settings import Settings
 from persona_broker.store.sqlite import Store
-from persona_guest.broker.client import Admitted, BrokerClient
+from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.pool import Answer, Outcome
 from persona_guest.core.leases import LeaseBook
-from persona_guest.session.model import Session
+from persona_guest.session.model import Admitted, Session
 
 from persona import wire
 from persona.codec import MAX_BODY, MAX_GROUPS, GroupsInUse
@@ -59,9 +59,9 @@ class Site:
         token = self.store.add_guest(VM)
         self.link = Link(api(Settings(db=str(directory / "db"))).test_client(), token)
         self.leases = LeaseBook()
-        self.broker_client = BrokerClient(self.link, self.leases)  # type: ignore[arg-type]  # a fake
+        self.subjects = {"s-1": SUBJECT}
+        self.broker_client = BrokerClient(self.link, self.leases, self.subjects.get)  # type: ignore[arg-type]  # a fake
         self.broker_client.streaming = True
-        self.broker_client.subject_of = lambda session: SUBJECT if session == "s-1" else None
 
     def apply(self, *groups: str, vms: str = "*") -> None:
         """A policy for each group, with a persona of its own; nothing else holds."""
@@ -189,8 +189,8 @@ def test_narrowed_keeps_the_order() -> None:
 def test_questions_about_many_sessions_fit_the_bodies_that_a_broker_takes(site: Site) -> None:
     names = MANY[:200]
     site.broker_client._groups = GroupsInUse("tag", frozenset(names))
-    site.broker_client.subject_of = lambda _session: Subject("u", names, VM)
     sessions = [f"s-{number:016}" for number in range(150)]
+    site.subjects.update(dict.fromkeys(sessions, Subject("u", names, VM)))
     parts = list(site.broker_client.batches(sessions))
     assert [session for part in parts for session in part] == sessions
     assert len(parts) > 2

@@ -6,23 +6,21 @@ import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NoReturn, cast
 
 from persona_guest.broker.documents import Personas
 from persona_guest.core.denials import Book
-from persona_guest.core.reassignment import Applicable, Word
+from persona_guest.core.reassignment import NOBODY, NOBODYS, Applicable, Word
 from persona_guest.enforce.cgroups.facility import Cgroups
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.gate.hang_watchdog import HangWatchdog
-from persona_guest.gate.pending import Gated
-from persona_guest.gate.supervisor import Supervisor
 from persona_guest.loop import Loop
 from persona_guest.program.identity import Identifier, Image
 from persona_guest.reassign.migrate import REVOKED, Migrator
 from persona_guest.reassign.user_notices import Notices
-from persona_guest.session.model import Session
+from persona_guest.session.model import Admitted, Login, Session, State
 from persona_guest.session.placement import Placement
+from persona_guest.session.registry import Registry
 from persona_guest.settings import Gate, Settings
 
 from persona.codec import Record
@@ -58,6 +56,13 @@ def document(name: str, whitelist: list[str], on_revoke: str, per: str = "sessio
     return found
 
 
+def gated(registry: Registry, session: Session, persona: PersonaRef | None = None) -> Login:
+    """A session that is gated, with no listener."""
+    login = registry.open(session)
+    login.admitted, login.state = Admitted(persona, "p"), State.GATED
+    return login
+
+
 class Documents:
     """A fake store of personas."""
 
@@ -66,6 +71,7 @@ class Documents:
             OLD: document("Old", ["**"], on_revoke),
             COUNTED: document("Old", ["**"], on_revoke, "persona"),
             NEW: document("New", ["/usr/bin/true"], on_revoke),
+            NOBODY: NOBODYS,
         }
 
     def get(self, ref: PersonaRef) -> Persona:
@@ -81,21 +87,23 @@ class Site:
         self.tree.grow(SCOPE)
         self.told: list[str] = []
         self.revocations = 0  # how often its user was told of one; that is not in told
+        self.registry = Registry(directory / "sessions")
+        self.login = gated(self.registry, SESSION, OLD)
+        self.placement = self.login.placement = Placement("s-1", 1000, SCOPE, Image(0, 0), OLD)
+        personas = cast(Personas, Documents(on_revoke))
         enforcer = Enforcer(
-            self.loop, self.tree, [Cgroups(self.tree, "/dev/null")], cast(Personas, Documents(on_revoke)),
-            directory / "places", lambda _session: OLD, lambda _place: None,
-        )  # fmt: skip
+            self.loop, self.registry, self.tree, [Cgroups(self.tree, "/dev/null")], personas, lambda _place: None
+        )
         self.enforcer = enforcer
-        self.placement = enforcer.placements["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), OLD)
-        self.gated = Gated(SESSION, -1, 0, (), (), b"s-1")
+        self.registry.at_end(enforcer.ended)
         self.records: list[Record] = []
         self.denials = Book()
-        supervisor = cast(Supervisor, SimpleNamespace(sessions={"s-1": self.gated}, denials=self.denials))
         self.notices = notices = Notices(
-            self.loop, enforcer, supervisor, HangWatchdog(lambda: None), self.records.append
-        )
+            self.loop, self.registry, self.tree, personas, HangWatchdog(lambda: None), self.denials,
+            self.records.append,
+        )  # fmt: skip
         self.migrator = Migrator(
-            Settings(), self.loop, enforcer, Identifier(Gate()), HangWatchdog(lambda: None),
+            Settings(), self.loop, self.registry, enforcer, Identifier(Gate()), HangWatchdog(lambda: None),
             self._tell, notices.note,
         )  # fmt: skip
 
@@ -121,11 +129,11 @@ class Site:
     def follow(self) -> bool:
         """New applies now, which allows nothing that these tests run."""
         holding = (Applicable(NEW, "p", Whitelist((parse_pattern("/usr/bin/true"),))),)
-        return self.migrator.follow(self.placement, self.gated, holding, Word.REVOKED)
+        return self.migrator.follow(self.placement, self.login, holding, Word.REVOKED)
 
     def revoke(self, word: Word = Word.REVOKED) -> bool:
         """No policy holds for it any more, by an operator's word."""
-        return self.migrator.follow(self.placement, self.gated, (), word)
+        return self.migrator.follow(self.placement, self.login, (), word)
 
     def run(self, seconds: float) -> None:
         self.loop.call_later(seconds, self.loop.stop)

@@ -20,9 +20,13 @@ from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.pam_protocol import Caller, Verdict
 from persona_guest.kernel import seccomp
-from persona_guest.login.admission import Admissions
-from persona_guest.login.sessions import Sessions
+from persona_guest.login.admission import Admission
+from persona_guest.login.opening import Openings
+from persona_guest.loop import Loop
 from persona_guest.lsm.landlock_fallback import Fallback
+from persona_guest.reassign.reevaluate import Reevaluator
+from persona_guest.session.model import Admitted
+from persona_guest.session.registry import Registry
 from persona_guest.settings import Gate, Mode, Settings
 
 from persona.codec import Record, encode_decision
@@ -65,34 +69,28 @@ class Site:
         self.link = Link()
         self.records: list[Record] = []
         self.leases = LeaseBook()
-        self.broker_client = BrokerClient(self.link, self.leases)  # type: ignore[arg-type]  # a fake
+        self.registry = Registry(directory / "sessions")
+        self.broker_client = BrokerClient(self.link, self.leases, self.registry.subject_of)  # type: ignore[arg-type]  # a fake
         self.broker_client.streaming = True
-        self.supervisor = Mock(settings=settings, sessions={}, find=Mock(return_value=None))
-        self.supervisor.denials = Book()
+        self.supervisor = Mock()
+        self.denials = Book()
         self.user_rules = Mock()
         note = Logins(self.records.append, complain=mode is Mode.COMPLAIN)  # type: ignore[arg-type]  # ready ones only
-        self.sessions = Sessions(directory / "sessions", self.supervisor, Mock(), self.broker_client.closed, note)
-        self.sessions.user_rules = self.user_rules
-        self.lifted: list[int] = []
-        self.sessions.lift = self.lifted.append
         kernel_layer = Mock(layer=Mock(active=False, why="not here"))
-        personas = Personas(directory / "personas", self.broker_client.persona)
-        self.admissions = Admissions(
-            settings,
-            self.supervisor,
-            self.sessions,
-            kernel_layer,
-            Fallback(settings, kernel_layer),
-            self.leases,
-            self.broker_client,
-            personas,
-            note,
-            lambda _session, _reader: "hello",
-            lambda _uid: self.excluded_s,
-        )
-        self.began: list[str] = []
+        fallback = Fallback(settings, kernel_layer)
+        self.personas = Personas(directory / "personas", self.broker_client.persona)
+        self.exempted: list[int] = []
         self.excluded_s = 0.0
-        self.admissions.began = self.began.append
+        self.began: list[str] = []
+        admission = Admission(
+            settings, kernel_layer, fallback, self.broker_client, self.personas, self.denials, note,
+            lambda _uid: self.excluded_s, self.exempted.append,
+        )  # fmt: skip
+        self.openings = Openings(
+            settings, self.registry, self.supervisor, Mock(), admission, self.user_rules, fallback, self.leases,
+            self.broker_client, lambda _session, _reader: "hello", self.began.append,
+        )  # fmt: skip
+        self.registry.at_end(self.user_rules.ended, self.broker_client.ended, note.ended)
         self.answered: list[tuple[Verdict, str]] = []
         self.link.answers = {
             "POST /v1/admissions": YES,
@@ -105,11 +103,11 @@ class Site:
         self.answered.append((Verdict(packet[4]), packet[8:].split(b"\0")[-2].decode(errors="replace")))
 
     def account(self, caller: Caller = ALICE) -> Verdict:
-        self.admissions.account(caller, os.getpid(), self.reply)
+        self.openings.account(caller, os.getpid(), self.reply)
         return self.answered[-1][0]
 
     def open(self, caller: Caller = ALICE) -> str | None:
-        return self.admissions.open(caller, os.getpid(), self.reply)
+        return self.openings.open(caller, os.getpid(), self.reply)
 
     @property
     def verdict(self) -> Verdict:
@@ -164,7 +162,7 @@ def test_without_a_yes_nobody_comes_in(site: Site, outcome: Outcome, code: Reaso
     assert site.verdict is Verdict.DENY
     assert str(code) in site.answered[-1][1]
     assert [record.reason for record in site.records] == [code, code]
-    told = [(one.event, one.command, one.reason) for one in site.supervisor.denials.of(ALICE.uid)]
+    told = [(one.event, one.command, one.reason) for one in site.denials.of(ALICE.uid)]
     assert told == [("admission", "a login by sshd", code)]
     site.user_rules.opened.assert_not_called()
 
@@ -193,14 +191,14 @@ def test_what_cannot_be_bound_does_not_begin(site: Site) -> None:
     assert site.verdict is Verdict.DENY
     assert site.link.asked[-1] == "DELETE /v1/sessions"
     assert site.began == []
-    site.user_rules.ended.assert_called_with(session)
+    assert [call.args[0].session.id for call in site.user_rules.ended.call_args_list] == [session]
 
 
 def test_an_opener_that_goes_before_the_answer_leaves_nothing(site: Site) -> None:
     site.link.hold = True
     session = site.open()
     assert session is not None
-    site.admissions.abandoned(session)
+    site.openings.abandoned(session)
     while site.link.held:
         site.link.held.pop(0)()
     assert site.answered == []
@@ -215,7 +213,7 @@ def test_complain_mode_lets_everybody_in_and_says_who_would_not_have_been(tmp_pa
     site.open()
     assert site.verdict is Verdict.GATE
     assert [(record.decision, record.complain) for record in site.records] == [("denied", True)]
-    assert site.supervisor.denials.of(ALICE.uid) == ()
+    assert site.denials.of(ALICE.uid) == ()
 
 
 @pytest.mark.parametrize("what", ["its network", "its landlock", "too many sessions"])
@@ -227,12 +225,12 @@ def test_complain_mode_lets_in_whom_it_cannot_gate(tmp_path: Path, monkeypatch: 
     elif what == "its landlock":
         monkeypatch.setattr(Fallback, "ruleset", Mock(side_effect=full))
     else:
-        monkeypatch.setattr(site.sessions, "full", lambda _uid: True)
+        monkeypatch.setattr(site.registry, "is_full", lambda _uid: True)
     site.open()
     assert site.verdict is Verdict.PASS
     if what == "its network":
         answers: list[dict[str, Any]] = []
-        site.admissions.open_from_shell(ALICE, os.getpid(), answers.append)
+        site.openings.open_from_shell(ALICE, os.getpid(), answers.append)
         assert answers == [{"ok": True, "verdict": "pass", "greeting": None}]
 
 
@@ -241,12 +239,12 @@ def test_complain_mode_announces_a_session_when_the_broker_is_back(tmp_path: Pat
     site.link.answers["POST /v1/sessions"] = AWAY
     session = site.open()
     assert site.verdict is Verdict.GATE
-    site.admissions.announce_again()
+    site.openings.announce_again()
     assert site.began == []
     site.link.answers["POST /v1/sessions"] = YES
-    site.admissions.announce_again()
+    site.openings.announce_again()
     assert site.began == [session]
-    site.admissions.announce_again()
+    site.openings.announce_again()
     assert site.began == [session]
 
 
@@ -264,8 +262,7 @@ def test_who_is_exempt_passes_without_a_question(site: Site, caller: Caller, eve
     assert site.verdict is Verdict.PASS
     assert site.link.asked == []
     assert site.events() == events
-    assert site.user_rules.exempted.called == bool(events)
-    assert bool(site.lifted) == bool(events)
+    assert bool(site.exempted) == bool(events)
 
 
 def test_a_demanded_kernel_layer_that_is_missing_keeps_everybody_out(tmp_path: Path) -> None:
@@ -283,14 +280,14 @@ def test_a_listener_is_taken_once_and_only_of_who_was_admitted(site: Site, monke
     for name, verdict in ((session, Verdict.DONE), (session, Verdict.DENY), ("s-other", Verdict.DENY)):
         fd, other = os.pipe()
         os.close(other)
-        site.admissions.listener(name, fd, site.reply)
+        site.openings.listener(name, fd, site.reply)
         assert site.verdict is verdict
         if verdict is Verdict.DENY:
             with pytest.raises(OSError, match="Bad file descriptor"):
                 os.close(fd)
         else:
             os.close(fd)
-    site.supervisor.add.assert_called_once()
+    site.supervisor.answer_for.assert_called_once()
 
 
 def test_what_is_no_listener_ends_what_had_begun(site: Site) -> None:
@@ -299,10 +296,10 @@ def test_what_is_no_listener_ends_what_had_begun(site: Site) -> None:
     fd, other = os.pipe()
     os.close(other)
     with pytest.raises(PersonaError, match="no listener"):
-        site.admissions.listener_from_shell(session, fd)
+        site.openings.listener_from_shell(session, fd)
     assert site.link.asked[-1] == "DELETE /v1/sessions"
-    site.user_rules.ended.assert_called_with(session)
-    site.supervisor.add.assert_not_called()
+    assert [call.args[0].session.id for call in site.user_rules.ended.call_args_list] == [session]
+    site.supervisor.answer_for.assert_not_called()
 
 
 def test_a_session_that_cannot_be_kept_does_not_begin_and_hangs_nobody(
@@ -315,13 +312,13 @@ def test_a_session_that_cannot_be_kept_does_not_begin_and_hangs_nobody(
     small_disk.fill()
     fd, other = os.pipe()
     os.close(other)
-    site.admissions.listener(session, fd, site.reply)
+    site.openings.listener(session, fd, site.reply)
     assert site.verdict is Verdict.DENY
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.close(fd)
     assert site.link.asked[-1] == "DELETE /v1/sessions"
-    site.user_rules.ended.assert_called_with(session)
-    site.supervisor.add.assert_not_called()
+    assert [call.args[0].session.id for call in site.user_rules.ended.call_args_list] == [session]
+    site.supervisor.answer_for.assert_not_called()
 
 
 def test_in_complain_mode_a_session_that_cannot_be_kept_goes_on_and_is_kept_later(
@@ -334,15 +331,15 @@ def test_in_complain_mode_a_session_that_cannot_be_kept_goes_on_and_is_kept_late
     small_disk.fill()
     fd, other = os.pipe()
     os.close(other)
-    site.admissions.listener(session, fd, site.reply)
+    site.openings.listener(session, fd, site.reply)
     assert site.verdict is Verdict.DONE
-    site.supervisor.add.assert_called_once()
-    site.sessions.save_again()
+    site.supervisor.answer_for.assert_called_once()
+    site.registry.save_again()
     kept = small_disk.path / "sessions" / f"{session}.json"
     assert not kept.exists()
     small_disk.empty()
-    site.sessions.save_again()
-    assert json.loads(kept.read_text())["id"] == session
+    site.registry.save_again()
+    assert json.loads(kept.read_text())["session"]["id"] == session
     os.close(fd)
 
 
@@ -350,17 +347,20 @@ def test_a_session_that_opens_is_among_those_that_there_are(site: Site) -> None:
     site.link.hold = True
     session = site.open()
     assert site.link.asked == ["POST /v1/sessions"]  # and its answer is not here yet
-    assert site.admissions.all_sessions() == [session]
+    assert site.registry.ids() == [session]
 
 
 def test_the_journal_says_once_what_applies_to_a_session(site: Site, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "persona.agent")
+    caplog.set_level(logging.INFO, "persona.enforce")
     session = site.open()
     assert session is not None
+    login = site.registry.get(session)
+    assert login is not None
+    reevaluator = Reevaluator(Loop(), site.registry, Mock(), site.personas, Mock(), site.user_rules)
     for _ in range(3):
-        site.sessions.rebase(session, PersonaRef("Rest", 2), "at-night")
+        reevaluator._admit(login, Admitted(PersonaRef("Rest", 2), "at-night"))
     for _ in range(3):
-        site.sessions.rebase(session, None, None)
+        reevaluator._admit(login, Admitted(None, None))
     assert caplog.messages == [
         f"session {session}: Rest v2 (policy at-night) applies now, before Work v1",
         f"session {session}: no persona (policy -) applies now, before Rest v2",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from persona_guest import __main__ as agent
-from persona_guest.agent import admin, build
+from persona_guest.agent import admin, lifecycle
 from persona_guest.settings import Broker, Mode, Paths, Settings
 
 from tests.guest.conftest import ROOT, Run
@@ -20,7 +20,7 @@ def test_a_second_agent_starts_nothing_and_touches_nothing(tmp_path: Path, capsy
     (tmp_path / "state").mkdir()
     holder = os.open(tmp_path / "state", os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
-    assert build.run(Settings(paths=Paths(runtime_dir=str(tmp_path)))) == 1
+    assert lifecycle.run(Settings(paths=Paths(runtime_dir=str(tmp_path)))) == 1
     assert f"an agent runs already with {tmp_path}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["state"]
     os.close(holder)
@@ -28,7 +28,7 @@ def test_a_second_agent_starts_nothing_and_touches_nothing(tmp_path: Path, capsy
 
 def test_who_may_not_write_there_is_told_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert build.run(Settings(paths=Paths(runtime_dir=str(tmp_path / "file" / "run")))) == 1
+    assert lifecycle.run(Settings(paths=Paths(runtime_dir=str(tmp_path / "file" / "run")))) == 1
     assert "Not a directory" in capsys.readouterr().err
 
 

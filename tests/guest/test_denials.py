@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from persona_guest.agent.agent import Agent
+from persona_guest.agent.agent import Agent, Binds
 from persona_guest.agent.requests import Users
 from persona_guest.audit.denials import Kept
 from persona_guest.core import denials as bounds
@@ -124,10 +124,10 @@ class Machine:
 
     def __init__(self) -> None:
         self.session = Session("s-1", Subject("alice", (), "vm"), ALICE, "sshd", "", "/bin/bash", 1, None, 0)
-        supervisor = Mock(find=lambda _pid: Mock(session=self.session), denials=Book())
-        self.book: Book = supervisor.denials
-        sessions = Mock(base_of=lambda _id: None)
-        self.agent = Agent(Settings(), supervisor, sessions, Mock(), Mock(), Mock(), Mock(), Mock())
+        self.book = Book()
+        registry = Mock(find=lambda _pid: Mock(session=self.session), get=lambda _id: None)
+        binds = Binds(limits=False, network=False)
+        self.agent = Agent(Settings(), registry, Mock(), self.book, Mock(), Mock(), Mock(), Mock(), Mock(), binds)
         self.users = Users(self.agent, Mock(), Mock(), Mock(), Mock(), Mock(), Mock())
 
     def ask(self, uid: int, op: str = "denials") -> dict[str, Any]:

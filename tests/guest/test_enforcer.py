@@ -10,13 +10,14 @@ import pytest
 from persona_guest.broker.documents import Personas
 from persona_guest.core.persona_cgroups import place_of
 from persona_guest.enforce.cgroups.facility import Cgroups
+from persona_guest.enforce.cgroups.user_memory import lacking
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.enforce.plan_text import WORDS
-from persona_guest.gate.pending import Gated
 from persona_guest.loop import Loop
 from persona_guest.program.identity import Image
 from persona_guest.session.model import Session
 from persona_guest.session.placement import Placement
+from persona_guest.session.registry import Registry
 
 from persona.decisions import Denied, PersonaRef, Subject
 from persona.documents import Persona, ResourceLimits
@@ -24,6 +25,7 @@ from persona.patterns import Whitelist
 from persona.problems import Reason
 from tests.guest.conftest import ROOT
 from tests.guest.fake_cgroups import FILES, FakeHierarchy
+from tests.guest.migrate_site import gated
 
 SLICE = "user.slice/user-1000.slice"
 SCOPE = f"{SLICE}/session-5.scope"
@@ -63,29 +65,32 @@ def tree(tmp_path: Path) -> FakeHierarchy:
 
 
 @pytest.fixture
-def enforcer(tree: FakeHierarchy, broker: Broker, tmp_path: Path) -> Enforcer:
-    """Of an agent that took up a session under two personas, and has neither document."""
-    personas = Personas(tmp_path / "personas", broker.fetch)
-    enforcer = Enforcer(
-        Loop(), tree, [Cgroups(tree, "/dev/null")], personas, tmp_path / "places", lambda _: None, lambda _: None
-    )
-    placement = enforcer.placements["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
+def placement() -> Placement:
+    """Of a session under two personas."""
+    placement = Placement("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
     for ref in REFS:
         placement.add(place_of("s-1", 1000, ref, SCOPE))
-    return enforcer
+    return placement
+
+
+@pytest.fixture
+def enforcer(tree: FakeHierarchy, broker: Broker, placement: Placement, tmp_path: Path) -> Enforcer:
+    """Of an agent that took up that session, and has neither document."""
+    personas = Personas(tmp_path / "personas", broker.fetch)
+    registry = Registry(tmp_path / "sessions")
+    session = Session("s-1", Subject("alice", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0.0)
+    gated(registry, session).placement = placement
+    return Enforcer(Loop(), registry, tree, [Cgroups(tree, "/dev/null")], personas, lambda _: None)
 
 
 def test_an_agent_thaws_what_the_one_before_it_stopped_and_leaves_what_was_withdrawn(
-    enforcer: Enforcer, tree: FakeHierarchy, tmp_path: Path
+    enforcer: Enforcer, tree: FakeHierarchy, placement: Placement
 ) -> None:
-    placement = enforcer.placements.pop("s-1")
     placement.add(place_of("s-1", 1000, REFS[0], SCOPE, withdrawn=True))
-    placement.save(tmp_path / "places")
     for place in placement.places.values():
         tree.make(place.cgroup)
         tree.freeze(place.cgroup)
-    session = Session("s-1", Subject("alice", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0.0)
-    enforcer.restore({"s-1": Gated(session, -1, 0, (), (), b"s-1")})
+    enforcer.restore()
     assert [place.cgroup for place in placement.places.values() if tree.freezes(place.cgroup)] == [f"{SCOPE}/-One"]
 
 
@@ -102,18 +107,18 @@ def test_with_the_last_document_that_was_missing_all_is_looked_after_at_once(
     assert not broker.asked
 
 
-def test_how_much_of_a_limit_is_taken_by_what_was_left(enforcer: Enforcer, tree: FakeHierarchy) -> None:
-    place = enforcer.placements["s-1"].places["One"]
+def test_how_much_of_a_limit_is_taken_by_what_was_left(placement: Placement, tree: FakeHierarchy) -> None:
+    place = placement.places["One"]
     persona = Persona("One", Whitelist(()), ResourceLimits(memory_bytes=(128 << 20) + 5))
     tree.make(place.cgroup)
     tree.write(place.cgroup, "memory.max", str(40 << 20))
-    assert enforcer.left(place, persona) == 88 << 20
+    assert lacking(tree, place, persona) == 88 << 20
     tree.write(place.cgroup, "memory.max", str(128 << 20))
-    assert enforcer.left(place, persona) == 0
+    assert lacking(tree, place, persona) == 0
     tree.write(place.cgroup, "memory.max", "max")
-    assert enforcer.left(place, persona) == 0
+    assert lacking(tree, place, persona) == 0
     tree.remove(place.cgroup)
-    assert enforcer.left(place, persona) == 0
+    assert lacking(tree, place, persona) == 0
 
 
 def test_a_broker_that_refuses_is_not_asked_again_at_once(
@@ -129,7 +134,11 @@ def test_a_broker_that_refuses_is_not_asked_again_at_once(
 
 
 def test_the_journal_has_one_line_for_each_change_that_matters(
-    enforcer: Enforcer, broker: Broker, tree: FakeHierarchy, caplog: pytest.LogCaptureFixture
+    enforcer: Enforcer,
+    broker: Broker,
+    placement: Placement,
+    tree: FakeHierarchy,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def said(level: int = logging.INFO) -> list[str]:
         lines = [record.getMessage() for record in caplog.records if record.levelno == level]
@@ -137,7 +146,7 @@ def test_the_journal_has_one_line_for_each_change_that_matters(
         return lines
 
     caplog.set_level(logging.DEBUG, "persona.enforce")
-    placement = enforcer.placements["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0), REFS[0])
+    placement.places.clear()
     enforcer._personas.ensure(REFS[0], lambda _: None)
     ask, broker.asked = broker.asked, []
     limits = {"pids": 60, "memory": "256MiB"}

@@ -12,13 +12,13 @@ import pytest
 from persona_guest import files
 from persona_guest.agent import state_file
 from persona_guest.broker.documents import Personas
-from persona_guest.core.reassignment import NOBODYS
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.enforce.network.egress_routes import EgressRoutes
 from persona_guest.enforce.network.facility import Kept, Outside
 from persona_guest.loop import Loop
 from persona_guest.program.identity import Image
 from persona_guest.session.placement import Placement
+from persona_guest.session.registry import Registry
 from persona_guest.settings import Mode, Paths, Settings
 
 from persona.decisions import PersonaRef
@@ -26,8 +26,9 @@ from persona.network import parse_via
 from persona.problems import PersonaError
 from tests.guest.conftest import SmallDisk
 from tests.guest.fake_cgroups import FakeHierarchy
+from tests.guest.migrate_site import gated
 from tests.guest.test_enforcer import SCOPE, Broker
-from tests.guest.test_user_rules import ONE, TWO, Bound, session
+from tests.guest.test_user_rules import session
 
 Fill = Callable[[SmallDisk], None]
 WAYS_OF_BEING_FULL = pytest.mark.parametrize("fill", [SmallDisk.fill, SmallDisk.fill_files])
@@ -99,23 +100,6 @@ def test_what_a_killed_agent_left_goes(tmp_path: Path) -> None:
 
 
 @WAYS_OF_BEING_FULL
-def test_what_is_taken_away_is_taken_away_though_it_cannot_be_kept(small_disk: SmallDisk, fill: Fill) -> None:
-    bound = Bound(small_disk.path / "bases.json")
-    bound.user_rules.opened(session("a"), ONE)
-    bound.user_rules.opened(session("b", 1001), ONE)
-    fill(small_disk)
-    bound.user_rules.rebased("a", TWO)
-    bound.user_rules.rebased("a", None)
-    bound.user_rules.ended("b")
-    assert bound.calls[2:] == [(1000, "Two"), (1000, NOBODYS.name), (1001, None)]
-    with pytest.raises(OSError, match="No space left"):
-        bound.user_rules.opened(
-            session("c", 1002), ONE
-        )  # a login must not begin that a restart would leave without rules
-    assert 1002 not in bound.user_rules.current
-
-
-@WAYS_OF_BEING_FULL
 def test_ways_are_opened_only_if_they_are_kept_and_go_in_any_case(small_disk: SmallDisk, fill: Fill) -> None:
     one, two, three = (parse_via(f"table {number}") for number in (1, 2, 3))
     egress_routes = EgressRoutes(small_disk.path / "ways.json")
@@ -165,9 +149,10 @@ def test_nothing_starts_in_a_place_that_is_not_kept(
     for ref in (one, two):
         personas.ensure(ref, lambda _denied: None)
         broker.answer()
-    directory = small_disk.path / "places"
-    enforcer = Enforcer(Loop(), tree, [], personas, directory, lambda _session: None, lambda _place: None)
-    home = enforcer.placements["s-1"] = Placement("s-1", 1000, SCOPE, Image(0, 0))
+    directory = small_disk.path / "sessions"
+    registry = Registry(directory)
+    enforcer = Enforcer(Loop(), registry, tree, [], personas, lambda _place: None)
+    home = gated(registry, session("s-1")).placement = Placement("s-1", 1000, SCOPE, Image(0, 0))
     place = enforcer.enter(home, one, SCOPE)
     kept = (directory / "s-1.json").read_text()
     fill(small_disk)
@@ -176,10 +161,10 @@ def test_nothing_starts_in_a_place_that_is_not_kept(
             enforcer.enter(home, two, SCOPE)
     with caplog.at_level(logging.ERROR):
         enforcer.leave(home, place.key)  # it is empty, whatever can be written
-        enforcer.reconcile()
+        registry.save_again()
     assert (directory / "s-1.json").read_text() == kept
     small_disk.empty()
-    enforcer.reconcile()
+    registry.save_again()
     assert '"Two"' in (directory / "s-1.json").read_text()
     assert '"One", 1, ' not in (directory / "s-1.json").read_text()
 

@@ -24,6 +24,11 @@ def stop(uid: int) -> Event:
     return Event(Reason.OTHER_ARGUMENTS, True, 7, 7, uid, None, None, 1, 2, "x", "/bin/x")
 
 
+def registry(*logins: Mock, found: Mock | None = None) -> Mock:
+    """A fake one, whose search by descent finds ``found``."""
+    return Mock(gated=Mock(return_value=list(logins)), find=Mock(return_value=found))
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_user_s_name_is_looked_up_once_for_all_his_stops(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     asked: list[int] = []
@@ -35,9 +40,8 @@ def test_a_user_s_name_is_looked_up_once_for_all_his_stops(monkeypatch: pytest.M
         return Mock(pw_name=f"user{uid}")
 
     monkeypatch.setattr(pwd, "getpwuid", getpwuid)
-    supervisor = Mock(sessions={}, find=Mock(return_value=None))
     records: list[Any] = []
-    stops = Stops(records.append, supervisor, Identifier(Gate()).where)
+    stops = Stops(records.append, registry(), Book(), Identifier(Gate()).where)
     for uid in (5, 6, 5, 5, 6):
         stops(stop(uid))
     assert asked == []  # not in the loop's thread
@@ -88,9 +92,8 @@ def test_a_stop_names_the_file_and_not_what_its_caller_called_it(known: bool, tm
         file.touch()
     image = image_of(str(file))
     assert image is not None
-    supervisor = Mock(sessions={}, find=Mock(return_value=None))
     records: list[Any] = []
-    stops = Stops(records.append, supervisor, Identifier(Gate()).where)
+    stops = Stops(records.append, registry(), Book(), Identifier(Gate()).where)
     stops(stop(5)._replace(device=kernel_device(image.device), inode=image.inode, path="/usr/bin/ls"))
     record = records[0]()
     assert record.argv == ("/usr/bin/ls",)
@@ -104,11 +107,13 @@ def test_of_several_sessions_in_one_login_of_roots_descent_tells_which_it_was() 
         for name, uid in (("alice", 1000), ("bob", 1001))
     )
     for found in (bob, None):
-        supervisor = Mock(sessions={"a": alice, "b": bob}, find=Mock(return_value=found), denials=Book())
         records: list[Any] = []
-        Stops(records.append, supervisor, lambda _image: "/x")(stop(5)._replace(audit_session=4))
+        denials = Book()
+        Stops(records.append, registry(alice, bob, found=found), denials, lambda _image: "/x")(
+            stop(5)._replace(audit_session=4)
+        )
         assert [getattr(record, "user", None) for record in records] == ["bob" if found else None]
-        assert supervisor.denials.of(1000) == ()
+        assert denials.of(1000) == ()
 
 
 @pytest.mark.parametrize(
@@ -120,10 +125,11 @@ def test_a_user_s_own_denials_have_what_the_kernel_stopped(
 ) -> None:
     """Of who runs outside of any session, by the login uid: a process can choose its uid by setuid programs."""
     session = Session("s-1", Subject("alice", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, 4, 0)
-    supervisor = Mock(sessions={}, find=Mock(return_value=Mock(session=session) if in_session else None))
-    supervisor.denials = Book()
-    Stops(Mock(), supervisor, lambda _image: "/usr/bin/strace")(stop(5)._replace(enforced=enforced, login=login))
-    found = {uid: supervisor.denials.of(uid) for uid in (1000, 7, 5) if supervisor.denials.of(uid)}
+    denials = Book()
+    found_by_descent = registry(found=Mock(session=session) if in_session else None)
+    stops = Stops(Mock(), found_by_descent, denials, lambda _image: "/usr/bin/strace")
+    stops(stop(5)._replace(enforced=enforced, login=login))
+    found = {uid: denials.of(uid) for uid in (1000, 7, 5) if denials.of(uid)}
     assert list(found) == ([of] if of is not None else [])
     for denial in sum(found.values(), ()):
         assert (denial.event, denial.program, denial.command) == ("killed", "/usr/bin/strace", "/bin/x")

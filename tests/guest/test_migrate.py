@@ -173,7 +173,7 @@ def test_after_an_error_the_way_back_is_to_be_followed_too(
     site = Site(tmp_path, "freeze")
     site.put(stubborn.pid)
     before = (Applicable(OLD, "p", Whitelist((parse_pattern("**"),))),)
-    assert site.migrator.follow(site.placement, site.gated, before, Word.NONE)
+    assert site.migrator.follow(site.placement, site.login, before, Word.NONE)
     assert site.placement.holding == before
     monkeypatch.setattr(site.tree, "move", fails)
     assert not site.follow()
@@ -317,7 +317,7 @@ def counted(site: Site, pattern: str = "**") -> bool:
     """The next version of Old applies now, which is counted for all sessions together."""
     site.placement.holding = None
     holding = (Applicable(COUNTED, "p", Whitelist((parse_pattern(pattern),))),)
-    return site.migrator.follow(site.placement, site.gated, holding, Word.NONE)
+    return site.migrator.follow(site.placement, site.login, holding, Word.NONE)
 
 
 @pytest.fixture

@@ -133,7 +133,11 @@ UNKNOWN = Answer(404, {"code": "not_found", "detail": "no such session of this g
 @pytest.mark.parametrize(("admission", "found"), [(NO_POLICY, []), (YES, Reason.SESSION_UNKNOWN)])
 def test_a_user_whom_no_policy_names_is_told_so(admission: Answer, found: object) -> None:
     """Complain mode lets them in, and the broker has no session of theirs."""
-    broker_client = BrokerClient(Link(personas=UNKNOWN, admissions=admission), LeaseBook())  # type: ignore[arg-type]  # a fake
+    broker_client = BrokerClient(
+        Link(personas=UNKNOWN, admissions=admission),  # type: ignore[arg-type]  # a fake
+        LeaseBook(),
+        lambda _session: None,
+    )
     session = Session("s-1", Subject("u", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0)
     answers: list[Any] = []
     broker_client.entries(session, answers.append)

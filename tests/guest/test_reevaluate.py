@@ -12,11 +12,14 @@ from persona_guest.loop import Loop
 from persona_guest.program.identity import Image
 from persona_guest.reassign import reevaluate as module
 from persona_guest.reassign.reevaluate import Reevaluator
+from persona_guest.session.model import Session
 from persona_guest.session.placement import Placement
+from persona_guest.session.registry import Registry
 
-from persona.decisions import Denied, PersonaRef
+from persona.decisions import Denied, PersonaRef, Subject
 from persona.patterns import Whitelist, parse_pattern
 from persona.problems import Reason
+from tests.guest.migrate_site import gated
 
 ANSWER = {
     "sessions": {
@@ -46,9 +49,10 @@ class Site:
             "version": ref.version,
             "document": {**DOCUMENT, "name": ref.name},
         }
-        self.placements = placements = {
-            f"s-{number}": Placement(f"s-{number}", 1000, "x", Image(1, 2)) for number in range(5)
-        }
+        self.registry = registry = Registry(directory.parent / "sessions")
+        for number in range(5):
+            session = Session(f"s-{number}", Subject("u", (), "vm"), 1000, "sshd", "", "/bin/bash", 1, None, 0.0)
+            gated(registry, session).placement = Placement(session.id, 1000, "x", Image(1, 2))
 
         def current(sessions: list[str], done: Callable[[Any], None]) -> None:
             self.asked.append(sessions)
@@ -68,12 +72,11 @@ class Site:
 
         self.reevaluator = Reevaluator(
             self.loop,
-            SimpleNamespace(placements=placements),  # type: ignore[arg-type]  # fakes, each of one method
-            SimpleNamespace(sessions=placements, released=False),  # type: ignore[arg-type]
-            SimpleNamespace(current=current, batches=lambda sessions: [sessions]),  # type: ignore[arg-type]
+            registry,
+            SimpleNamespace(current=current, batches=lambda sessions: [sessions]),  # type: ignore[arg-type]  # a fake
             Personas(directory, fetch),
             SimpleNamespace(follow=follow),  # type: ignore[arg-type]
-            lambda session, ref, _policy: self.based.__setitem__(session, ref),
+            SimpleNamespace(rebased=self.based.__setitem__),  # type: ignore[arg-type]
         )
 
     def run(self, seconds: float) -> None:
@@ -121,7 +124,7 @@ def test_one_that_is_tried_again_and_again_is_not_first_again(site: Site) -> Non
 
 def test_what_was_said_before_is_void(site: Site) -> None:
     def away(_session: str) -> None:
-        for placement in site.placements.values():
+        for placement in site.registry.placements():
             placement.holding = holding  # as what was asked for meanwhile will say
         site.reevaluator.changed()
 

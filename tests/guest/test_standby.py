@@ -41,7 +41,7 @@ class Running:
         self._thread.start()
 
     def agent(self) -> Keeping:
-        return Keeping(Loop(), str(self.path), list)
+        return Keeping(Loop(), str(self.path))
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
@@ -160,8 +160,9 @@ def test_a_standby_that_comes_back_is_told_everything(tmp_path: Path) -> None:
     pid, listener = gated_child("/usr/bin/true")
     first = Running(tmp_path)
     loop = Loop()
-    agent = Keeping(loop, str(first.path), lambda: [(NAME, listener)])
+    agent = Keeping(loop, str(first.path))
     agent.take()
+    agent.keep(NAME, listener)
     first.stop()
     first.standby._hang_up()  # what its end as a process would do
     second = Running(tmp_path)

@@ -8,25 +8,29 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook
 from persona_guest.gate import implicit_allow
 from persona_guest.gate.hang_watchdog import INTERRUPT, HangWatchdog
 from persona_guest.gate.inflight import InFlight
-from persona_guest.gate.pending import Gated, Pending
+from persona_guest.gate.pending import Pending
+from persona_guest.gate.placing import NoPlacing
 from persona_guest.gate.post_exec_check import Wrong
-from persona_guest.gate.supervisor import Place, Supervisor
+from persona_guest.gate.supervisor import Supervisor
+from persona_guest.gate.waiting import Waiting
 from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Task
 from persona_guest.loop import Loop
 from persona_guest.lsm.layer import KernelLayer
 from persona_guest.program import exec_request
 from persona_guest.program.identity import Identifier, image_of
-from persona_guest.session.model import Session
+from persona_guest.session.model import Login, Session, State
+from persona_guest.session.registry import Registry
 from persona_guest.settings import Gate, Mode, Paths, Settings
 
 from persona.codec import Record
@@ -63,10 +67,32 @@ def gated_child(program: str, uid: int = 0) -> tuple[int, int]:
     return pid, listener
 
 
+class Placing(NoPlacing):
+    """A fake, which places by a function."""
+
+    def __init__(self, place: Callable[[Pending, Granted | None], None]) -> None:
+        self._place = place
+
+    def look(self, pending: Pending) -> None:
+        pending.before()
+
+    def place(self, pending: Pending, granted: Granted | None) -> None:
+        self._place(pending, granted)
+
+
+@dataclass
+class Supervised:
+    """What is left of a session that has ended."""
+
+    supervisor: Supervisor
+    registry: Registry
+    denials: Book
+
+
 def supervise(
     listener: int,
     decide: Callable[[Request], Decision],
-    place: Place | None = None,
+    place: Callable[[Pending, Granted | None], None] = lambda _pending, _granted: None,
     hang_watchdog: HangWatchdog | None = None,
     *,
     shell: str = "/nonexistent",
@@ -76,7 +102,7 @@ def supervise(
     record: Callable[[Record], None] = lambda _record: None,
     gate: Gate | None = None,
     fresh: bool = False,
-) -> Supervisor:
+) -> Supervised:
     """``before`` is called once the session has begun, and the program starts after it."""
     loop = Loop()
 
@@ -84,22 +110,25 @@ def supervise(
         loop.call_soon_threadsafe(lambda: done(decide(request)))  # later, as the broker answers
 
     settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""), gate=gate or Gate())
+    hang_watchdog, denials = hang_watchdog or HangWatchdog(lambda: None), Book()
+    registry = Registry(Path("/nonexistent"))
+    registry.at_end(lambda _login: loop.stop())
     supervisor = Supervisor(
-        settings, loop, Identifier(Settings().gate), LeaseBook(), InFlight(),
-        hang_watchdog or HangWatchdog(lambda: None), KernelLayer(settings, loop, lambda event: None), ask,
-        record, lambda session: loop.stop(),
+        settings, loop, registry, Identifier(Settings().gate), LeaseBook(), InFlight(), hang_watchdog,
+        KernelLayer(settings, loop, lambda event: None), Waiting(hang_watchdog), ask, Placing(place), denials,
+        record, lambda asked: home if asked == uid else "",
     )  # fmt: skip
-    supervisor.place = place
-    supervisor.home_of = lambda asked: home if asked == uid else ""
     owner = os.getuid() if uid is None else uid
     session = Session("s-1", Subject("u", (), "vm"), owner, "t", "", shell, os.getpid(), None, 0)
-    supervisor.add(session, listener, fresh=fresh)
+    login = registry.open(session)
+    login.listener, login.state = listener, State.GATED
+    supervisor.answer_for(login, fresh=fresh)
     before(session)
     loop.call_later(10, loop.stop)
     loop.run()
     loop.run_until(lambda: not supervisor.verifier._open, 5)  # what was started has been looked at, or is gone
     supervisor.notes.flush()
-    return supervisor
+    return Supervised(supervisor, registry, denials)
 
 
 def granted(_request: Request) -> Decision:
@@ -166,20 +195,20 @@ def test_an_error_while_judging_is_a_denial(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(exec_request, "read", broken)
     pid, listener = gated_child("/usr/bin/true")
     records: list[Record] = []
-    supervisor = supervise(listener, granted, record=records.append)
+    supervised = supervise(listener, granted, record=records.append)
     assert outcome(pid) == 13
     seen = [(record.program, record.decision, record.reason) for record in records]
     assert seen == [("unknown", "denied", Reason.PROGRAM_UNREADABLE)]
-    assert [one.reason for one in supervisor.denials.of(os.getuid())] == [Reason.PROGRAM_UNREADABLE]
+    assert [one.reason for one in supervised.denials.of(os.getuid())] == [Reason.PROGRAM_UNREADABLE]
 
 
 def test_what_runs_in_the_place_of_what_was_allowed_is_what_the_record_names() -> None:
     """As after a race that was won: the look after the start finds another file."""
     pid, listener = gated_child("/usr/bin/true")
     records: list[Record] = []
-    supervisor = supervise(listener, granted, record=records.append)
+    supervisor = supervise(listener, granted, record=records.append).supervisor
     assert outcome(pid) == 0
-    pending = Pending(gated(), 0, 0, Task(os.getpid()), look_at("/usr/bin/true"))
+    pending = Pending(a_login(), 0, 0, Task(os.getpid()), look_at("/usr/bin/true"))
     ran = image_of("/usr/bin/sleep")
     supervisor._caught(pending, Wrong("another program", ran, (b"sleep", b"60")))
     supervisor.notes.flush()
@@ -188,9 +217,9 @@ def test_what_runs_in_the_place_of_what_was_allowed_is_what_the_record_names() -
     ]
 
 
-def gated() -> Gated:
+def a_login() -> Login:
     session = Session("s-1", Subject("u", (), "vm"), os.getuid(), "t", "", "/bin/sh", os.getpid(), None, 0)
-    return Gated(session, -1, 1, (), (), b"s-1")
+    return Login(session, State.GATED)
 
 
 def look_at(path: str) -> exec_request.ExecRequest:
@@ -244,28 +273,13 @@ def test_who_reads_a_listener_that_was_handed_over_does_not_hold_the_agent_up(mo
     before = signal.signal(INTERRUPT, lambda _number, _frame: None)
     began = time.monotonic()
     try:
-        supervisor = supervise(listener, granted, hang_watchdog=HangWatchdog(lambda: None, 0.3), uid=nobody)
+        supervised = supervise(listener, granted, hang_watchdog=HangWatchdog(lambda: None, 0.3), uid=nobody)
     finally:
         signal.signal(INTERRUPT, before)
         os.close(thief)
     assert time.monotonic() - began < 8
-    assert supervisor.sessions == {}
+    assert supervised.registry.ids() == []
     assert outcome(child) == errno.ENOSYS  # nobody is left who could answer it
-
-
-def test_of_several_sessions_in_one_login_descent_tells_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Task, "audit_session", lambda _task: 7)
-    supervisor = Supervisor.__new__(Supervisor)
-    sessions = [
-        Mock(session=Session(name, Subject("u", (), "vm"), 1000, "su", "", "", monitor, 7, 0, Task(monitor).started()))
-        for name, monitor in (("s-1", 1), ("s-2", os.getppid()))
-    ]
-    supervisor.sessions = {gated.session.id: gated for gated in sessions}
-    assert supervisor.find(os.getpid()) is sessions[1]
-    del supervisor.sessions["s-2"]
-    assert supervisor.find(os.getpid()) is sessions[0]
-    supervisor.sessions["s-3"] = Mock(session=replace(sessions[0].session, monitor=999_999))
-    assert supervisor.find(os.getpid()) is None
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pty
 import signal
@@ -17,7 +18,8 @@ from persona_guest.core.reassignment import Applicable, Word
 from persona_guest.enforce.network.rejects import Refusal
 from persona_guest.reassign import migrate as sorters
 from persona_guest.reassign import terminate
-from persona_guest.session.placement import Placement, load
+from persona_guest.session import model
+from persona_guest.session.registry import Registry
 
 from persona.patterns import Whitelist, parse_pattern
 from persona.problems import Reason
@@ -25,7 +27,6 @@ from tests.guest.migrate_site import (
     MANAGER,
     OLD,
     SCOPE,
-    SESSION,
     Site,
     document,
     fails,
@@ -62,7 +63,7 @@ def test_what_comes_back_has_its_whole_grace_the_next_time(
     assert site.follow()
     site.run(0.4)
     again = (Applicable(OLD, "p", Whitelist((parse_pattern("**"),))),)
-    assert site.migrator.follow(site.placement, site.gated, again, Word.REVOKED)
+    assert site.migrator.follow(site.placement, site.login, again, Word.REVOKED)
     assert list(site.placement.places) == ["Old"]
     assert site.follow()
     cgroup = f"{SCOPE}/-Old"
@@ -113,7 +114,7 @@ def test_what_a_service_manager_runs_ends_where_its_new_base_cannot_be_kept(
     site = Site(tmp_path, "kill")
     site.serve(stubborn.pid)
     with monkeypatch.context() as patch:
-        patch.setattr(Placement, "save", fails)
+        patch.setattr(Registry, "save", fails)
         assert not site.follow()
     assert site.follow()
     site.run(0.4)
@@ -164,7 +165,7 @@ def test_a_service_manager_that_cannot_be_looked_through_ends(
 
 def comes_back(site: Site) -> bool:
     again = (Applicable(OLD, "p", Whitelist((parse_pattern("**"),))),)
-    return site.migrator.follow(site.placement, site.gated, again, Word.NONE)
+    return site.migrator.follow(site.placement, site.login, again, Word.NONE)
 
 
 def test_what_a_service_manager_runs_stays_where_its_base_comes_back(
@@ -254,7 +255,7 @@ def test_a_place_that_cannot_be_left_ends_no_loop(tmp_path: Path, monkeypatch: p
         assert site.follow()
         process.wait(5)
     Path(site.tree.path(f"{SCOPE}/-Old", "cgroup.procs")).write_text("")  # as the kernel would
-    monkeypatch.setattr(Placement if broken == "save" else site.tree, broken, fails)
+    monkeypatch.setattr(Registry if broken == "save" else site.tree, broken, fails)
     site.run(0.8)
 
 
@@ -266,9 +267,9 @@ def test_nothing_is_kept_of_a_session_that_ended_in_its_grace(tmp_path: Path, mo
         assert site.follow()
         process.wait(5)
     Path(site.tree.path(f"{SCOPE}/-Old", "cgroup.procs")).write_text("")  # as the kernel would
-    kept = tmp_path / "places" / "s-1.json"
+    kept = tmp_path / "sessions" / "s-1.json"
     assert kept.exists()
-    site.enforcer.ended(SESSION)
+    site.registry.end(site.login)
     site.run(0.8)
     assert not kept.exists()
 
@@ -320,9 +321,9 @@ def test_a_revoked_user_is_told_at_once_and_once(
     assert site.revoke()
     assert site.revocations == 1
     assert site.revoke()
-    site.placement = site.enforcer.placements["s-1"] = load(
-        tmp_path / "places" / "s-1.json"
-    )  # as the next agent has it
+    kept = model.from_json(json.loads((tmp_path / "sessions" / "s-1.json").read_text())).placement
+    assert kept is not None
+    site.placement = site.login.placement = kept  # as the next agent has it
     assert site.revoke()
     assert site.revocations == 1
 

@@ -1,6 +1,5 @@
 """What a user's network is under outside of every place, as sessions come, change and go, and over restarts."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from persona_guest.core.reassignment import NOBODYS
 from persona_guest.enforce.network.facility import Kept, Outside
 from persona_guest.enforce.network.user_rules import UserRules
 from persona_guest.enforce.plan import Plan
-from persona_guest.session.model import Session
+from persona_guest.session.model import Admitted, Login, Session, State
 
 from persona.decisions import PersonaRef, Subject
 from persona.documents import Persona
@@ -23,10 +22,10 @@ DOCUMENTS = {ref: Persona(ref.name, Whitelist(())) for ref in (ONE, TWO)}
 class Bound:
     """What was bound, user by user, in order; a fake for the kernel's part, which test_network_facility.py has."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         self.calls: list[tuple[int, str | None]] = []
         self.fail = False
-        self.user_rules = UserRules(path, self.document, self.bind)
+        self.user_rules = UserRules(self.document, self.bind)
 
     def document(self, ref: PersonaRef) -> Persona:
         if ref not in DOCUMENTS:
@@ -42,12 +41,16 @@ class Bound:
 
 
 @pytest.fixture
-def bound(tmp_path: Path) -> Bound:
-    return Bound(tmp_path / "bases.json")
+def bound() -> Bound:
+    return Bound()
 
 
 def session(name: str, uid: int = 1000) -> Session:
     return Session(name, Subject("alice", (), "vm"), uid, "sshd", "", "/bin/bash", 1, None, 0.0)
+
+
+def ended(name: str, uid: int = 1000) -> Login:
+    return Login(session(name, uid), State.GATED)
 
 
 def test_the_last_word_holds_and_the_last_session_ends_it(bound: Bound) -> None:
@@ -55,10 +58,10 @@ def test_the_last_word_holds_and_the_last_session_ends_it(bound: Bound) -> None:
     user_rules.opened(session("a"), ONE)
     user_rules.opened(session("b"), TWO)
     user_rules.rebased("a", ONE)
-    user_rules.ended("a")
-    user_rules.ended("a")
+    user_rules.ended(ended("a"))
+    user_rules.ended(ended("a"))
     user_rules.rebased("a", TWO)  # of one that is gone nothing is heard
-    user_rules.ended("b")
+    user_rules.ended(ended("b"))
     assert bound.calls == [(1000, "One"), (1000, "Two"), (1000, "One"), (1000, "Two"), (1000, None)]
     assert user_rules.current == {}
 
@@ -75,7 +78,7 @@ def test_a_session_that_cannot_be_bound_does_not_begin(bound: Bound) -> None:
     with pytest.raises(PersonaError, match="no nftables"):
         bound.user_rules.opened(session("a"), ONE)
     bound.fail = False
-    bound.user_rules.ended("a")
+    bound.user_rules.ended(ended("a"))
     assert bound.calls == []
 
 
@@ -96,34 +99,21 @@ def test_what_cannot_follow_now_is_known_for_the_next_look(bound: Bound, caplog:
     assert bound.user_rules.current[1000].name == "Two"
 
 
-def test_a_restart_keeps_what_is_alive(bound: Bound, tmp_path: Path) -> None:
-    bound.user_rules.opened(session("a"), ONE)
-    bound.user_rules.opened(session("b", 1001), TWO)
-    after = Bound(tmp_path / "bases.json")
-    after.user_rules.restore({"a": 1000})
-    assert {uid: persona.name for uid, persona in after.user_rules.current.items()} == {1000: "One"}
-    after.user_rules.ended("a")
-    assert after.user_rules.current == {}
+def test_a_restart_keeps_what_is_alive(bound: Bound) -> None:
+    bound.user_rules.restore([Login(session("a"), State.GATED, Admitted(ONE, "p")), ended("b", 1001)])
+    assert {uid: persona.name for uid, persona in bound.user_rules.current.items()} == {
+        1000: "One",
+        1001: NOBODYS.name,  # of whom nothing was kept
+    }
+    bound.user_rules.ended(ended("a"))
+    assert bound.user_rules.current == {1001: NOBODYS}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": [1]}'])
-def test_of_whom_nothing_was_kept_reaches_nothing(bound: Bound, tmp_path: Path, text: str) -> None:
-    (tmp_path / "bases.json").write_text(text)
-    bound.user_rules.restore({"a": 1000})
-    assert bound.user_rules.current == {1000: NOBODYS}
-
-
-def test_released_is_for_good(bound: Bound, tmp_path: Path) -> None:
+def test_released_is_for_good(bound: Bound) -> None:
     bound.user_rules.opened(session("a"), ONE)
     bound.user_rules.release()
     bound.user_rules.opened(session("b"), ONE)
     assert bound.user_rules.current == {}
-    assert not (tmp_path / "bases.json").exists()
-
-
-def test_the_file_says_who_is_under_what(bound: Bound, tmp_path: Path) -> None:
-    bound.user_rules.opened(session("a"), TWO)
-    assert json.loads((tmp_path / "bases.json").read_text()) == {"a": [1000, "Two", 7]}
 
 
 # --- cgroups that are not below a user's slice ----------------------------------------------------------
@@ -147,19 +137,17 @@ def kept(place: PersonaCgroup) -> Kept:
     return Kept(place.uid, place.session, place.cgroup)
 
 
-def test_cgroups_of_live_sessions_are_all_known_and_those_of_ended_ones_not_for_ever(
-    bound: Bound, tmp_path: Path
-) -> None:
-    outside = Outside(tmp_path / "outside.json", bound.user_rules.alive)
-    bound.user_rules.opened(session("long"), ONE)
+def test_cgroups_of_live_sessions_are_all_known_and_those_of_ended_ones_not_for_ever(tmp_path: Path) -> None:
+    alive = {"long"}
+    outside = Outside(tmp_path / "outside.json", alive.__contains__)
     for number in range(300):
         outside.add({number: kept(housed("long", f"P{number}"))})
     for number in range(300):
-        bound.user_rules.opened(session(f"job{number}"), ONE)
+        alive.add(f"job{number}")
         outside.add({1000 + number: kept(housed(f"job{number}"))})
-        bound.user_rules.ended(f"job{number}")
+        alive.remove(f"job{number}")
     outside.add({5000: kept(housed("other", uid=1001))})
-    again = Outside(tmp_path / "outside.json", bound.user_rules.alive)
+    again = Outside(tmp_path / "outside.json", alive.__contains__)
     for known in (outside, again):
         numbers = [number for number, _ in known.of(1000)]
         assert numbers == [*range(300), *range(1045, 1300)]

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or importlib.util.find_spec("persona_guest.session"):
     from persona_guest.audit.upload import Recorder
-    from persona_guest.broker.client import Admitted, BrokerClient
+    from persona_guest.broker.client import BrokerClient
     from persona_guest.broker.documents import Personas
     from persona_guest.broker.events import Changed, Event, Stream
     from persona_guest.broker.pool import Pool
     from persona_guest.health.report import Reporter
     from persona_guest.reassign import reevaluate
-    from persona_guest.session.model import Session
+    from persona_guest.session.model import Admitted, Session
 else:  # where 0.1.0 has them
     from persona_guest import follower as reevaluate
     from persona_guest.broker_client.events import Changed, Event, Stream
@@ -32,8 +32,12 @@ else:  # where 0.1.0 has them
     from persona_guest.core.sessions import Session
     from persona_guest.health import Reporter
     from persona_guest.personas import Personas
-    from persona_guest.questions import Admitted
-    from persona_guest.questions import Questions as BrokerClient
+    from persona_guest.questions import Admitted, Questions
+
+    def BrokerClient(link, leases, _subject_of):
+        return Questions(link, leases)
+
+
 from persona_guest.core.leases import LeaseBook
 from persona_guest.settings import Broker
 
@@ -67,9 +71,10 @@ class Agent:
         self.events: list[Event] = []
         self.link = Pool(self.settings, self._mail.put)
         self.leases = LeaseBook()
-        self.broker_client = BrokerClient(self.link, self.leases)
+        self.broker_client = BrokerClient(
+            self.link, self.leases, lambda session: self.subject(session.removeprefix("s-"))
+        )
         self.broker_client.streaming = True
-        self.broker_client.subject_of = lambda session: self.subject(session.removeprefix("s-"))
         self.personas = Personas(directory / "personas", self.broker_client.persona)
         self.stream = Stream(self.settings, lambda event: self._mail.put(lambda: self.events.append(event)))
 

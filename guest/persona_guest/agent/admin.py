@@ -70,7 +70,7 @@ def _unbind(runtime: Path, cgroup_root: str) -> None:
     try:
         state = runtime_dir.prepare(runtime)
         runtime_dir.take_over(runtime, state)
-        Net(state, cgroup_root, _no_documents).clear()
+        Net(state, cgroup_root, _no_documents, lambda _session: False).clear()
     except Exception as error:  # no nftables, no pyroute2: the cgroups go all the same
         log.error("network: something stays: %s", error)
     try:

@@ -2,21 +2,31 @@
 
 import logging
 import time
+from dataclasses import dataclass
 
 from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.events import Changed, Connected, Event, Lost
+from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.standby import Keeping
-from persona_guest.login.sessions import Sessions
 from persona_guest.lsm.landlock_fallback import Fallback
 from persona_guest.lsm.layer import KernelLayer
 from persona_guest.session.model import Session
+from persona_guest.session.registry import Registry
 from persona_guest.settings import Mode, Settings
 
 log = logging.getLogger("persona.agent")
 
 _LATELY_S = 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Binds:
+    """What personas bind on this machine: their limits, their network."""
+
+    limits: bool
+    network: bool
 
 
 class Agent:
@@ -25,17 +35,21 @@ class Agent:
     def __init__(
         self,
         settings: Settings,
+        registry: Registry,
         supervisor: Supervisor,
-        sessions: Sessions,
+        denials: Book,
         kernel_layer: KernelLayer,
         fallback: Fallback,
         leases: LeaseBook,
         broker_client: BrokerClient,
         keeping: Keeping,
+        binds: Binds,
     ) -> None:
         self.settings = settings
         self.supervisor = supervisor
-        self.sessions = sessions
+        self.registry = registry
+        self.denials = denials
+        self.binds = binds
         self.kernel_layer = kernel_layer
         self._fallback = fallback
         self.leases = leases
@@ -60,8 +74,8 @@ class Agent:
     def layers(self) -> dict[str, bool]:
         """The parts of the gate by name, and whether each is active.  Safe to call from any thread."""
         active = self.kernel_layer.layer.active
-        limits, network = self.supervisor.place is not None, self.sessions.user_rules is not None
-        found = {"seccomp": True, "bpf": active, "verify": not active, "limits": limits, "network": network}
+        found = {"seccomp": True, "bpf": active, "verify": not active}
+        found |= {"limits": self.binds.limits, "network": self.binds.network}
         return found | self._fallback.layers()
 
     def greeting(self, session: Session, reader: int) -> str | None:
@@ -71,10 +85,11 @@ class Agent:
         """
         if not self.settings.gate.greeting:
             return None
-        persona = self.sessions.base_of(session.id)
+        login = self.registry.get(session.id)
+        persona = login.persona if login is not None else None
         now = f"{persona.name} v{persona.version}" if persona else "none right now"
         mode = "" if self.settings.mode is Mode.ENFORCE else " (complain mode: nothing is stopped)"
-        denied = self.supervisor.denials.since(reader, time.time() - _LATELY_S) if reader == session.uid else 0
+        denied = self.denials.since(reader, time.time() - _LATELY_S) if reader == session.uid else 0
         lately = f" ({denied} in the last day)" if denied else ""
         return (
             f"persona: {now} on {self.settings.vm.name}{mode}; 'persona list' shows what you may run, "

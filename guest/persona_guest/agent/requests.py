@@ -17,15 +17,15 @@ from persona_guest.gate.decider import Decider
 from persona_guest.gate.evaluate import Ask, Refused, judge
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.implicit_allow import rule_for
-from persona_guest.gate.pending import Gated
 from persona_guest.ipc.users import Answer, Call
 from persona_guest.kernel.task import Task
-from persona_guest.login.admission import Admissions
 from persona_guest.login.exemptions import exemption, exemption_of_account
+from persona_guest.login.opening import Openings
 from persona_guest.program import exec_request as exec_requests
 from persona_guest.program.exec_request import ExecRequest
 from persona_guest.program.identity import Identifier
 from persona_guest.session.login_shells import login_shells, real_shell
+from persona_guest.session.model import Login
 from persona_guest.settings import Mode
 
 ARGUMENTS_MAX = 1024
@@ -42,7 +42,7 @@ class Users:
     def __init__(
         self,
         agent: Agent,
-        admissions: Admissions,
+        openings: Openings,
         identifier: Identifier,
         hang_watchdog: HangWatchdog,
         release: Callable[[], None],
@@ -50,7 +50,7 @@ class Users:
         decider: Decider,
     ) -> None:
         self._agent = agent
-        self._admissions = admissions
+        self._openings = openings
         self._resource_status = resource_status
         self._identifier = identifier
         self._hang_watchdog = hang_watchdog
@@ -77,27 +77,27 @@ class Users:
             raise PersonaError(Fault.BAD_REQUEST, f"op: unknown; known: {', '.join(sorted(self._ops))}")
         op(call, answer)
 
-    def _own(self, call: Call) -> Gated | None:
+    def _own(self, call: Call) -> Login | None:
         """The caller's session; only root sees one of another user."""
-        gated = self._agent.supervisor.find(call.pid)
-        return gated if gated is not None and call.uid in (0, gated.session.uid) else None
+        login = self._agent.registry.find(call.pid)
+        return login if login is not None and call.uid in (0, login.session.uid) else None
 
-    def _must_own(self, call: Call) -> Gated:
-        gated = self._own(call)
-        if gated is None:
+    def _must_own(self, call: Call) -> Login:
+        login = self._own(call)
+        if login is None:
             raise PersonaError(Reason.SESSION_UNKNOWN, _NO_SESSION)
-        return gated
+        return login
 
     def _status(self, call: Call, answer: Answer) -> None:
         """Tells which persona applies to the caller's session, its limits and their use, and how the gate is."""
         call.only()
-        gated = self._own(call)
-        status = status_of(self._agent, gated, call.caller.user if call.caller else str(call.uid))
-        if gated is None or status["persona"] is None:
+        login = self._own(call)
+        status = status_of(self._agent, login, call.caller.user if call.caller else str(call.uid))
+        if login is None or status["persona"] is None:
             answer(status)
             return
         status |= self._resource_status.stated(status["persona"])
-        self._resource_status.use(gated.session.id, lambda places: answer({**status, "places": places}))
+        self._resource_status.use(login.session.id, lambda places: answer({**status, "places": places}))
 
     def _plan(self, call: Call, answer: Answer) -> None:
         """Shows what would be changed now so that what is found is what should be."""
@@ -109,7 +109,7 @@ class Users:
     def _list(self, call: Call, answer: Answer) -> None:
         """Lists all policies for the caller's session, in order, with what they allow."""
         call.only()
-        gated = self._must_own(call)
+        login = self._must_own(call)
 
         def received(entries: list[Any] | Denied) -> None:
             if isinstance(entries, Denied):
@@ -117,13 +117,13 @@ class Users:
             else:
                 answer({"ok": True, "entries": entries})
 
-        self._agent.broker_client.entries(gated.session, received)
+        self._agent.broker_client.entries(login.session, received)
 
     def _greeting(self, call: Call, answer: Answer) -> None:
         """Makes the line that an interactive login shows; there is none outside of a gated session."""
         call.only()
-        gated = self._own(call)
-        greeting = self._agent.greeting(gated.session, call.uid) if gated is not None else None
+        login = self._own(call)
+        greeting = self._agent.greeting(login.session, call.uid) if login is not None else None
         answer({"ok": True, "greeting": greeting})
 
     def _denials(self, call: Call, answer: Answer) -> None:
@@ -133,14 +133,14 @@ class Users:
         is told neither of the two's.
         """
         call.only()
-        gated = self._agent.supervisor.find(call.pid)
-        if gated is None:
+        login = self._agent.registry.find(call.pid)
+        if login is None:
             raise PersonaError(Reason.SESSION_UNKNOWN, _NO_SESSION)
-        if gated.session.uid != call.uid:
+        if login.session.uid != call.uid:
             why = "this session is another user's: log in as yourself; an operator sees everything in the record"
             raise PersonaError(Fault.UNAUTHENTICATED, why)
         self._agent.supervisor.notes.flush()
-        answer({"ok": True, "items": [asdict(denial) for denial in self._agent.supervisor.denials.of(call.uid)]})
+        answer({"ok": True, "items": [asdict(denial) for denial in self._agent.denials.of(call.uid)]})
 
     def _explain(self, call: Call, answer: Answer) -> None:
         """Says what would become of a command in the caller's session, and why; runs nothing.
@@ -148,7 +148,7 @@ class Users:
         The program comes as a descriptor: what the caller cannot reach, they cannot ask about.
         """
         call.only("argv", "path", "cwd")
-        gated = self._must_own(call)
+        login = self._must_own(call)
         argv = call.fields.get("argv")
         if (
             not isinstance(argv, list)
@@ -158,13 +158,13 @@ class Users:
             raise PersonaError(Fault.BAD_REQUEST, f"argv: expected a list of 1 to {ARGUMENTS_MAX} strings")
         if len(call.fds) != 1:
             raise PersonaError(Fault.BAD_REQUEST, "expected the program as one descriptor")
-        outer = self._hang_watchdog.enter(gated.session)  # it may be a file of a file system of the caller's
+        outer = self._hang_watchdog.enter(login.session)  # it may be a file of a file system of the caller's
         try:
             path = os.fsencode(call.text("path"))
             program = os.dup(call.fds[0])
             exec_request = exec_requests.look(
                 Task(call.pid), program, path, tuple(map(os.fsencode, argv)), self._identifier,
-                self._agent.supervisor.owner(gated),
+                self._agent.supervisor.owner(login),
             )  # fmt: skip
         except (OSError, UnicodeEncodeError) as error:
             # not the path in it: that may be the first line of a script which the caller cannot read
@@ -172,10 +172,10 @@ class Users:
             raise PersonaError(Reason.PROGRAM_UNREADABLE, f"the program: {why}") from None
         finally:
             self._hang_watchdog.leave(outer)
-        self._explain_on(exec_request, gated, Task(call.pid), call.text("cwd", ""), {}, answer)
+        self._explain_on(exec_request, login, Task(call.pid), call.text("cwd", ""), {}, answer)
 
     def _explain_on(
-        self, exec_request: ExecRequest, gated: Gated, task: Task, cwd: str, told: dict[int, Decision], answer: Answer
+        self, exec_request: ExecRequest, login: Login, task: Task, cwd: str, told: dict[int, Decision], answer: Answer
     ) -> None:
         """Walks over the stages as the gate does; ``told`` are the broker's answers so far.
 
@@ -184,18 +184,18 @@ class Users:
         gate = self._agent.settings.gate
         verdict = judge(
             exec_request, 0, (), told.get,
-            lambda denials: rule_for(exec_request, gated, task, gate, self._identifier, denials),
+            lambda denials: rule_for(exec_request, login, task, gate, self._identifier, denials),
         )  # fmt: skip
-        question = exec_request.question(verdict.stage, gated.holder)
+        question = exec_request.question(verdict.stage, login.holder)
         if isinstance(verdict, Ask):
             stage = verdict.stage
 
             def decided(decision: Decision) -> None:
-                self._explain_on(exec_request, gated, task, cwd, {**told, stage: decision}, answer)
+                self._explain_on(exec_request, login, task, cwd, {**told, stage: decision}, answer)
 
             request = Request(
-                gated.session.subject,
-                gated.session.id,
+                login.session.subject,
+                login.session.id,
                 question.program,
                 tuple(map(os.fsdecode, exec_request.stages[stage].argv)),
                 cwd,
@@ -216,10 +216,10 @@ class Users:
     def _gate(self, call: Call, answer: Answer) -> None:
         """Opens a session for ``persona-shell`` where PAM did not; answers with the filter to install, if any."""
         call.only("shell", "interactive")
-        gated = self._agent.supervisor.find(call.pid)
+        login = self._agent.registry.find(call.pid)
         # the filter as well: a session that root began for a user shares root's audit session
-        if gated is not None and _is_filtered(call.pid):
-            greeting = self._agent.greeting(gated.session, call.uid)
+        if login is not None and _is_filtered(call.pid):
+            greeting = self._agent.greeting(login.session, call.uid)
             answer({"ok": True, "verdict": "present", "greeting": greeting})
             return
         settings, caller = self._agent.settings, call.caller
@@ -242,7 +242,7 @@ class Users:
         shell = _shell_of(caller, call.text("shell"))
         self._opening[call.pid] = (
             call.uid,
-            self._admissions.open_from_shell(caller._replace(shell=shell), call.pid, answer),
+            self._openings.open_from_shell(caller._replace(shell=shell), call.pid, answer),
         )
 
     def _listener(self, call: Call, answer: Answer) -> None:
@@ -250,11 +250,11 @@ class Users:
         call.only()
         uid, session = self._opening.pop(call.pid, (0, None))
         if session is not None and uid != call.uid:  # the number of a process that has ended is another user's by now
-            self._admissions.abandoned(session)
+            self._openings.abandoned(session)
             session = None
         if session is None or len(call.fds) != 1:
             raise PersonaError(Reason.SESSION_UNKNOWN, "expected one descriptor, after 'gate'")
-        self._admissions.listener_from_shell(session, os.dup(call.fds[0]))
+        self._openings.listener_from_shell(session, os.dup(call.fds[0]))
         answer({"ok": True, "session": session})
 
     def _release_all(self, call: Call, answer: Answer) -> None:
@@ -263,14 +263,14 @@ class Users:
         if call.uid != 0:
             raise PersonaError(Fault.UNAUTHENTICATED, "only root may release the gate")
         self._release()
-        answer({"ok": True, "sessions": len(self._agent.supervisor.sessions)})
+        answer({"ok": True, "sessions": len(self._agent.registry.gated())})
 
     def _make_room(self, call: Call) -> None:
         """Forgets what the dead and this very process began.  Raises ``PersonaError`` where that is not enough."""
         for pid, (_, session) in list(self._opening.items()):
             if pid == call.pid or not os.path.exists(f"/proc/{pid}"):
                 del self._opening[pid]
-                self._admissions.abandoned(session)
+                self._openings.abandoned(session)
         if sum(uid == call.uid for uid, _ in self._opening.values()) >= _OPENING_MAX:
             raise PersonaError(Reason.AGENT_OVERLOADED, "too many logins of this user begin at once")
 

@@ -9,8 +9,10 @@ from persona.problems import PersonaError
 from persona_guest.core.persona_cgroups import PersonaCgroup
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.cgroups.usage import Sample, rates, sample
+from persona_guest.enforce.cgroups.user_memory import lacking
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.loop import Loop
+from persona_guest.session.registry import Registry
 
 _BETWEEN_S = 0.25  # two samples make a rate
 
@@ -18,8 +20,9 @@ _BETWEEN_S = 0.25  # two samples make a rate
 class ResourceStatus:
     """Reads; changes nothing."""
 
-    def __init__(self, loop: Loop, enforcer: Enforcer) -> None:
+    def __init__(self, loop: Loop, registry: Registry, enforcer: Enforcer) -> None:
         self._loop = loop
+        self._registry = registry
         self._enforcer = enforcer
 
     def stated(self, ref: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +35,7 @@ class ResourceStatus:
 
     def use(self, session: str, done: Callable[[list[dict[str, Any]]], None]) -> None:
         """Each place of a session with its limits, what it uses and how hard it waits; answers a moment later."""
-        placement = self._enforcer.placements.get(session)
+        placement = self._registry.placement(session)
         before = self._sample(list(placement.places.values())) if placement else {}
         if not before:
             done([])
@@ -66,7 +69,7 @@ class ResourceStatus:
 
     def _left(self, place: PersonaCgroup) -> int:
         try:
-            return self._enforcer.left(place, self._enforcer.document(place.persona))
+            return lacking(self._enforcer.tree, place, self._enforcer.document(place.persona))
         except PersonaError:
             return 0
 

@@ -7,17 +7,17 @@ from typing import Any
 
 from persona.decisions import PersonaRef
 from persona_guest.agent.agent import Agent
-from persona_guest.gate.pending import Gated
+from persona_guest.session.model import Login
 
 
-def status(agent: Agent, gated: Gated | None, user: str) -> dict[str, Any]:
+def status(agent: Agent, login: Login | None, user: str) -> dict[str, Any]:
     """As docs/protocol.md has it; ``gated`` is the session that ``user`` asks from, if it is one."""
-    session = gated.session if gated else None
-    persona, policy = _current(agent, gated)
+    session = login.session if login else None
+    persona, policy = _current(agent, login)
     layer, leases = agent.kernel_layer.layer, agent.leases
     return {
         "ok": True,
-        "gated": gated is not None,
+        "gated": login is not None,
         "mode": str(agent.settings.mode),
         "session": session.id if session else None,
         "user": session.subject.user if session else user,
@@ -27,27 +27,27 @@ def status(agent: Agent, gated: Gated | None, user: str) -> dict[str, Any]:
         "limits": {},
         "network": [],
         "places": [],
-        "lease_s": leases.remaining(gated.holder, time.monotonic()) if gated else None,
+        "lease_s": leases.remaining(login.holder, time.monotonic()) if login else None,
         "layers": agent.layers(),
         "kernel": {"why_not": layer.why, **layer.counts()},
         "broker": agent.connection,
         "standby": agent.keeping.connected,
         "generation": leases.generation,
-        "sessions": len(agent.supervisor.sessions),
+        "sessions": len(agent.registry.gated()),
         "notify_us": _percentiles(agent.supervisor.times),
         "verified": asdict(agent.supervisor.verifier.counts),
     }
 
 
-def _current(agent: Agent, gated: Gated | None) -> tuple[PersonaRef | None, str | None]:
+def _current(agent: Agent, login: Login | None) -> tuple[PersonaRef | None, str | None]:
     """The persona and policy of the last start, while that still holds; else those of the login."""
-    if gated is None:
+    if login is None:
         return None, None
-    last = gated.last
+    last = login.last
     if last is not None and last.generation == agent.leases.generation:
         return last.persona, last.policy
-    base = agent.sessions.base.get(gated.session.id)
-    return (base.persona, base.policy) if base is not None and base.persona is not None else (None, None)
+    admitted = login.admitted
+    return (admitted.persona, admitted.policy) if admitted is not None and admitted.persona else (None, None)
 
 
 def _percentiles(seconds: Iterable[float]) -> dict[str, float]:

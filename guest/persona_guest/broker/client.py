@@ -21,7 +21,7 @@ from persona.problems import Fault, Reason
 from persona_guest.broker.http import BrokerError, NotAsked
 from persona_guest.broker.pool import Answer, Outcome, Pool
 from persona_guest.core.leases import LeaseBook
-from persona_guest.session.model import Session
+from persona_guest.session.model import Admitted, Login, Session, State
 
 UNANSWERED = (Reason.BROKER_UNREACHABLE, Reason.BROKER_MISBEHAVED, Reason.AGENT_OVERLOADED)
 _ARGV_MAX = MAX_BODY // 2
@@ -37,28 +37,21 @@ _NO_ANSWER = Lease(0.0, Width.ARGV)
 _AGENT = ""  # on behalf of whom the agent asks for itself: no user has that name
 
 
-class Admitted:
-    """The login may go on; ``persona`` and ``policy`` are what would apply right now, if anything."""
-
-    __slots__ = ("persona", "policy")
-
-    def __init__(self, persona: PersonaRef | None, policy: str | None) -> None:
-        self.persona = persona
-        self.policy = policy
-
-
 _Body = Callable[[GroupsInUse, int], dict[str, Any]]  # raises ``NotAsked`` or nothing
 
 
 class BrokerClient:
-    """Asks through a ``Pool``; every callback runs in the loop's thread, exactly once."""
+    """Asks through a ``Pool``; every callback runs in the loop's thread, exactly once.
 
-    def __init__(self, pool: Pool, leases: LeaseBook) -> None:
+    ``subject_of`` says whose a session is that opens or is open.
+    """
+
+    def __init__(self, pool: Pool, leases: LeaseBook, subject_of: Callable[[str], Subject | None]) -> None:
         self._pool = pool
         self._leases = leases
+        self._subject_of = subject_of
         self._groups = GroupsInUse()
         self.streaming = False  # whether a revocation would reach us now
-        self.subject_of: Callable[[str], Subject | None] = lambda _session: None  # of a session that is open
 
     def decide(self, request: Request, done: Callable[[Decision], None], *, explain: bool = False) -> None:
         """The broker's decision on one program start; ``explain`` = nothing will be run."""
@@ -151,6 +144,11 @@ class BrokerClient:
         who, path = session.subject.user, f"/v1/sessions/{session.id}"
         self._pool.post(who, "DELETE", path, None, lambda _outcome: None, urgent=False)
 
+    def ended(self, login: Login) -> None:
+        """``closed``, where the broker may know of it."""
+        if login.state is State.GATED or login.admitted is not None:
+            self.closed(login.session)
+
     def have(self, sessions: list[str]) -> None:
         """Tells the broker which sessions there are: what it knows of others is over, and could not be said of them.
 
@@ -170,7 +168,7 @@ class BrokerClient:
         part: list[str] = []
         size = 0
         for session in sessions:
-            subject = self.subject_of(session)
+            subject = self._subject_of(session)
             names = self._groups.narrowed(subject).groups if subject is not None else ()
             more = len(json.dumps([session, session, names]))
             if part and (size + more > MAX_BODY - _REST or len(part) >= SESSIONS_A_CALL):
@@ -184,7 +182,7 @@ class BrokerClient:
     def current(self, sessions: list[str], done: Callable[[Any | Denied], None]) -> None:
         """What applies to sessions now, as the broker's JSON."""
 
-        subjects = {session: self.subject_of(session) for session in sessions}
+        subjects = {session: self._subject_of(session) for session in sessions}
 
         def body(groups: GroupsInUse, version: int) -> dict[str, Any]:
             if version < 2:

@@ -19,6 +19,7 @@ from persona.documents import Persona, parse_document
 from persona.problems import PersonaError, Reason
 from persona.schema import NAME
 from persona_guest import files
+from persona_guest.core.reassignment import NOBODY, NOBODYS
 
 log = logging.getLogger("persona.agent")
 
@@ -41,7 +42,9 @@ class Personas:
         files.clear_unfinished(directory)
 
     def get(self, ref: PersonaRef) -> Persona:
-        """One that is here.  Raises ``PersonaError`` (persona_unavailable)."""
+        """One that is here, as that of nobody always is.  Raises ``PersonaError`` (persona_unavailable)."""
+        if ref == NOBODY:
+            return NOBODYS
         persona = self._kept.get(ref) or self._load(ref)
         if persona is None:
             raise PersonaError(Reason.PERSONA_UNAVAILABLE, f"persona {ref.name} v{ref.version} is not here")

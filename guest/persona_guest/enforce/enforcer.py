@@ -8,30 +8,27 @@ import contextlib
 import errno
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from persona.decisions import Denied, Granted, PersonaRef
 from persona.documents import Persona
 from persona.problems import PersonaError, Reason
-from persona_guest import files
 from persona_guest.broker.documents import Personas
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, manager_of, place_of, scope_of
-from persona_guest.core.reassignment import NOBODY, NOBODYS, bereft, named
+from persona_guest.core.reassignment import NOBODY, bereft, named
 from persona_guest.enforce import plan as plans
-from persona_guest.enforce.cgroups.limits import PAGE
 from persona_guest.enforce.facility import Facility
 from persona_guest.enforce.plan import Plan
 from persona_guest.enforce.plan_text import in_words, telling
-from persona_guest.gate.pending import Gated, Pending
+from persona_guest.gate.pending import Pending
 from persona_guest.kernel import seccomp
 from persona_guest.kernel.cgroup import Hierarchy, cgroup_of
 from persona_guest.kernel.task import Task
 from persona_guest.loop import Loop
 from persona_guest.program.identity import Image
-from persona_guest.session.model import Session
-from persona_guest.session.placement import Placement, load
+from persona_guest.session.model import Login
+from persona_guest.session.placement import Placement
+from persona_guest.session.registry import Registry
 
 log = logging.getLogger("persona.enforce")
 
@@ -41,41 +38,48 @@ Watch = Callable[[PersonaCgroup], None]
 
 
 class Enforcer:
-    """``base`` tells the persona that a session was admitted with; ``watch`` is told of each place that is entered."""
+    """``watch`` is told of each place that is entered."""
 
     def __init__(
         self,
         loop: Loop,
+        registry: Registry,
         tree: Hierarchy,
         facilities: Iterable[Facility],
         personas: Personas,
-        directory: Path,
-        base: Callable[[str], PersonaRef | None],
         watch: Watch,
     ) -> None:
         self.tree = tree
-        self.placements: dict[str, Placement] = {}
+        self._registry = registry
         self._loop = loop
         self._facilities = tuple(facilities)
         self._personas = personas
-        self._directory = directory
-        self._base = base
         self._watch = watch
         self._fetching: set[PersonaRef] = set()
-        self._unsaved: set[str] = set()  # sessions whose file does not say where they live now
+
+    @property
+    def binds(self) -> bool:
+        """Whether this machine has anything to bind personas with."""
+        return bool(self._facilities)
 
     # --- one exec ---------------------------------------------------------------------------------
+
+    def look(self, pending: Pending) -> None:
+        """Reads which program the task runs now.  Raises ``OSError`` when it is gone."""
+        pending.before()
 
     def place(self, pending: Pending, granted: Granted | None) -> None:
         """Brings a task that waits for its exec to where it belongs.
 
         Raises ``PersonaError`` (or ``OSError`` where the task is gone): then it must not start.
         """
-        gated = pending.gated
-        placement = gated.placement
+        login = pending.login
+        placement = login.placement
         before = pending.before()
         if placement is None:
-            placement = gated.placement = self._settle(gated.session, pending.task, before)
+            placement = login.placement = Placement(
+                login.session.id, login.session.uid, cgroup_of(pending.task.tid), before, login.persona or NOBODY
+            )
         elif before != placement.opener and (granted is None or granted.persona == placement.only or placement.managed):
             return  # most execs: it was born where it belongs (docs/decisions/0011-where-processes-live.md)
         try:
@@ -85,12 +89,6 @@ class Enforcer:
         except OSError as error:
             raise PersonaError(Reason.ENFORCEMENT_FAILED, f"its cgroup: {error}") from error
 
-    def cgroups_of(self, uid: int) -> list[str]:
-        """A user's places as directories, but for what is their service manager's.  Safe to call from any thread."""
-        placements = [placement for placement in list(self.placements.values()) if placement.uid == uid]
-        places = [place for placement in placements for place in list(placement.places.values())]
-        return [self.tree.path(place.cgroup) for place in places if not place.managed]
-
     @staticmethod
     def attempt(plan: Plan, what: str) -> None:
         """Applies a plan that nobody waits for; that it failed is in the journal, where ``what`` says what stays."""
@@ -98,15 +96,6 @@ class Enforcer:
             plans.apply(plan)
         except (PersonaError, OSError) as error:
             log.error("%s: %s", what, error)
-
-    def _settle(self, session: Session, task: Task, before: Image) -> Placement:
-        placement = self.placements.get(session.id)
-        if placement is None:
-            base = self._base(session.id) or NOBODY
-            placement = self.placements[session.id] = Placement(
-                session.id, session.uid, cgroup_of(task.tid), before, base
-            )
-        return placement
 
     def _put(self, placement: Placement, pending: Pending, granted: Granted | None) -> None:
         task = pending.task
@@ -119,7 +108,7 @@ class Enforcer:
             return
         if granted is None and _is_services(placement, task):
             return
-        if not seccomp.still_valid(pending.gated.listener, pending.ident):
+        if not seccomp.still_valid(pending.login.listener, pending.ident):
             raise ProcessLookupError(errno.ESRCH, "what was looked at may be another's task")
         ref = placement.base if granted is None else granted.persona
         place = placement.places.get(ref.name)
@@ -142,7 +131,7 @@ class Enforcer:
         place = place_of(placement.session, placement.uid, ref, found, shared=shared, withdrawn=withdrawn)
         known = placement.places.get(place.key)
         if known == place:
-            if placement.session in self._unsaved:
+            if not self._registry.is_saved(placement.session):
                 self._save(placement)
             return place
         plans.apply(self._entering(place, bereft(persona) if withdrawn else persona))
@@ -159,20 +148,12 @@ class Enforcer:
         """Takes the place of this key apart, once no process lives there: its rules, its limits, its cgroup."""
         self._leave(placement.places[key])
         placement.drop(key)
-        self._try_to_save(placement)
+        if (login := self._registry.get(placement.session)) is not None:
+            self._registry.try_to_save(login)  # it has been done already
 
     def document(self, ref: PersonaRef) -> Persona:
         """Raises ``PersonaError`` where it is not here."""
-        return NOBODYS if ref == NOBODY else self._personas.get(ref)
-
-    def left(self, place: PersonaCgroup, persona: Persona) -> int:
-        """How many bytes of its memory limit a place lacks for what earlier sessions of its user left."""
-        limit = persona.resource_limits.memory_bytes
-        if limit is None or place.shared:
-            return 0
-        with contextlib.suppress(OSError, ValueError):  # it went away, or somebody else set it to no limit
-            return max(0, limit - limit % PAGE - int(self.tree.read(place.cgroup, "memory.max")))
-        return 0
+        return self._personas.get(ref)
 
     def _entering(self, place: PersonaCgroup, persona: Persona) -> Plan:
         return tuple(step for facility in self._facilities for step in facility.enter(place, persona))
@@ -190,60 +171,37 @@ class Enforcer:
 
     def _save(self, placement: Placement) -> None:
         """Raises ``PersonaError``: nothing starts in a place that the next agent would not know."""
-        self._unsaved.add(placement.session)
+        login = self._registry.get(placement.session)
         try:
-            placement.save(self._directory)
+            if login is not None:
+                self._registry.save(login)
         except OSError as error:
             raise PersonaError(Reason.ENFORCEMENT_FAILED, f"where it lives cannot be kept: {error}") from error
-        self._unsaved.discard(placement.session)
-
-    def _try_to_save(self, placement: Placement) -> None:
-        """For what has been done already; ``reconcile`` tries again."""
-        try:
-            self._save(placement)
-        except PersonaError as error:
-            log.error("session %s: %s", placement.session, error.message)
 
     # --- sessions ---------------------------------------------------------------------------------
 
-    def ended(self, session: Session) -> None:
+    def ended(self, login: Login) -> None:
         """The last process of a session is gone."""
-        self._unsaved.discard(session.id)
-        placement = self.placements.pop(session.id, None)
-        if placement is not None:
-            self._clear(placement, 0)
+        if login.placement is not None:
+            self._clear(login.placement, 0)
 
     def _clear(self, placement: Placement, tries: int) -> None:
         def again() -> None:
             left = [self._leave(place) for place in placement.places.values()]
-            if all(left):
-                (self._directory / f"{placement.session}.json").unlink(missing_ok=True)
-            elif tries + 1 < len(_LEAVE_S):
+            if not all(left) and tries + 1 < len(_LEAVE_S):
                 self._clear(placement, tries + 1)
 
         self._loop.call_later(_LEAVE_S[tries], again)
 
-    def restore(self, sessions: dict[str, Gated]) -> None:
-        """Takes up what the agent before this one kept, then makes everything so."""
-        files.clear_unfinished(self._directory)
-        for path in self._directory.glob("*.json"):
-            gated = sessions.get(path.stem)
-            try:
-                placement = load(path)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                log.error("%s: %s; its session is placed anew", path, error)
-                path.unlink(missing_ok=True)
-                continue
-            if gated is None:
-                path.unlink(missing_ok=True)
-            else:
-                gated.placement = self.placements[placement.session] = placement
-        for ident, gated in sessions.items():  # from an agent that had no places: a service manager starts little anew
+    def restore(self) -> None:
+        """Takes up the places of the sessions that the agent before this one had, then makes everything so."""
+        for login in self._registry.gated():  # from an agent that had no places: a service manager starts little anew
+            session = login.session
             with contextlib.suppress(OSError):
-                found = cgroup_of(gated.session.monitor)
-                if gated.placement is None and manager_of(found, gated.session.uid) is not None:
-                    gated.placement = self.placements[ident] = Placement(ident, gated.session.uid, found, Image(0, 0))
-        for placement in self.placements.values():
+                found = cgroup_of(session.monitor)
+                if login.placement is None and manager_of(found, session.uid) is not None:
+                    login.placement = Placement(session.id, session.uid, found, Image(0, 0))
+        for placement in self._registry.placements():
             for place in placement.places.values():
                 self._watch(place)
                 if not place.withdrawn and not place.managed:
@@ -260,7 +218,7 @@ class Enforcer:
     def wanted(self) -> dict[PersonaCgroup, Persona]:
         """Every place in use, and what it is under.  Raises ``PersonaError`` where a document is not here."""
         found = {}
-        for placement in self.placements.values():
+        for placement in self._registry.placements():
             for place in placement.places.values():
                 persona = self.document(place.persona)
                 found[place] = bereft(persona) if place.withdrawn else persona
@@ -273,8 +231,6 @@ class Enforcer:
 
     def reconcile(self) -> None:
         """Makes what is found what should be; what cannot be is in the journal, and denied when it matters."""
-        for placement in [self.placements[session] for session in self._unsaved if session in self.placements]:
-            self._try_to_save(placement)
         try:
             wanted = self.wanted()
         except PersonaError as error:  # what is there stays as it is, rather than go for want of a document
@@ -294,16 +250,14 @@ class Enforcer:
 
     def _fetch_missing(self) -> None:
         """The documents of places that are not here; with the last of them it is reconciled again, at once."""
-        refs = {place.persona for placement in self.placements.values() for place in placement.places.values()} - {
-            NOBODY
-        }
+        refs = {place.persona for placement in self._registry.placements() for place in placement.places.values()}
 
         def arrived(ref: PersonaRef, denied: Denied | None) -> None:
             self._fetching.discard(ref)
             if denied is None and not self._fetching:
                 self.reconcile()
 
-        for ref in refs - self._fetching:
+        for ref in refs - self._fetching - {NOBODY}:
             try:
                 self._personas.get(ref)
             except PersonaError:
@@ -312,19 +266,25 @@ class Enforcer:
 
     def release(self) -> None:
         """Nothing of ours stays; the sessions go on without limits."""
-        for placement in list(self.placements.values()):
-            for place in placement.places.values():
+        for login in self._registry.gated():
+            for place in login.placement.places.values() if login.placement is not None else ():
                 if place.managed:
                     self._leave(place)
-        self.placements.clear()
+            login.placement = None
+            self._registry.try_to_save(login)
         for facility in reversed(self._facilities):
             try:
                 for failure in plans.apply_each(facility.release()):
                     log.error("%s: something stays: %s", facility.name, failure)
             except (PersonaError, OSError) as error:
                 log.error("%s: something stays: %s", facility.name, error)
-        for path in self._directory.glob("*.json"):
-            os.unlink(path)
+
+
+def cgroups_of(registry: Registry, tree: Hierarchy, uid: int) -> list[str]:
+    """A user's places as directories, but for what is their service manager's.  Safe to call from any thread."""
+    placements = [placement for placement in registry.placements() if placement.uid == uid]
+    places = [place for placement in placements for place in list(placement.places.values())]
+    return [tree.path(place.cgroup) for place in places if not place.managed]
 
 
 def _is_services(placement: Placement, task: Task) -> bool:

@@ -9,12 +9,11 @@ from enum import StrEnum
 from persona.called_names import called_name
 from persona.decisions import Denied
 from persona.problems import Reason
-from persona_guest.gate.pending import Gated
 from persona_guest.kernel.cgroup import cgroup_of
 from persona_guest.kernel.task import Task
 from persona_guest.program.exec_request import ExecRequest
 from persona_guest.program.identity import Identifier
-from persona_guest.session.model import Session
+from persona_guest.session.model import Login, Session
 from persona_guest.settings import Gate
 
 _ANCESTORS_MAX = 32
@@ -29,22 +28,22 @@ class Own(StrEnum):
 
 
 def rule_for(
-    exec_request: ExecRequest, gated: Gated, task: Task, gate: Gate, identifier: Identifier, denials: tuple[Denied, ...]
+    exec_request: ExecRequest, login: Login, task: Task, gate: Gate, identifier: Identifier, denials: tuple[Denied, ...]
 ) -> Own | None:
     """The rule that lets ``task`` start this whatever the personas say, or ``None``.
 
     In a revoked session only the service still ends its own business.  ``denials`` are the answers to this request,
     which may be the first to tell of that.
     """
-    revoked = gated.revoked is not None or any(denied.reason is Reason.SESSION_REVOKED for denied in denials)
-    if not revoked and is_login_shell(exec_request, gated, identifier):
+    revoked = login.revoked is not None or any(denied.reason is Reason.SESSION_REVOKED for denied in denials)
+    if not revoked and is_login_shell(exec_request, login, identifier):
         return Own.LOGIN_SHELL
     if not revoked and _is_plumbing(exec_request, gate):
         return Own.MACHINERY
-    return Own.SERVICE if _is_services_own(exec_request, gated.session, task) else None
+    return Own.SERVICE if _is_services_own(exec_request, login.session, task) else None
 
 
-def is_login_shell(exec_request: ExecRequest, gated: Gated, identifier: Identifier) -> bool:
+def is_login_shell(exec_request: ExecRequest, login: Login, identifier: Identifier) -> bool:
     """Admission gives a shell: the user's login shell runs; what it starts is decided.
 
     It is the file that lies at the shell's path now: an upgrade replaces it, and its inode number may become another
@@ -53,13 +52,13 @@ def is_login_shell(exec_request: ExecRequest, gated: Gated, identifier: Identifi
     found, argv, _ = exec_request.stages[0]
     if exec_request.obstacles[0] is not None or not found.trusted:
         return False
-    if not any(identifier.is_at(os.fsencode(path), found.image) for path in gated.shells):
+    if not any(identifier.is_at(os.fsencode(path), found.image) for path in login.shells):
         return False
     if not found.multicall:
         return True
     name = called_name(os.fsdecode(argv[0])) if argv else ""
     return any(
-        name == os.path.basename(shell) and identifier.is_at(os.fsencode(shell), found.image) for shell in gated.shells
+        name == os.path.basename(shell) and identifier.is_at(os.fsencode(shell), found.image) for shell in login.shells
     )
 
 

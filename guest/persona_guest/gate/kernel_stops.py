@@ -10,10 +10,10 @@ from persona.decisions import Denied
 from persona.problems import Reason
 from persona.shown import words
 from persona_guest.audit.upload import Recordable
-from persona_guest.core.denials import COMMAND_MAX
-from persona_guest.gate.supervisor import Supervisor
+from persona_guest.core.denials import COMMAND_MAX, Book
 from persona_guest.lsm.abi import Event
 from persona_guest.program.identity import Image
+from persona_guest.session.registry import Registry
 from persona_guest.system.accounts import Names
 
 Add = Callable[[Recordable], None]
@@ -31,28 +31,28 @@ class Stops:
     ``where`` names a file by its number: the path that the kernel reports is its caller's text.
     """
 
-    def __init__(self, record: Add, supervisor: Supervisor, where: Callable[[Image], str]) -> None:
+    def __init__(self, record: Add, registry: Registry, denials: Book, where: Callable[[Image], str]) -> None:
         self._record = record
-        self._supervisor = supervisor
+        self._registry = registry
+        self._denials = denials
         self._where = where
         self._names = Names()  # for the recorder's thread
 
     def __call__(self, event: Event) -> None:
         """Under the session that it happened in; outside of any, under its user's name."""
-        sessions = self._supervisor.sessions.values()
-        of_login = [one for one in sessions if one.session.audit == event.audit_session is not None]
-        gated = of_login[0] if len(of_login) == 1 else self._supervisor.find(event.tgid)
+        of_login = [one for one in self._registry.gated() if one.session.audit == event.audit_session is not None]
+        login = of_login[0] if len(of_login) == 1 else self._registry.find(event.tgid)
         program = self._where(Image(os.makedev(event.device >> 20, event.device & 0xFFFFF), event.inode))
-        if gated is not None:
-            record, uid = _of_stop(event, program, gated.session.id, gated.session.subject.user), gated.session.uid
+        if login is not None:
+            record, uid = _of_stop(event, program, login.session.id, login.session.subject.user), login.session.uid
             self._record(record)
         else:
             record, uid = _of_stop(event, program, "", ""), event.uid if event.login is None else event.login
             self._record(lambda: dataclasses.replace(record, user=self._names.of(uid)))
-        if event.enforced and (gated is not None or event.login is not None):  # a login uid cannot be chosen
+        if event.enforced and (login is not None or event.login is not None):  # a login uid cannot be chosen
             denied = Denied(event.reason, help=_STOPPED[event.reason])
             command = words(record.argv, COMMAND_MAX)
-            self._supervisor.denials.note(uid, record.at, record.event, program, command, denied, record.session)
+            self._denials.note(uid, record.at, record.event, program, command, denied, record.session)
 
 
 def _of_stop(event: Event, program: str, session: str, user: str) -> Record:

@@ -86,14 +86,14 @@ class Notes:
             record = _to_record(note, complain=self._complain)
             self._record(record)
             if isinstance(note.decision, Denied) and not self._complain and not note.pending.again:
-                uid = note.pending.gated.session.uid
+                uid = note.pending.login.session.uid
                 command = words(record.argv, COMMAND_MAX)
                 self._denials.note(uid, note.at, note.event, record.program, command, note.decision, record.session)
 
 
 def _to_record(note: _Note, *, complain: bool) -> Record:
     pending, decision = note.pending, note.decision
-    session = pending.gated.session
+    session = pending.login.session
     granted = decision if isinstance(decision, Granted) else None
     denied = decision if isinstance(decision, Denied) else None
     argv = pending.exec_request.command if note.argv is None else note.argv

@@ -19,15 +19,17 @@ from persona.problems import PersonaError, Reason
 from persona_guest.broker.client import UNANSWERED
 from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook, Question
-from persona_guest.core.messages import denial_line, printable
+from persona_guest.core.messages import denial_line
 from persona_guest.gate import implicit_allow
 from persona_guest.gate.evaluate import Ask, Refused, Runs, judge
 from persona_guest.gate.hang_watchdog import LIMIT_S, HangWatchdog
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.notes import Notes
-from persona_guest.gate.pending import Gated, Pending
+from persona_guest.gate.pending import Pending
+from persona_guest.gate.placing import Placing
 from persona_guest.gate.post_exec_check import Expectation, Verifier, Wrong
 from persona_guest.gate.terminal import tell
+from persona_guest.gate.waiting import Waiting
 from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Process, Task
 from persona_guest.loop import GONE, READABLE, Loop
@@ -36,39 +38,44 @@ from persona_guest.program import exec_request as exec_requests
 from persona_guest.program.identity import Identifier, images_of
 from persona_guest.program.own_home import Owner
 from persona_guest.session.login_shells import real_shell
-from persona_guest.session.model import Session
+from persona_guest.session.model import Login, Session
+from persona_guest.session.registry import Registry
 from persona_guest.settings import Mode, Settings
 
 log = logging.getLogger("persona.gate")
 
 AskBroker = Callable[[Request, Callable[[Decision], None]], None]
-Place = Callable[[Pending, Granted | None], None]
-
-_LINES_PER_SECOND = 20  # denial lines to one session: a loop of denied commands must not flood
-_ANCESTORS_MAX = 128
 
 
 class Supervisor:
-    """Owns the listeners; ``ask`` puts a question to the broker and calls back in the loop's thread."""
+    """Answers for every session of ``registry`` that is gated, and closes its listener when it ends.
+
+    ``ask`` puts a question to the broker and calls back in the loop's thread; ``home_of`` says where a uid has its
+    home (empty = not known).
+    """
 
     def __init__(
         self,
         settings: Settings,
         loop: Loop,
+        registry: Registry,
         identifier: Identifier,
         leases: LeaseBook,
         inflight: InFlight,
         hang_watchdog: HangWatchdog,
         kernel_layer: KernelLayer,
+        waiting: Waiting,
         ask: AskBroker,
+        placing: Placing,
+        denials: Book,
         record: Callable[[Record], None],
-        ended: Callable[[Session], None],
+        home_of: Callable[[int], str] = lambda _uid: "",
     ) -> None:
         self.settings = settings
-        self.sessions: dict[str, Gated] = {}
         self.released = False
-        self.home_of: Callable[[int], str] = lambda _uid: ""  # where a uid has its home; empty = not known
-        self.place: Place | None = None  # brings a task under its persona before it goes on
+        self._registry = registry
+        self._placing = placing
+        self._home_of = home_of
         self.verifier = Verifier(loop, time.monotonic, hang_watchdog)
         self._loop = loop
         self._identifier = identifier
@@ -77,12 +84,10 @@ class Supervisor:
         self._hang_watchdog = hang_watchdog
         self._kernel_layer = kernel_layer
         self._ask = ask
-        self.denials = Book()  # for their users; an exec that complain mode lets go on is none
-        self.notes = Notes(loop, record, self.denials, complain=settings.mode is Mode.COMPLAIN)
-        self._ended = ended
+        self.notes = Notes(loop, record, denials, complain=settings.mode is Mode.COMPLAIN)
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._holders: dict[object, int] = {}
-        self._waiting: dict[tuple[str, Question], list[Pending]] = {}
+        self._waiting = waiting
         self.times: deque[float] = deque(maxlen=4096)  # CPU seconds from a notification's receipt to its answer
 
     # --- sessions ---------------------------------------------------------------------------------
@@ -91,134 +96,110 @@ class Supervisor:
         """The number under which decisions for this session's subject are leased."""
         return self._holders.setdefault(session.subject, len(self._holders) + 1)
 
-    def owner(self, gated: Gated) -> Owner:
+    def owner(self, login: Login) -> Owner:
         """Whose programs in a home may run in this session, where a persona names them."""
-        return Owner(gated.session.uid, self.home_of)
+        return Owner(login.session.uid, self._home_of)
 
-    def add(self, session: Session, listener: int, *, fresh: bool = False) -> None:
-        """Takes over the listener of a session and answers for it from now on; ``fresh`` = just admitted."""
-        seccomp.use_synchronous_wakeup(listener)
-        shells = _shells_of(session)
-        gated = Gated(session, listener, self.holder(session), shells, images_of(shells), session.id.encode())
+    def answer_for(self, login: Login, *, fresh: bool = False) -> None:
+        """Reads its listener from now on; ``fresh`` = just admitted.  Raises ``OSError``."""
+        session = login.session
+        seccomp.use_synchronous_wakeup(login.listener)
+        login.shells = _shells_of(session)
+        login.shell_files = images_of(login.shells)
+        login.holder = self.holder(session)
         if fresh:
-            gated.confirmed = self._leases.generation
-        self.sessions[session.id] = gated
-        self.home_of(session.uid)  # asked for before it is needed
-        self._loop.add_reader(listener, READABLE, lambda events: self._ready(gated, events))
+            login.confirmed = self._leases.generation
+        self._home_of(session.uid)  # asked for before it is needed
+        self._loop.add_reader(login.listener, READABLE, lambda events: self._ready(login, events))
 
     def answer_left_over(self) -> None:
         """Answers what an agent before this one received and did not answer."""
         for slot, name, raw, readable in self._inflight.left_over():
-            gated = self.sessions.get(name)
+            login = self._registry.get(name)
             notification = seccomp.parse_notification(raw)
-            if gated is None:
+            if login is None:
                 self._inflight.clear(slot)
             elif readable:
-                self._answer(gated, notification, slot)
+                self._answer(login, notification, slot)
             else:
-                self._not_judged(gated, notification.id, slot, "the agent hung in it")
+                self._not_judged(login, notification.id, slot, "the agent hung in it")
 
-    def find(self, pid: int) -> Gated | None:
-        """The session that a process belongs to, by audit session id or by descent; ``None`` = none."""
-        try:
-            audit = Task(pid).audit_session()
-        except OSError:
-            return None
-        among = list(self.sessions.values())
-        if audit is not None and (of_login := [gated for gated in among if gated.session.audit == audit]):
-            if len(of_login) == 1:
-                return of_login[0]
-            among = of_login  # several su in one login of root's: which of them, descent tells
-        monitors = {gated.session.monitor: gated for gated in among}
-        for _ in range(_ANCESTORS_MAX):
-            found = monitors.get(pid)
-            if found is not None and Task(pid).started() == found.session.monitor_started:
-                return found
-            try:
-                pid = Task(pid).credentials().ppid
-            except OSError:
-                return None
-            if pid <= 1:
-                return None
-        return None
-
-    def _end(self, gated: Gated) -> None:
-        self._loop.remove_reader(gated.listener)
-        os.close(gated.listener)
-        self.sessions.pop(gated.session.id, None)
-        self._ended(gated.session)
+    def _end(self, login: Login) -> None:
+        self._loop.remove_reader(login.listener)
+        os.close(login.listener)
+        self._registry.end(login)
 
     # --- one exec ---------------------------------------------------------------------------------
 
-    def _ready(self, gated: Gated, events: int) -> None:
+    def _ready(self, login: Login, events: int) -> None:
         if events & READABLE:
             started = time.monotonic()
-            outer = self._hang_watchdog.enter(gated.session)
+            outer = self._hang_watchdog.enter(login.session)
             try:
-                notification = seccomp.receive(gated.listener, self._buffer)
+                notification = seccomp.receive(login.listener, self._buffer)
             finally:
                 self._hang_watchdog.leave(outer)
             if notification is None and time.monotonic() - started > LIMIT_S:
-                log.error("session %s: somebody else reads its listener; nothing more starts in it", gated.session.id)
-                self._end(gated)
+                log.error("session %s: somebody else reads its listener; nothing more starts in it", login.session.id)
+                self._end(login)
             elif notification is not None:
                 began = time.thread_time()
-                slot = self._inflight.put(gated.name, self._buffer)
-                self._answer(gated, notification, slot)
+                slot = self._inflight.put(login.name, self._buffer)
+                self._answer(login, notification, slot)
                 self.times.append(time.thread_time() - began)
         elif events & GONE:
-            self._end(gated)
+            self._end(login)
 
-    def _answer(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
-        self._guarded(gated, notification.id, slot, lambda: self._handle(gated, notification, slot))
+    def _answer(self, login: Login, notification: seccomp.Notification, slot: int) -> None:
+        self._guarded(login, notification.id, slot, lambda: self._handle(login, notification, slot))
 
-    def _guarded(self, gated: Gated, ident: int, slot: int, work: Callable[[], None]) -> None:
+    def _guarded(self, login: Login, ident: int, slot: int, work: Callable[[], None]) -> None:
         """Whatever a caller's exec can provoke while it is judged: it is denied, and the agent serves the others."""
         outer = self._hang_watchdog.enter(
-            gated.session
+            login.session
         )  # memory, files and standard error of the task may all be its user's own
         try:
             work()
         except Exception:  # no list is complete of what may go wrong, and not to answer would be to hang
             log.exception("an exec could not be judged; it is denied")
-            self._not_judged(gated, ident, slot, "the agent's journal says why")
+            self._not_judged(login, ident, slot, "the agent's journal says why")
         finally:
             self._hang_watchdog.leave(outer)
 
-    def _handle(self, gated: Gated, notification: seccomp.Notification, slot: int) -> None:
+    def _handle(self, login: Login, notification: seccomp.Notification, slot: int) -> None:
         if self.released:
             self.verifier.forget(notification.tid)
-            self._go_on(gated, notification.id, slot)
+            self._go_on(login, notification.id, slot)
             return
         task = Task(notification.tid)
         try:
-            exec_request = exec_requests.read(task, notification, self._identifier, self.owner(gated))
+            exec_request = exec_requests.read(task, notification, self._identifier, self.owner(login))
         except OSError as error:
-            self._unreadable(gated, notification.id, slot, error)
+            self._unreadable(login, notification.id, slot, error)
             return
-        self._decide(Pending(gated, notification.id, slot, task, exec_request))
+        self._decide(Pending(login, notification.id, slot, task, exec_request))
 
-    def _not_judged(self, gated: Gated, ident: int, slot: int, why: str) -> None:
-        self._unreadable(gated, ident, slot, OSError(errno.EACCES, why))  # first: not to answer would be to hang
-        self.notes.add_unjudged(gated.session, f"this program start could not be judged: {why}")
+    def _not_judged(self, login: Login, ident: int, slot: int, why: str) -> None:
+        self._unreadable(login, ident, slot, OSError(errno.EACCES, why))  # first: not to answer would be to hang
+        self.notes.add_unjudged(login.session, f"this program start could not be judged: {why}")
 
-    def _unreadable(self, gated: Gated, ident: int, slot: int, error: OSError) -> None:
+    def _unreadable(self, login: Login, ident: int, slot: int, error: OSError) -> None:
         # The kernel reports these for the same call; answering them ourselves leaves no second reading.
         if self.settings.mode is Mode.COMPLAIN:
-            self._go_on(gated, ident, slot)
+            self._go_on(login, ident, slot)
         else:
-            self._fail(gated, ident, slot, error.errno or errno.EACCES)
+            self._fail(login, ident, slot, error.errno or errno.EACCES)
 
     def _decide(self, pending: Pending) -> None:
         """Goes through the stages until one is granted, all are denied, or the broker must be asked."""
-        gated, exec_request = pending.gated, pending.exec_request
+        login, exec_request = pending.login, pending.exec_request
         verdict = judge(
             exec_request,
             pending.stage,
             pending.denials,
-            lambda stage: self._known(gated, exec_request.question(stage, gated.holder)),
+            lambda stage: self._known(login, exec_request.question(stage, login.holder)),
             lambda denials: implicit_allow.rule_for(
-                exec_request, gated, pending.task, self.settings.gate, self._identifier, denials
+                exec_request, login, pending.task, self.settings.gate, self._identifier, denials
             ),
         )
         pending.denials = verdict.denials
@@ -230,35 +211,32 @@ class Supervisor:
                 self._allow(pending, granted)
             case Ask(stage=stage):
                 pending.stage = stage
-                if gated.confirmed == self._leases.generation and (
-                    implicit_allow.is_login_shell(exec_request, gated, self._identifier)
+                if login.confirmed == self._leases.generation and (
+                    implicit_allow.is_login_shell(exec_request, login, self._identifier)
                     or implicit_allow.is_users_command(exec_request, self.settings.gate)
                 ):
                     self._allow(pending, None)
                     return
                 pending.leased = False
-                self._enquire(pending, exec_request.question(stage, gated.holder), exec_request.stages[stage].argv)
+                self._enquire(pending, exec_request.question(stage, login.holder), exec_request.stages[stage].argv)
 
-    def _known(self, gated: Gated, question: Question) -> Decision | None:
+    def _known(self, login: Login, question: Question) -> Decision | None:
         """Returns the decision that holds without asking the broker, ``None`` where it must be asked.
 
         Leases are the user's, over all their sessions.  After each event the broker must have answered once for this
         very session, which may have been revoked, before a lease counts in it.
         """
-        if gated.confirmed != self._leases.generation:
+        if login.confirmed != self._leases.generation:
             return None
-        return gated.revoked or self._leases.lookup(question, time.monotonic())
+        return login.revoked or self._leases.lookup(question, time.monotonic())
 
     def _enquire(self, pending: Pending, question: Question, argv: tuple[bytes, ...]) -> None:
         if not self._still_waits(pending):
             return
         self._inflight.read(pending.slot)
-        gated, session = pending.gated, pending.gated.session
-        waiting = self._waiting.get((session.id, question))
-        if waiting is not None:
-            waiting.append(pending)
+        login, session = pending.login, pending.login.session
+        if self._waiting.add(pending, question) > 1:
             return
-        self._waiting[session.id, question] = [pending]
         request = Request(
             subject=session.subject,
             session=session.id,
@@ -267,22 +245,22 @@ class Supervisor:
             cwd=pending.task.working_directory(),
             argv_complete=question.complete,
         )
-        self._ask(request, lambda decision: self._told(gated, question, decision))
+        self._ask(request, lambda decision: self._told(login, question, decision))
 
-    def _told(self, gated: Gated, question: Question, decision: Decision) -> None:
+    def _told(self, login: Login, question: Question, decision: Decision) -> None:
         now = time.monotonic()
         if not _is_answered(question, decision):
-            if gated.revoked is None:
+            if login.revoked is None:
                 decision = self._leases.within_grace(question, now) or decision
         else:
-            gated.confirmed = decision.generation
-            gated.revoked = None
+            login.confirmed = decision.generation
+            login.revoked = None
             if isinstance(decision, Denied) and decision.reason is Reason.SESSION_REVOKED:
-                gated.revoked = decision
+                login.revoked = decision
             else:
                 self._leases.keep(question, decision, now)
-        for pending in self._waiting.pop((gated.session.id, question), ()):
-            self._guarded(gated, pending.ident, pending.slot, partial(self._resume, pending, decision))
+        for pending in self._waiting.take(login.session.id, question):
+            self._guarded(login, pending.ident, pending.slot, partial(self._resume, pending, decision))
 
     def _resume(self, pending: Pending, decision: Decision) -> None:
         if isinstance(decision, Granted):
@@ -292,22 +270,12 @@ class Supervisor:
             pending.stage += 1
             self._decide(pending)
 
-    def tell_waiting(self, session: str, line: str) -> None:
-        """A line to one of the session's tasks that wait for an answer, if there is one and it may be spoken to."""
-        for (ident, _), waiting in self._waiting.items():
-            for pending in waiting if ident == session else ():
-                gated = pending.gated
-                if seccomp.still_valid(gated.listener, pending.ident) and self._may_speak(gated):
-                    with self._hang_watchdog.watching(gated.session), contextlib.suppress(OSError):  # killed meanwhile
-                        tell(pending.task.credentials().tgid, printable(line))
-                    return
-
     def _still_waits(self, pending: Pending) -> bool:
         """Whether what was read of the task was its own; without, nothing may be said or asked of it.
 
         An answer needs no such look: one that the kernel takes proves that the task waited all along.
         """
-        if seccomp.still_valid(pending.gated.listener, pending.ident):
+        if seccomp.still_valid(pending.login.listener, pending.ident):
             return True
         self._inflight.clear(pending.slot)
         return False
@@ -315,25 +283,24 @@ class Supervisor:
     # --- the answers ------------------------------------------------------------------------------
 
     def _allow(self, pending: Pending, granted: Granted | None) -> None:
-        gated = pending.gated
+        login = pending.login
         layer = self._kernel_layer.layer
         # complain mode lets go on what it would deny: a look could not tell that from a race
         verifying = self.settings.mode is Mode.ENFORCE and not (layer.active and pending.exec_request.final.is_unique)
         try:
-            if self.place is not None:
-                pending.before()  # watched: its program may be a file of a file system of the user's own
-                outer = self._hang_watchdog.rest()
-                try:
-                    self.place(pending, granted)
-                finally:
-                    self._hang_watchdog.resume(outer)
+            self._placing.look(pending)  # watched: its program may be a file of a file system of the user's own
+            outer = self._hang_watchdog.rest()
+            try:
+                self._placing.place(pending, granted)
+            finally:
+                self._hang_watchdog.resume(outer)
             look = self._before(pending, granted) if verifying else None
         except PersonaError as error:
             reason = error.code if isinstance(error.code, Reason) else Reason.ENFORCEMENT_FAILED
             self._deny(pending, Denied(reason, help=error.message))
             return
         except OSError:  # killed while it waited, or no descriptor left: never leave it waiting
-            self._fail(gated, pending.ident, pending.slot, errno.EACCES)
+            self._fail(login, pending.ident, pending.slot, errno.EACCES)
             return
         if layer.active:
             if not self._still_waits(pending):  # its number may be another exec's by now
@@ -341,16 +308,16 @@ class Supervisor:
                     look[0].close()
                 return
             hangs, script = pending.hangs_on(granted), pending.script(granted)
-            layer.approve(pending.task.tid, gated.session.uid, pending.exec_request, hangs_on=hangs, script=script)
-        if not self._go_on(gated, pending.ident, pending.slot):
+            layer.approve(pending.task.tid, login.session.uid, pending.exec_request, hangs_on=hangs, script=script)
+        if not self._go_on(login, pending.ident, pending.slot):
             layer.withdraw(pending.task.tid)
             if look is not None:
                 look[0].close()
             return  # what was read may have been another task's
         if look is not None:
-            self.verifier.expect(*look, gated.session, lambda found: self._caught(pending, found))
+            self.verifier.expect(*look, login.session, lambda found: self._caught(pending, found))
         if granted is not None:
-            gated.last = granted
+            login.last = granted
         self.notes.add(pending, "exec", granted)
 
     def _before(self, pending: Pending, granted: Granted | None) -> tuple[Process, Expectation]:
@@ -369,54 +336,47 @@ class Supervisor:
     def _deny(self, pending: Pending, denied: Denied) -> None:
         if not self._still_waits(pending):
             return
-        gated = pending.gated
+        login = pending.login
         complain = self.settings.mode is Mode.COMPLAIN
         self.notes.add(pending, "exec", denied)
         if complain:
             layer = self._kernel_layer.layer
-            layer.approve(pending.task.tid, gated.session.uid, pending.exec_request)
-            if not self._go_on(gated, pending.ident, pending.slot):
+            layer.approve(pending.task.tid, login.session.uid, pending.exec_request)
+            if not self._go_on(login, pending.ident, pending.slot):
                 layer.withdraw(pending.task.tid)
         else:
-            if self._may_speak(gated):
+            if login.claim_line(time.monotonic()):
                 with contextlib.suppress(OSError):  # killed meanwhile: nobody is there to be told
                     self._tell_denied(pending, denied)
-            self._fail(gated, pending.ident, pending.slot, errno.EACCES)
+            self._fail(login, pending.ident, pending.slot, errno.EACCES)
 
     def _tell_denied(self, pending: Pending, denied: Denied) -> None:
         """One line a command: whoever tries it again along PATH is not told again.  Raises ``OSError``."""
-        gated, exec_request = pending.gated, pending.exec_request
+        login, exec_request = pending.login, pending.exec_request
         pid = pending.task.credentials().tgid
         line = denial_line(exec_request.name, denied)
         words = hash((line, exec_request.argv))
-        pending.again = gated.repeats(pid, words, pending.since)
-        told = pending.again and gated.said[pid][2]
+        pending.again = login.repeats(pid, words, pending.since)
+        told = pending.again and login.said[pid][2]
         if told:
-            gated.lines -= 1
+            login.lines -= 1
         else:
             told = tell(pid, line)
-        gated.has_said(pid, words, time.monotonic(), told=told)
+        login.has_said(pid, words, time.monotonic(), told=told)
 
-    def _go_on(self, gated: Gated, ident: int, slot: int) -> bool:
-        alive = seccomp.respond_continue(gated.listener, ident)
+    def _go_on(self, login: Login, ident: int, slot: int) -> bool:
+        alive = seccomp.respond_continue(login.listener, ident)
         self._inflight.clear(slot)
         return alive
 
-    def _fail(self, gated: Gated, ident: int, slot: int, number: int) -> None:
-        seccomp.respond_error(gated.listener, ident, number)
+    def _fail(self, login: Login, ident: int, slot: int, number: int) -> None:
+        seccomp.respond_error(login.listener, ident, number)
         self._inflight.clear(slot)
 
     def _caught(self, pending: Pending, found: Wrong) -> None:
         denied = Denied(Reason.PROGRAM_NOT_TRUSTED, help=f"killed: what started was {found.what}")
         ran = self._identifier.where(found.image) if found.image is not None else None
         self.notes.add(pending, "killed", denied, ran=ran, argv=found.argv)
-
-    def _may_speak(self, gated: Gated) -> bool:
-        second = int(time.monotonic())
-        if gated.lines_at != second:
-            gated.lines_at, gated.lines = second, 0
-        gated.lines += 1
-        return gated.lines <= _LINES_PER_SECOND
 
 
 def _is_answered(question: Question, decision: Decision) -> bool:

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from persona_guest.loop import READABLE, Loop
 from persona_guest.system import systemd
@@ -56,13 +56,13 @@ def batches(kept: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], list[i
 class Keeping:
     """The agent's end: every listener is kept by systemd, over a restart, and by the standby, over a stop.
 
-    ``current`` lists what there is, for a standby that was started anew.  Never waits but in ``take``.
+    It remembers what is kept, for a standby that was started anew.  Never waits but in ``take``.
     """
 
-    def __init__(self, loop: Loop, path: str, current: Callable[[], Iterable[tuple[str, int]]]) -> None:
+    def __init__(self, loop: Loop, path: str) -> None:
         self._loop = loop
         self._path = path
-        self._current = current
+        self._kept: dict[str, int] = {}
         self._connection: socket.socket | None = None
         loop.call_every(_AGAIN_S, self._reconnect)
 
@@ -72,7 +72,20 @@ class Keeping:
         return self._connection is not None
 
     def take(self) -> dict[str, int]:
-        """Everything that the standby keeps, by name; it answers no more from now on.  Empty without one."""
+        """Everything that systemd kept over a restart, and the standby over a stop, by name.
+
+        The standby answers no more from now on.  What is not wanted is to be forgotten.
+        """
+        self._kept = systemd.inherited()
+        for name, fd in self._from_standby().items():
+            if name in self._kept:
+                os.close(fd)
+            else:
+                self._kept[name] = fd
+                systemd.store(name, fd)
+        return dict(self._kept)
+
+    def _from_standby(self) -> dict[str, int]:
         found: dict[str, int] = {}
         lost: list[str] = []
         connection = self._connect(_TAKE_S)
@@ -108,16 +121,18 @@ class Keeping:
 
     def repeat(self) -> None:
         """Tells the standby of everything that there is; what it has it keeps."""
-        for names, fds in batches(self._current()):
+        for names, fds in batches(self._kept.items()):
             self._send(encode("keep", names), fds)
 
     def keep(self, name: str, fd: int) -> None:
         """From now on ``fd`` outlives this process under ``name``."""
+        self._kept[name] = fd
         systemd.store(name, fd)
         self._send(encode("keep", [name]), [fd])
 
     def forget(self, name: str) -> None:
         """What was kept under ``name`` is over."""
+        self._kept.pop(name, None)
         systemd.forget(name)
         self._send(encode("drop", [name]), [])
 

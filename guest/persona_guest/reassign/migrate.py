@@ -17,13 +17,14 @@ from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, manager_o
 from persona_guest.core.reassignment import NOBODY, Applicable, Word, choose
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.gate.hang_watchdog import HangWatchdog
-from persona_guest.gate.pending import Gated
 from persona_guest.loop import Loop
 from persona_guest.program.identity import Identifier, Image, images_of
 from persona_guest.program.own_home import Owner
 from persona_guest.program.process import Running, look
 from persona_guest.reassign.terminate import NAMED_MAX, Noted, Termination, Told, names_of, started
+from persona_guest.session.model import Login
 from persona_guest.session.placement import Placement
+from persona_guest.session.registry import Registry
 from persona_guest.settings import Settings
 
 log = logging.getLogger("persona.enforce")
@@ -47,6 +48,7 @@ class Migrator:
         self,
         settings: Settings,
         loop: Loop,
+        registry: Registry,
         enforcer: Enforcer,
         identifier: Identifier,
         hang_watchdog: HangWatchdog,
@@ -61,22 +63,22 @@ class Migrator:
         self._hang_watchdog = hang_watchdog
         self._tell = tell
         self._note = note
-        self._ending = Termination(loop, enforcer, tell, note)
+        self._ending = Termination(loop, registry, enforcer, tell, note)
         self._patience_s = 0.0  # what is left of _STOPPED_S: the loop and the watchdog wait for all places together
 
-    def follow(self, placement: Placement, gated: Gated, holding: tuple[Applicable, ...], word: Word) -> bool:
+    def follow(self, placement: Placement, login: Login, holding: tuple[Applicable, ...], word: Word) -> bool:
         """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
         placement.base = holding[0].ref if holding else NOBODY
         self._patience_s = _STOPPED_S
         placement.holding = None  # until all of it is done: from the middle, the way back is one to follow too
-        outer = self._hang_watchdog.enter(gated.session)  # what its processes call themselves is in their own memory
+        outer = self._hang_watchdog.enter(login.session)  # what its processes call themselves is in their own memory
         try:
             if word is not Word.NONE and not placement.told:
                 placement.told = True
                 self._tell(placement, REVOKED)
             ends = word is Word.END
             pairs = [(held, self._enforcer.document(held.ref)) for held in holding]
-            shells = () if word is not Word.NONE else (*gated.shell_files, *images_of(gated.shells))
+            shells = () if word is not Word.NONE else (*login.shell_files, *images_of(login.shells))
             sorted_ = [
                 self._sort(placement, key, pairs, shells, ends=ends) for key in list(placement.places) if key != MANAGED
             ]

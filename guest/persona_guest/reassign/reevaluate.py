@@ -1,7 +1,7 @@
 """Running processes follow: asks the broker what applies to running sessions, after each event, for all at once."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -12,39 +12,37 @@ from persona.patterns import Whitelist, parse_pattern
 from persona.problems import Reason
 from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.documents import Personas
-from persona_guest.core.reassignment import Applicable, Word
-from persona_guest.enforce.enforcer import Enforcer
-from persona_guest.gate.supervisor import Supervisor
+from persona_guest.core.reassignment import Applicable, Word, named
+from persona_guest.enforce.network.user_rules import NoUserRules, UserRules
 from persona_guest.loop import Loop
 from persona_guest.reassign.migrate import Migrator
+from persona_guest.session.model import Admitted, Login, State
+from persona_guest.session.registry import Registry
 
 log = logging.getLogger("persona.enforce")
 
 _AGAIN_S = 1.0
 
-Rebase = Callable[[str, PersonaRef | None, str | None], None]
-
 
 class Reevaluator:
-    """``rebase`` is told what a session is under from now on; ``migrator`` brings its processes there."""
+    """``user_rules`` are told what a session is under from now on; ``migrator`` brings its processes there."""
 
     def __init__(
         self,
         loop: Loop,
-        enforcer: Enforcer,
-        supervisor: Supervisor,
+        registry: Registry,
         broker_client: BrokerClient,
         personas: Personas,
         migrator: Migrator,
-        rebase: Rebase,
+        user_rules: UserRules | NoUserRules,
     ) -> None:
         self._loop = loop
-        self._enforcer = enforcer
-        self._supervisor = supervisor
+        self._registry = registry
         self._broker_client = broker_client
         self._personas = personas
         self._migrator = migrator
-        self._rebase = rebase
+        self._user_rules = user_rules
+        self._released = False
         self._asking = 0
         self._waiting = False
         self._again = False
@@ -56,7 +54,9 @@ class Reevaluator:
         if self._asking:
             self._again = True
             return
-        sessions = list(self._supervisor.sessions)  # one that has started nothing yet has sshd's forwards
+        sessions = [
+            login.session.id for login in self._registry.gated()
+        ]  # one that has started nothing yet has sshd's forwards
         for part in self._broker_client.batches(sessions):
             self._asking += 1
             self._broker_client.current(part, self._answered)
@@ -92,7 +92,7 @@ class Reevaluator:
 
     def _prepare(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
         """The documents first, then, in a round of the loop of its own, what changes."""
-        placement = self._enforcer.placements.get(session)
+        placement = self._registry.placement(session)
         if placement is not None and placement.holding == holding and word is Word.NONE:
             self._due.pop(session, None)
             return
@@ -145,13 +145,32 @@ class Reevaluator:
         self._soon()
 
     def _follow(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
-        placement, gated = self._enforcer.placements.get(session), self._supervisor.sessions.get(session)
+        login = self._registry.get(session)
+        if login is None:
+            return
         first = holding[0] if holding else None
-        self._rebase(session, first.ref if first else None, first.policy if first else None)
-        if placement is None or gated is None or self._supervisor.released:
+        self._admit(login, Admitted(first.ref, first.policy) if first else Admitted(None, None))
+        if login.placement is None or self._released:
             return  # nothing has started in it yet
-        if not self._migrator.follow(placement, gated, holding, word):
+        if not self._migrator.follow(login.placement, login, holding, word):
             self._later()
+
+    def _admit(self, login: Login, admitted: Admitted) -> None:
+        """What the session is under as a whole from now on."""
+        before, login.admitted = login.admitted, admitted
+        session, persona = login.session, admitted.persona
+        if before is not None and before.persona != persona:
+            log.info(
+                "session %s: %s (policy %s) applies now, before %s",
+                session.id, named(persona), admitted.policy or "-", named(before.persona),
+            )  # fmt: skip
+        self._user_rules.rebased(session.id, persona)
+        if before != admitted and login.state is State.GATED:
+            self._registry.try_to_save(login)
+
+    def release(self) -> None:
+        """From now on what runs stays where it is."""
+        self._released = True
 
 
 def _read(answer: Any) -> Iterator[tuple[str, tuple[Applicable, ...], tuple[PersonaRef, ...], Word]]:

@@ -22,6 +22,7 @@ from persona_guest.kernel.task import Task
 from persona_guest.loop import Loop, Timer
 from persona_guest.program.process import UNKNOWN, Running
 from persona_guest.session.placement import Placement
+from persona_guest.session.registry import Registry
 
 log = logging.getLogger("persona.enforce")
 
@@ -57,8 +58,9 @@ class _Some:
 class Termination:
     """``tell`` tells a session's user, ``note`` records what becomes of one process."""
 
-    def __init__(self, loop: Loop, enforcer: Enforcer, tell: Told, note: Noted) -> None:
+    def __init__(self, loop: Loop, registry: Registry, enforcer: Enforcer, tell: Told, note: Noted) -> None:
         self._loop = loop
+        self._registry = registry
         self._enforcer = enforcer
         self._tell = tell
         self._note = note
@@ -146,7 +148,7 @@ class Termination:
             self._note(placement, old, "killed", running)
 
     def _gone(self, placement: Placement, cgroup: str) -> None:
-        if self._enforcer.placements.get(placement.session) is not placement:
+        if self._registry.placement(placement.session) is not placement:
             return  # the session has ended meanwhile: what is saved of it now would stay
         try:
             for key, place in list(placement.places.items()):

@@ -9,18 +9,20 @@ from persona.decisions import Denied
 from persona.documents import Persona
 from persona.problems import PersonaError, Reason
 from persona.shown import words
-from persona_guest.core.denials import COMMAND_MAX
+from persona_guest.broker.documents import Personas
+from persona_guest.core.denials import COMMAND_MAX, Book
 from persona_guest.core.messages import limit_line, printable, refusal_line
 from persona_guest.core.persona_cgroups import PersonaCgroup
-from persona_guest.enforce.enforcer import Enforcer
+from persona_guest.enforce.cgroups.user_memory import lacking
 from persona_guest.enforce.network.rejects import Refusal
 from persona_guest.gate.hang_watchdog import HangWatchdog
-from persona_guest.gate.supervisor import Supervisor
 from persona_guest.gate.terminal import tell
+from persona_guest.kernel.cgroup import Hierarchy
 from persona_guest.loop import Loop
 from persona_guest.program.process import Running
 from persona_guest.session.model import Session
 from persona_guest.session.placement import Placement
+from persona_guest.session.registry import Registry
 
 log = logging.getLogger("persona.enforce")
 
@@ -36,15 +38,19 @@ class Notices:
     def __init__(
         self,
         loop: Loop,
-        enforcer: Enforcer,
-        supervisor: Supervisor,
+        registry: Registry,
+        tree: Hierarchy,
+        personas: Personas,
         hang_watchdog: HangWatchdog,
+        denials: Book,
         record: Callable[[Record], None],
     ) -> None:
         self._loop = loop
-        self._enforcer = enforcer
-        self._supervisor = supervisor
+        self._registry = registry
+        self._tree = tree
+        self._personas = personas
         self._hang_watchdog = hang_watchdog
+        self._denials = denials
         self._record = record
 
     def tell(self, placement: Placement, line: str) -> None:
@@ -57,9 +63,9 @@ class Notices:
             self._loop.call_later(_AGAIN_S, lambda: self._tell_again(placement, line))
 
     def _tell_again(self, placement: Placement, line: str) -> None:
-        gated = self._supervisor.sessions.get(placement.session)
-        if gated is not None:
-            with self._hang_watchdog.watching(gated.session):
+        login = self._registry.get(placement.session)
+        if login is not None:
+            with self._hang_watchdog.watching(login.session):
                 self._told(placement, line)
 
     def _told(self, placement: Placement, line: str) -> bool:
@@ -68,7 +74,7 @@ class Notices:
                 pid
                 for place in placement.places.values()
                 if not place.withdrawn and not place.managed
-                for pid in self._enforcer.tree.processes(place.cgroup)
+                for pid in self._tree.processes(place.cgroup)
             ]
         except OSError as error:
             log.warning("session %s is not told: %s", placement.session, error)
@@ -77,32 +83,31 @@ class Notices:
 
     def alarm(self, place: PersonaCgroup, reason: Reason) -> None:
         """A place ran into a limit."""
-        gated = self._supervisor.sessions.get(place.session)
-        placement = self._enforcer.placements.get(place.session)
-        if gated is None or placement is None:
+        login = self._registry.get(place.session)
+        if login is None or login.placement is None:
             return
         try:
-            persona = self._enforcer.document(place.persona)
+            persona = self._personas.get(place.persona)
         except PersonaError:  # it is kept while it is used; without it there is nothing to say
             return
-        line = limit_line(persona, reason, self._enforcer.left(place, persona))
-        with self._hang_watchdog.watching(gated.session):
-            self.tell(placement, line)
-        self._record(_record(gated.session, place, "limit", reason, "", ()))
-        self._deny(gated.session, "limit", "", "", Denied(reason, persona=persona.name, help=line))
+        line = limit_line(persona, reason, lacking(self._tree, place, persona))
+        with self._hang_watchdog.watching(login.session):
+            self.tell(login.placement, line)
+        self._record(_record(login.session, place, "limit", reason, "", ()))
+        self._deny(login.session, "limit", "", "", Denied(reason, persona=persona.name, help=line))
 
     def refused(self, refusal: Refusal) -> None:
         """A connection that the rules refuse: to its user's terminal, where it is clear which, and to the record."""
-        theirs = [gated.session for gated in self._supervisor.sessions.values() if gated.session.uid == refusal.uid]
+        theirs = [login.session for login in self._registry.of_user(refusal.uid)] if refusal.uid is not None else []
         logins = [session for session in theirs if session.service != _MANAGER]
         session = logins[0] if len(logins) == 1 else None
-        if session is not None and (placement := self._enforcer.placements.get(session.id)) is not None:
+        if session is not None and (placement := self._registry.placement(session.id)) is not None:
             with self._hang_watchdog.watching(session):
                 self.tell(placement, refusal_line(refusal.persona, refusal.target))
         if theirs:
             denied = Denied(Reason.NETWORK_REFUSED, persona=refusal.persona, help=_NETWORK_HELP)
             where, uid = session.id if session is not None else "", theirs[0].uid
-            self._supervisor.denials.note(uid, time.time(), "network", "", refusal.target, denied, where)
+            self._denials.note(uid, time.time(), "network", "", refusal.target, denied, where)
         self._record(
             Record(
                 at=time.time(),
@@ -123,18 +128,18 @@ class Notices:
 
     def note(self, placement: Placement, persona: Persona, event: str, running: Running) -> None:
         """One process that was frozen or asked to end."""
-        gated = self._supervisor.sessions.get(placement.session)
+        login = self._registry.get(placement.session)
         place = next((place for place in placement.places.values() if place.persona.name == persona.name), None)
-        if gated is not None:
+        if login is not None:
             shown = tuple(argument[:256] for argument in running.stages[-1][1][:16])
             reason = Reason.PERSONA_WITHDRAWN
-            self._record(_record(gated.session, place, event, reason, running.path, shown))
+            self._record(_record(login.session, place, event, reason, running.path, shown))
             help = f"persona {persona.name} does not apply any more; 'persona list' shows what does"
             denied = Denied(reason, persona=persona.name, help=help)
-            self._deny(gated.session, event, running.path, words(shown, COMMAND_MAX), denied)
+            self._deny(login.session, event, running.path, words(shown, COMMAND_MAX), denied)
 
     def _deny(self, session: Session, event: str, program: str, command: str, denied: Denied) -> None:
-        self._supervisor.denials.note(session.uid, time.time(), event, program, command, denied, session.id)
+        self._denials.note(session.uid, time.time(), event, program, command, denied, session.id)
 
 
 def _record(

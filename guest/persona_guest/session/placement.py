@@ -1,11 +1,9 @@
 """Where one session's processes live, as the agent knows it and as it outlives the agent on disk."""
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 from persona.decisions import PersonaRef
-from persona_guest import files
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, place_of
 from persona_guest.core.reassignment import NOBODY, Applicable
 from persona_guest.program.identity import Image
@@ -52,9 +50,9 @@ class Placement:
         places = list(self.places.values())
         self.only = places[0].persona if len(places) == 1 and not places[0].withdrawn else None
 
-    def save(self, directory: Path) -> None:
-        """Raises ``OSError``."""
-        value = {
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that ``from_json`` reads back; what the broker said last is not in it, but asked for anew."""
+        return {
             "session": self.session,
             "uid": self.uid,
             "found": self.found,
@@ -66,30 +64,27 @@ class Placement:
             ],
             "told": self.told,
         }
-        files.write(directory / f"{self.session}.json", json.dumps(value))
 
-
-def load(path: Path) -> Placement:
-    """What ``save`` wrote.  Raises ``OSError``, ``ValueError``, ``KeyError`` or ``TypeError``."""
-    value = json.loads(path.read_text())
-    placement = Placement(
-        session=str(value["session"]),
-        uid=int(value["uid"]),
-        found=str(value["found"]),
-        opener=Image(*map(int, value["opener"])),
-        base=PersonaRef(str(value["base"][0]), int(value["base"][1])),
-        told=value.get("told") is True,
-    )
-    for name, version, shared, withdrawn in value["places"]:
-        ref = PersonaRef(str(name), int(version))
-        placement.add(
-            place_of(
-                placement.session,
-                placement.uid,
-                ref,
-                placement.found,
-                shared=shared is True,
-                withdrawn=withdrawn is True,
-            )
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Placement":
+        """Raises ``ValueError``, ``KeyError`` or ``TypeError`` for anything but what ``to_json`` wrote."""
+        placement = cls(
+            session=str(value["session"]),
+            uid=int(value["uid"]),
+            found=str(value["found"]),
+            opener=Image(*map(int, value["opener"])),
+            base=PersonaRef(str(value["base"][0]), int(value["base"][1])),
+            told=value.get("told") is True,
         )
-    return placement
+        for name, version, shared, withdrawn in value["places"]:
+            placement.add(
+                place_of(
+                    placement.session,
+                    placement.uid,
+                    PersonaRef(str(name), int(version)),
+                    placement.found,
+                    shared=shared is True,
+                    withdrawn=withdrawn is True,
+                )
+            )
+        return placement

@@ -11,12 +11,14 @@ Both are planned here and are no more than numbers in files; ``MEMORY_NOTE`` kee
 a user's service manager: its cgroup is a directory of the user's, and so would be the note.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
+from persona.documents import Persona
 from persona_guest.core.persona_cgroups import FALLBACK_ROOT, LOGIN, PersonaCgroup, house_of, slice_of
-from persona_guest.enforce.cgroups.limits import LEFT_ROUGHLY, NOTHING_LEFT, Setting, bound_of, room
+from persona_guest.enforce.cgroups.limits import LEFT_ROUGHLY, NOTHING_LEFT, PAGE, Setting, bound_of, room
 from persona_guest.enforce.cgroups.operations import MEMORY_NOTE, NoteMemory, Set
 from persona_guest.enforce.plan import Operation, Plan
 from persona_guest.kernel.cgroup import Hierarchy
@@ -197,3 +199,13 @@ def _parsed(text: str) -> _Bound:
 def _number(text: str) -> int | None:
     """Bytes as the kernel writes them; ``None`` = no number, or no limit."""
     return int(text) if _NUMBER.fullmatch(text) else None
+
+
+def lacking(tree: Hierarchy, place: PersonaCgroup, persona: Persona) -> int:
+    """How many bytes of its memory limit a place lacks for what earlier sessions of its user left."""
+    limit = persona.resource_limits.memory_bytes
+    if limit is None or place.shared:
+        return 0
+    with contextlib.suppress(OSError, ValueError):  # it went away, or somebody else set it to no limit
+        return max(0, limit - limit % PAGE - int(tree.read(place.cgroup, "memory.max")))
+    return 0

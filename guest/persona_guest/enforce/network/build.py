@@ -32,14 +32,23 @@ _RESOLVERS_S = 2.0  # after a change of resolv.conf; at none it costs two calls 
 
 
 class Net:
-    """``document`` has the personas' documents.  Raises ``OSError`` where there is no nftables to speak to."""
+    """``document`` has the personas' documents, ``is_open`` knows which sessions have not ended.
 
-    def __init__(self, runtime: Path, cgroups: str, document: Callable[[PersonaRef], Persona]) -> None:
+    Raises ``OSError`` where there is no nftables to speak to.
+    """
+
+    def __init__(
+        self,
+        runtime: Path,
+        cgroups: str,
+        document: Callable[[PersonaRef], Persona],
+        is_open: Callable[[str], bool],
+    ) -> None:
         egress_routes = EgressRoutes(runtime / "ways.json")
         self.table = Table(egress_routes.number)
-        self.user_rules = UserRules(runtime / "bases.json", document, self._bind, lambda uid: self._network.spare(uid))
+        self.user_rules = UserRules(document, self._bind, lambda uid: self._network.spare(uid))
         self._routes = Routes(egress_routes, Routing(), self.table, self.user_rules.current)
-        outside = Outside(runtime / "outside.json", self.user_rules.alive)
+        outside = Outside(runtime / "outside.json", is_open)
         self._network = Network(self.table, egress_routes.number, cgroups, self.user_rules.current, outside)
         self.facilities: tuple[Facility, ...] = (self._routes, self._network)
         self.resolvers = Resolvers(self.table)

@@ -1,0 +1,189 @@
+"""Every session of this machine: the one place that knows which there are, how far each is, and when it ends.
+
+A session that is gated has a file that outlives the agent (``ID.json``); its listener outlives it elsewhere
+(``ipc.standby``).  Everything here runs in the loop's thread, but for what says otherwise.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from persona.decisions import Subject
+from persona_guest import files
+from persona_guest.core.messages import printable
+from persona_guest.kernel.task import Task
+from persona_guest.session import from_0_1
+from persona_guest.session.model import Login, Session, State, from_json, to_json
+from persona_guest.session.placement import Placement
+
+log = logging.getLogger("persona.agent")
+
+_PER_USER = 500  # each holds a descriptor here and in systemd's store
+_ANCESTORS_MAX = 128
+
+AtEnd = Callable[[Login], None]
+
+
+class Registry:
+    """``directory`` holds the sessions' files."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._logins: dict[str, Login] = {}
+        self._unsaved: set[str] = set()  # whose files are not what they should be
+        self._at_end: tuple[AtEnd, ...] = ()
+
+    # --- who there is -------------------------------------------------------------------------------
+
+    def get(self, session: str) -> Login | None:
+        """The login of a session that opens or is open; ``None`` where there is none of that name."""
+        return self._logins.get(session)
+
+    def gated(self) -> list[Login]:
+        """Those whose program starts are decided.  Safe to call from any thread."""
+        return [login for login in list(self._logins.values()) if login.state is State.GATED]
+
+    def of_user(self, uid: int) -> list[Login]:
+        """Those of them that are this user's.  Safe to call from any thread."""
+        return [login for login in self.gated() if login.session.uid == uid]
+
+    def ids(self) -> list[str]:
+        """Of all that open or are open."""
+        return list(self._logins)
+
+    def unannounced(self) -> list[Login]:
+        """Those of which the broker has still to be told."""
+        return [login for login in self._logins.values() if not login.announced]
+
+    def placements(self) -> Iterator[Placement]:
+        """Where processes of sessions live.  Safe to call from any thread."""
+        for login in self.gated():
+            if login.placement is not None:
+                yield login.placement
+
+    def placement(self, session: str) -> Placement | None:
+        """Where the processes of one session live; ``None`` where none has started, or the session is over."""
+        login = self._logins.get(session)
+        return login.placement if login is not None else None
+
+    def subject_of(self, session: str) -> Subject | None:
+        """Whose session it is, with all their groups; ``None`` where none of that name opens or is open."""
+        login = self._logins.get(session)
+        return login.session.subject if login is not None else None
+
+    def is_full(self, uid: int) -> bool:
+        """Whether this user has as many gated sessions as they may."""
+        return len(self.of_user(uid)) >= _PER_USER
+
+    def find(self, pid: int) -> Login | None:
+        """The session that a process belongs to, by audit session id or by descent; ``None`` = none."""
+        try:
+            audit = Task(pid).audit_session()
+        except OSError:
+            return None
+        among = self.gated()
+        if audit is not None and (of_login := [login for login in among if login.session.audit == audit]):
+            if len(of_login) == 1:
+                return of_login[0]
+            among = of_login  # several su in one login of root's: which of them, descent tells
+        monitors = {login.session.monitor: login for login in among}
+        for _ in range(_ANCESTORS_MAX):
+            found = monitors.get(pid)
+            if found is not None and Task(pid).started() == found.session.monitor_started:
+                return found
+            try:
+                pid = Task(pid).credentials().ppid
+            except OSError:
+                return None
+            if pid <= 1:
+                return None
+        return None
+
+    # --- from the first packet to the last process --------------------------------------------------
+
+    def at_end(self, *subscribers: AtEnd) -> None:
+        """All who must know of an end, in the order in which they are told; each sees the state that it ended in."""
+        self._at_end = subscribers
+
+    def open(self, session: Session) -> Login:
+        """A login begins."""
+        login = self._logins[session.id] = Login(session)
+        return login
+
+    def gate(self, login: Login) -> None:
+        """The filter is in place, and its listener here: from now on the session outlives this agent."""
+        login.state = State.GATED
+        session = login.session
+        log.info("session %s of %s gated (%s)", session.id, printable(session.subject.user), session.service)
+
+    def end(self, login: Login) -> None:
+        """Its last process is gone, or it does not come to be gated; nothing where that was said before."""
+        if self._logins.get(login.session.id) is not login:
+            return
+        del self._logins[login.session.id]
+        self._unsaved.discard(login.session.id)
+        with contextlib.suppress(OSError):  # a restart finds a file without a listener, and removes it then
+            self._path(login.session.id).unlink(missing_ok=True)
+        for tell in self._at_end:
+            tell(login)
+        login.state = State.ENDED
+
+    # --- what outlives the agent ----------------------------------------------------------------------
+
+    def save(self, login: Login) -> None:
+        """Writes its file anew.  Raises ``OSError``; ``save_again`` tries once more."""
+        self._unsaved.add(login.session.id)
+        files.write(self._path(login.session.id), json.dumps(to_json(login)))
+        self._unsaved.discard(login.session.id)
+
+    def try_to_save(self, login: Login) -> None:
+        """The same for what has been done already, whatever the disk says."""
+        try:
+            self.save(login)
+        except OSError as error:
+            log.error(
+                "%s; an agent that starts before this is mended knows less of session %s", error, login.session.id
+            )
+
+    def is_saved(self, session: str) -> bool:
+        """Whether its file says what is."""
+        return session not in self._unsaved
+
+    def save_again(self) -> None:
+        """Call now and then: writes what could not be written."""
+        for session in list(self._unsaved):
+            login = self._logins.get(session)
+            if login is not None:
+                self.try_to_save(login)
+
+    def restore(self, listeners: dict[str, int]) -> None:
+        """Takes up the sessions of the agent before this one whose listener was kept, and removes those from there.
+
+        A file that cannot be read stays, and its listener in ``listeners``: nothing may start there any more.
+        """
+        files.clear_unfinished(self._directory)
+        old = False
+        for path in sorted(self._directory.glob("s-*.json")):
+            listener = listeners.get(path.stem)
+            if listener is None:
+                path.unlink(missing_ok=True)
+                continue
+            try:
+                value = json.loads(path.read_text())
+                login = from_json(value) if "session" in value else from_0_1.login(value, self._directory.parent)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.error("%s: %s; its session is refused everything", path, error)
+                continue
+            del listeners[path.stem]
+            login.listener, login.state = listener, State.GATED
+            self._logins[login.session.id] = login
+            if "session" not in value:
+                old = True
+                self.try_to_save(login)
+        if old and not self._unsaved:
+            from_0_1.remove(self._directory.parent)
+
+    def _path(self, session: str) -> Path:
+        return self._directory / f"{session}.json"
