@@ -1,6 +1,5 @@
 """The kernel has the last word: no dead agent and no side door gets past the gate."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import Broker, await_connected, configure
+from tests.guest_vm.site import Broker, await_connected, configure, status
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -23,9 +22,9 @@ REFUSED_TO_CAROL = {"ld.so", "memfd", "unlinked", "own_listener"}
 
 def kernel(guest: Machine) -> dict[str, int]:
     """The layer's counters."""
-    status = json.loads(guest.must("persona status --json"))
-    assert status["layers"]["bpf"], status["kernel"]
-    return {name: int(status["kernel"][name]) for name in ("stopped", "would_stop", "killed", "lost")}
+    found = status(guest)
+    assert found["layers"]["bpf"], found["kernel"]
+    return {name: int(found["kernel"][name]) for name in ("stopped", "would_stop", "killed", "lost")}
 
 
 def put(guest: Machine, static_c: Compiler, *names: str) -> None:
@@ -78,7 +77,7 @@ def test_the_same_without_the_layer_shows_what_it_adds(guest: Machine, static_c:
     try:
         assert sidedoor(guest) == dict.fromkeys(WAYS, "ran")
         deadline = time.monotonic() + 30
-        while '"bpf": true' in guest.must("persona status --json") and time.monotonic() < deadline:
+        while status(guest)["layers"]["bpf"] and time.monotonic() < deadline:
             time.sleep(1)
         assert "not active: bpf" in guest.ssh("alice", "persona status").out
         assert guest.ssh("alice", "nmap --version").code == 126
@@ -247,7 +246,7 @@ def test_programs_of_overlay_and_tmpfs_are_known_to_the_kernel_by_the_same_numbe
 def test_where_inode_numbers_may_repeat_programs_are_looked_at_after_their_start_too(odd_places: Machine) -> None:
     def looks() -> int:
         time.sleep(2)
-        return sum(json.loads(odd_places.must("persona status --json"))["verified"].values())
+        return sum(status(odd_places)["verified"].values())
 
     before = looks()
     assert odd_places.ssh("carol", "/usr/bin/true && /usr/bin/true && echo all").out == "all\n"

@@ -12,7 +12,7 @@ import pytest
 from tests.guest_vm.bound import DOCUMENTS
 from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import Broker, await_connected, configure, site
+from tests.guest_vm.site import Broker, await_connected, configure, site, status
 
 OPTIONS = "lsm=landlock,lockdown,yama,apparmor"
 
@@ -39,9 +39,9 @@ def test_it_is_shown_as_what_it_is(plain: tuple[Machine, Broker]) -> None:
     machine, broker = plain
     assert "bpf" not in machine.must("cat /sys/kernel/security/lsm")
     assert machine.must("systemctl show -p Result persona-kernel") == "Result=success\n"
-    status = json.loads(machine.must("persona status --json"))
-    assert status["layers"]["bpf"] is False
-    assert "bpf" in status["kernel"]["why_not"]
+    found = json.loads(machine.must("persona status --json"))
+    assert found["layers"]["bpf"] is False
+    assert "bpf" in found["kernel"]["why_not"]
     assert "not active: bpf" in machine.ssh("alice", "persona status").out
     assert "no kernel layer" in machine.must("journalctl -u persona-agent --no-pager")
     assert "bpf is not among the kernel's security modules" in machine.must("journalctl -u persona-kernel --no-pager")
@@ -82,7 +82,7 @@ def wrong_starts(machine: Machine) -> int:
     assert done.code == 0, done.text
     assert int(done.out) > 50
     time.sleep(3)
-    return int(json.loads(machine.must("persona status --json"))["verified"]["wrong"])
+    return int(status(machine)["verified"]["wrong"])
 
 
 def test_landlock_bounds_what_can_be_raced_for(plain: tuple[Machine, Broker], static_c: Compiler) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.guest_vm.bound import CGROUPS, USER, apply, bound, cgroup, persona, policy
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import Broker, await_connected
+from tests.guest_vm.site import Broker, await_connected, status
 
 # Burns with N processes and prints the percentage of a core that the whole cgroup got, over 4 s.
 BURN = """
@@ -75,7 +75,7 @@ def bombed(guest: Machine, bomb: str) -> tuple[float, float, str]:
         time.sleep(3)
         share = float(guest.must(python(SHARE, CGROUPS + place)))
         under = statistics.median(float(guest.ssh("alice", python(LATENCY)).out) for _ in range(3))
-        answered = json.loads(guest.must("persona status --json"))
+        answered = status(guest)
         assert answered["ok"]
         guest.must(f"echo 1 > {CGROUPS}{place}/cgroup.kill")  # pkill does not catch up with a fork bomb
     said = guest.must("journalctl -u persona-agent --no-pager -n 200 -g 'limit:' || true")

@@ -4,12 +4,13 @@ Measured with the layer off, as ``test_race.py``; what is seen is killed and rec
 """
 
 import json
+import time
 
 import pytest
 
 from tests.guest_vm.conftest import Compiler
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import ROOT, await_connected
+from tests.guest_vm.site import ROOT, await_connected, status
 
 TRIES = 60
 
@@ -87,9 +88,10 @@ def _without_the_layer(guest: Machine) -> None:
 
 def killed(guest: Machine) -> tuple[int, int]:
     """(recorded in the journal, counted): how many starts were killed since the machine came up."""
-    status = json.loads(guest.must("sleep 2; persona status --json"))
+    time.sleep(2)
+    found = status(guest)
     lines = guest.must("journalctl -u persona-agent -b --no-pager | grep -c 'killed:' || true")
-    return int(lines), int(status["verified"]["wrong"])
+    return int(lines), int(found["verified"]["wrong"])
 
 
 def report(name: str, won: int, seen: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.guest_vm.bound import CGROUPS
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import ROOT, Broker, await_connected
+from tests.guest_vm.site import ROOT, Broker, await_connected, status
 
 LONG_S = 4 * 3600
 
@@ -44,6 +44,6 @@ def test_rounds_of_sessions_leave_nothing_and_let_nothing_through(
     assert plan["places"] == []
     assert {step["op"] for step in plan["plan"]} <= {"network.remove"}  # the table, which is empty
     assert guest.must("nft list table inet persona 2>/dev/null | grep -E 'DataAnalyst|Escapist' || true") == ""
-    assert json.loads(guest.must("persona status --json"))["sessions"] == 0
+    assert status(guest)["sessions"] == 0
     assert guest.must("systemctl show -p NFileDescriptorStore persona-agent") == kept
     assert guest.must("ip rule show | grep -i persona || true") == ""
