@@ -114,7 +114,7 @@ def test_a_policy_that_is_applied_later_is_met_by_a_session_that_runs(site: Site
     site.apply(MANY[9])
     found: list[Any] = []
     site.broker_client.current(["s-1"], found.append)
-    assert [persona["name"] for persona in found[0]["sessions"]["s-1"]["personas"]] == [MANY[9][:12]]
+    assert [held.ref.name for (current,) in found for held in current.holding] == [MANY[9][:12]]
     site.apply(MANY[11], MANY[12])
     site.broker_client.entries(SESSION, found.append)
     assert [entry["policy"] for entry in found[1]] == [MANY[11][:12], MANY[12][:12]]

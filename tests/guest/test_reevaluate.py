@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from persona_guest.broker.current import read
 from persona_guest.broker.documents import Personas
 from persona_guest.core.reassignment import Applicable, Word
 from persona_guest.loop import Loop
@@ -56,7 +57,7 @@ class Site:
 
         def current(sessions: list[str], done: Callable[[Any], None]) -> None:
             self.asked.append(sessions)
-            self.answers(done)
+            self.answers(lambda answer: done(answer if isinstance(answer, Denied) else read(answer)))
 
         def fetch(ref: PersonaRef, done: Callable[[Any], None]) -> None:
             self.fetched.append(ref)

@@ -18,14 +18,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING or importlib.util.find_spec("persona_guest.session"):
     from persona_guest.audit.upload import Recorder
     from persona_guest.broker.client import BrokerClient
+    from persona_guest.broker.current import Current
     from persona_guest.broker.documents import Personas
     from persona_guest.broker.events import Changed, Event, Stream
     from persona_guest.broker.pool import Pool
+    from persona_guest.core.reassignment import Applicable
     from persona_guest.health.report import Reporter
-    from persona_guest.reassign import reevaluate
     from persona_guest.session.model import Admitted, Session
+
+    def read_current(found: tuple[Current, ...]) -> list[tuple[str, tuple[Applicable, ...]]]:
+        return [(one.session, one.holding) for one in found]
+
 else:  # where 0.1.0 has them
-    from persona_guest import follower as reevaluate
+    from persona_guest import follower
     from persona_guest.broker_client.events import Changed, Event, Stream
     from persona_guest.broker_client.link import Link as Pool
     from persona_guest.broker_client.recorder import Recorder
@@ -36,6 +41,9 @@ else:  # where 0.1.0 has them
 
     def BrokerClient(link, leases, _subject_of):
         return Questions(link, leases)
+
+    def read_current(found):
+        return [(session, holding) for session, holding, _others, _revoked in follower._read(found)]
 
 
 from persona_guest.core.leases import LeaseBook
@@ -130,7 +138,7 @@ class Agent:
             return found.help
         return {
             session: [[held.policy, [pattern.text for pattern in held.commands.patterns]] for held in holding]
-            for session, holding, _others, _revoked in reevaluate._read(found)
+            for session, holding in read_current(found)
         }
 
     def entries(self, user: str) -> Any:

@@ -18,6 +18,8 @@ from persona.codec import (
 )
 from persona.decisions import Decision, Denied, Lease, PersonaRef, Request, Subject, Width
 from persona.problems import Fault, Reason
+from persona_guest.broker.current import Current
+from persona_guest.broker.current import read as read_current
 from persona_guest.broker.http import BrokerError, NotAsked
 from persona_guest.broker.pool import Answer, Outcome, Pool
 from persona_guest.core.leases import LeaseBook
@@ -179,8 +181,8 @@ class BrokerClient:
         if part:
             yield part
 
-    def current(self, sessions: list[str], done: Callable[[Any | Denied], None]) -> None:
-        """What applies to sessions now, as the broker's JSON."""
+    def current(self, sessions: list[str], done: Callable[[tuple[Current, ...] | Denied], None]) -> None:
+        """What applies to sessions now."""
 
         subjects = {session: self._subject_of(session) for session in sessions}
 
@@ -192,7 +194,11 @@ class BrokerClient:
             }
             return {"sessions": sessions, "groups": named}
 
-        self._ask(_AGENT, "/v1/sessions/current", body, lambda outcome: done(_body(outcome)))
+        def received(outcome: Outcome) -> None:
+            answer = _body(outcome)
+            done(answer if isinstance(answer, Denied) else read_current(answer))
+
+        self._ask(_AGENT, "/v1/sessions/current", body, received)
 
     def entries(self, session: Session, done: Callable[[list[Any] | Denied], None]) -> None:
         """Every policy that names this session's user, in order, with its persona and whether it holds.

@@ -1,16 +1,13 @@
 """Running processes follow: asks the broker what applies to running sessions, after each event, for all at once."""
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 from itertools import takewhile
-from typing import Any
 
 from persona.decisions import Denied, PersonaRef
-from persona.parsing import Bad
-from persona.patterns import Whitelist, parse_pattern
 from persona.problems import Reason
 from persona_guest.broker.client import BrokerClient
+from persona_guest.broker.current import Current
 from persona_guest.broker.documents import Personas
 from persona_guest.core.reassignment import Applicable, Word, named
 from persona_guest.enforce.network.user_rules import NoUserRules, UserRules
@@ -76,16 +73,16 @@ class Reevaluator:
         self._asking += 1
         self._broker_client.current([session], self._answered)
 
-    def _answered(self, answer: Any | Denied) -> None:
+    def _answered(self, answer: tuple[Current, ...] | Denied) -> None:
         self._asking -= 1
         if isinstance(answer, Denied):
             log.warning("what applies to running sessions is not known: %s", answer.help)
             self._later()
         else:
-            for session, holding, others, word in _read(answer):
-                for ref in others:
+            for current in answer:
+                for ref in current.others:
                     self._personas.ensure(ref, lambda _denied: None)
-                self._prepare(session, holding, word)
+                self._prepare(current.session, current.holding, current.word)
         if self._again and not self._asking:
             self._again = False
             self.changed()
@@ -171,50 +168,3 @@ class Reevaluator:
     def release(self) -> None:
         """From now on what runs stays where it is."""
         self._released = True
-
-
-def _read(answer: Any) -> Iterator[tuple[str, tuple[Applicable, ...], tuple[PersonaRef, ...], Word]]:
-    """Session, what holds, what else may, what an operator said of it; an answer that is none is nothing.
-
-    What is said of one session and cannot be read does not keep the others from being followed.
-    """
-    try:
-        sessions = dict(answer["sessions"])
-    except _UNREADABLE as error:
-        log.error("what the broker says of running sessions cannot be read: %r", error)
-        return
-    for session, value in sessions.items():
-        try:
-            holding, others = _holding(session, value["personas"]), tuple(map(_ref, value["others"]))
-            yield session, holding, others, _word(value)
-        except _UNREADABLE as error:
-            log.error("what the broker says of session %s cannot be read: %r", session, error)
-
-
-def _word(value: Any) -> Word:
-    if value["revoked"] is not True:
-        return Word.NONE
-    return Word.END if value.get("end") is True else Word.REVOKED
-
-
-_UNREADABLE = (TypeError, KeyError, ValueError, AttributeError)
-
-
-def _holding(session: str, items: Any) -> tuple[Applicable, ...]:
-    """The policies that hold, in order, up to the first whose commands this agent cannot read.
-
-    Those after it may be meant for what it does not speak for, and which that is, is not known.
-    """
-    found: list[Applicable] = []
-    for item in items:
-        try:
-            commands = Whitelist(tuple(map(parse_pattern, item["commands"])))
-        except Bad as error:
-            log.error("session %s: policy %s and those after it do not hold: %s", session, item["policy"], error)
-            break
-        found.append(Applicable(_ref(item), str(item["policy"]), commands))
-    return tuple(found)
-
-
-def _ref(item: Any) -> PersonaRef:
-    return PersonaRef(str(item["name"]), int(item["version"]))
