@@ -16,14 +16,9 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
-#include <limits.h>
 #include <linux/seccomp.h>
-#include <pwd.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <syslog.h>
 #include <time.h>
@@ -34,9 +29,10 @@
 #define PAM_SM_AUTH
 #include <security/pam_ext.h>
 #include <security/pam_modules.h>
-#include <security/pam_modutil.h>
 
 #include "accounts.h"
+#include "settings.h"
+#include "user.h"
 #include "wire.h"
 
 #ifndef SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
@@ -44,346 +40,11 @@
 #endif
 
 #define EXPORT __attribute__((visibility("default")))
-#define STATE_MAX 512
-#define ENTRY_MAX (64u << 20) /* of one group: a directory's may list every employee */
-#define GROUPS_FIRST 256
-#define ONE_BY_ONE 64 /* groups whose names are looked up one by one; for more, /etc/group is read once */
-#define UID_MIN_DEFAULT 1000
 #define RESTART_MS 5000 /* an agent that is being restarted is heard of by then, and again each time */
 #define START_MS 60000 /* one start of the agent, as long as it makes progress */
 #define PROGRESS_MAX 32
 #define COMPLAIN_MS 1000 /* nobody is stopped, so nobody is kept waiting for long */
 #define AGAIN_MS 100
-
-struct options {
-	const char *socket;
-	const char *state;
-	const char *login_defs;
-	const char *starting;
-	long timeout_ms;
-	bool debug;
-};
-
-/* What the agent left behind for the time when it is not there. */
-struct state {
-	bool enforce;
-	bool malformed;
-	unsigned long uid_min;
-	char break_glass[STRING_MAX + 1];
-};
-
-struct user {
-	const char *name;
-	const struct passwd *record;
-	gid_t *gids;
-	size_t gid_count;
-	struct names groups; /* of those that have one */
-};
-
-/* ---- options and state --------------------------------------------------------------------- */
-
-static struct options parse_options(pam_handle_t *pamh, int argc, const char **argv)
-{
-	struct options options = {
-		.socket = "/run/persona/pam.sock",
-		.state = "/var/lib/persona/gate.state",
-		.login_defs = "/etc/login.defs",
-		.starting = "/run/persona/state/starting",
-		.timeout_ms = 6000,
-	};
-
-	for (int i = 0; i < argc; i++) {
-		if (strncmp(argv[i], "socket=", 7) == 0) {
-			options.socket = argv[i] + 7;
-		} else if (strncmp(argv[i], "state=", 6) == 0) {
-			options.state = argv[i] + 6;
-		} else if (strncmp(argv[i], "login_defs=", 11) == 0) {
-			options.login_defs = argv[i] + 11;
-		} else if (strncmp(argv[i], "starting=", 9) == 0) {
-			options.starting = argv[i] + 9;
-		} else if (strncmp(argv[i], "timeout=", 8) == 0) {
-			char *end;
-			long value = strtol(argv[i] + 8, &end, 10);
-			if (*end == '\0' && value >= 100 && value <= 60000)
-				options.timeout_ms = value;
-			else
-				pam_syslog(pamh, LOG_ERR, "option %s: expected 100 to 60000; using %ld", argv[i],
-					   options.timeout_ms);
-		} else if (strcmp(argv[i], "debug") == 0) {
-			options.debug = true;
-		} else {
-			/* A typo must not lock people out: say it, and go on with the defaults. */
-			pam_syslog(pamh, LOG_ERR, "unknown option %s", argv[i]);
-		}
-	}
-	return options;
-}
-
-static bool parse_uid(const char *text, int base, unsigned long *uid)
-{
-	char *end;
-
-	errno = 0;
-	*uid = strtoul(text, &end, base);
-	return errno == 0 && *text >= '0' && *text <= '9' && *end == '\0' && *uid <= INT_MAX;
-}
-
-/* What the agent would write: UID_MIN of login.defs(5), in the notations that it may have there. */
-static unsigned long default_uid_min(pam_handle_t *pamh, const struct options *options)
-{
-	char *text = pam_modutil_search_key(pamh, options->login_defs, "UID_MIN");
-	unsigned long found = UID_MIN_DEFAULT, value;
-
-	if (text != NULL && parse_uid(text, 0, &value))
-		found = value;
-	free(text);
-	return found;
-}
-
-static bool parse_state_line(struct state *state, char *line)
-{
-	char *value = strchr(line, '=');
-
-	if (value == NULL)
-		return false;
-	*value++ = '\0';
-	if (strcmp(line, "mode") == 0) {
-		state->enforce = strcmp(value, "enforce") == 0;
-		return state->enforce || strcmp(value, "complain") == 0;
-	}
-	if (strcmp(line, "uid_min") == 0)
-		return parse_uid(value, 10, &state->uid_min);
-	if (strcmp(line, "break_glass") == 0) {
-		size_t length = strlen(value);
-		if (length > STRING_MAX)
-			return false;
-		memcpy(state->break_glass, value, length + 1);
-		return true;
-	}
-	return false;
-}
-
-/*
- * A missing file is a fresh install: complain.  One that is there and cannot be understood refuses
- * those that would be gated, and nobody else.
- */
-static struct state read_state(pam_handle_t *pamh, const struct options *options)
-{
-	struct state state = { false, false, ULONG_MAX, "" };
-	char text[STATE_MAX + 1];
-	char *line, *rest = NULL;
-	ssize_t size;
-	int fd = open(options->state, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
-
-	if (fd < 0) {
-		if (errno != ENOENT) {
-			pam_syslog(pamh, LOG_ERR, "%s: %m", options->state);
-			state.enforce = state.malformed = true;
-		}
-		state.uid_min = default_uid_min(pamh, options);
-		return state;
-	}
-	size = read(fd, text, STATE_MAX);
-	close(fd);
-	if (size <= 0 || size == STATE_MAX || memchr(text, '\0', (size_t)size) != NULL) {
-		state.malformed = true;
-	} else {
-		text[size] = '\0';
-		for (line = strtok_r(text, "\n", &rest); line != NULL; line = strtok_r(NULL, "\n", &rest))
-			if (!parse_state_line(&state, line))
-				state.malformed = true;
-	}
-	if (state.malformed) {
-		pam_syslog(pamh, LOG_ERR, "%s cannot be understood; restart persona-agent to write it anew",
-			   options->state);
-		state.enforce = true;
-		state.uid_min = ULONG_MAX;
-		state.break_glass[0] = '\0';
-	}
-	if (state.uid_min == ULONG_MAX)
-		state.uid_min = default_uid_min(pamh, options);
-	return state;
-}
-
-/* ---- the user ------------------------------------------------------------------------------ */
-
-static int load_user(pam_handle_t *pamh, struct user *user)
-{
-	const void *name = NULL;
-
-	memset(user, 0, sizeof(*user));
-	if (pam_get_item(pamh, PAM_USER, &name) != PAM_SUCCESS || name == NULL)
-		return PAM_USER_UNKNOWN;
-	user->name = name;
-	user->record = pam_modutil_getpwnam(pamh, user->name);
-	return user->record != NULL ? PAM_SUCCESS : PAM_USER_UNKNOWN;
-}
-
-static void forget_user(struct user *user)
-{
-	free(user->gids);
-	free(user->groups.text);
-	user->gids = NULL;
-	user->groups.text = NULL;
-}
-
-/* The numbers of all groups of a user, once; false where they cannot be had. */
-static bool load_gids(struct user *user)
-{
-	int count = GROUPS_FIRST, room;
-
-	if (user->gids != NULL)
-		return true;
-	for (;;) {
-		gid_t *gids = realloc(user->gids, (size_t)count * sizeof(gid_t));
-
-		if (gids == NULL)
-			break;
-		user->gids = gids;
-		room = count;
-		if (getgrouplist(user->name, user->record->pw_gid, gids, &count) >= 0) {
-			user->gid_count = (size_t)count;
-			return true;
-		}
-		if (count <= room) { /* no more room is wanted: the user database failed */
-			errno = EIO;
-			break;
-		}
-	}
-	free(user->gids);
-	user->gids = NULL;
-	return false;
-}
-
-/* A group's entry by its name or else by its number, in a buffer that the caller frees; NULL where there is none. */
-static const struct group *find_group(const char *name, gid_t gid, struct group *entry, char **buffer, size_t *size)
-{
-	for (;;) {
-		struct group *found = NULL;
-		int error = ERANGE;
-		char *larger;
-
-		if (*buffer != NULL)
-			error = name != NULL ? getgrnam_r(name, entry, *buffer, *size, &found) :
-					       getgrgid_r(gid, entry, *buffer, *size, &found);
-		if (error != ERANGE)
-			return found;
-		if (*size >= ENTRY_MAX)
-			return NULL;
-		larger = realloc(*buffer, *size == 0 ? 4096 : *size * 4);
-		if (larger == NULL)
-			return NULL;
-		*buffer = larger;
-		*size = *size == 0 ? 4096 : *size * 4;
-	}
-}
-
-static bool has_gid(const struct user *user, gid_t gid)
-{
-	for (size_t i = 0; i < user->gid_count; i++)
-		if (user->gids[i] == gid)
-			return true;
-	return false;
-}
-
-/* By number: however many groups the user has, and whatever their names are, one name is looked up. */
-static bool is_in_group(struct user *user, const char *name)
-{
-	struct group entry;
-	char *buffer = NULL;
-	size_t size = 0;
-	bool found = false;
-
-	if (name[0] == '\0')
-		return false;
-	if (find_group(name, 0, &entry, &buffer, &size) != NULL)
-		found = entry.gr_gid == user->record->pw_gid || (load_gids(user) && has_gid(user, entry.gr_gid));
-	free(buffer);
-	return found;
-}
-
-static int compare_gids(const void *one, const void *other)
-{
-	const gid_t *a = one, *b = other;
-
-	return (*a > *b) - (*a < *b);
-}
-
-/*
- * Names that /etc/group has, by reading it once: a look-up by number reads it from the start, and a
- * thousand of them take longer than a login may.  Those that are found are taken from the list.
- */
-static bool names_from_file(struct user *user)
-{
-	struct group entry, *found;
-	char *buffer = NULL;
-	size_t size = 4096, left = 0;
-	FILE *file = fopen("/etc/group", "re");
-	bool *named = calloc(user->gid_count, sizeof(bool));
-	bool done = named != NULL;
-	int error = 0;
-	long at = 0;
-
-	if (file == NULL || named == NULL || (buffer = malloc(size)) == NULL)
-		goto out; /* then one by one, slowly */
-	qsort(user->gids, user->gid_count, sizeof(gid_t), compare_gids);
-	while (done) {
-		const gid_t *gid;
-
-		error = fgetgrent_r(file, &entry, buffer, size, &found);
-		if (error == ERANGE && size < ENTRY_MAX) {
-			char *larger = realloc(buffer, size * 4);
-			if (larger == NULL || fseek(file, at, SEEK_SET) != 0)
-				break;
-			buffer = larger;
-			size *= 4;
-			continue;
-		}
-		if (error != 0)
-			break;
-		at = ftell(file);
-		gid = bsearch(&entry.gr_gid, user->gids, user->gid_count, sizeof(gid_t), compare_gids);
-		if (gid == NULL || named[gid - user->gids])
-			continue;
-		named[gid - user->gids] = true;
-		done = wire_add_name(&user->groups, entry.gr_name);
-	}
-	for (size_t i = 0; i < user->gid_count; i++)
-		if (!named[i])
-			user->gids[left++] = user->gids[i];
-	user->gid_count = left;
-out:
-	if (file != NULL)
-		fclose(file);
-	free(buffer);
-	free(named);
-	return done;
-}
-
-/*
- * The names of all groups, however many; false where they cannot be had in time.  It reorders and shortens
- * user->gids, so call it last.  A name that is too long for a packet is left out: no policy can name such a group.
- */
-static bool load_groups(struct user *user, long deadline)
-{
-	struct group entry;
-	char *buffer = NULL;
-	size_t size = 0;
-	bool done = load_gids(user);
-
-	if (done && user->gid_count > ONE_BY_ONE)
-		done = names_from_file(user);
-	for (size_t i = 0; done && i < user->gid_count; i++) {
-		if (now_ms() >= deadline) {
-			errno = ETIMEDOUT;
-			done = false;
-		} else if (find_group(NULL, user->gids[i], &entry, &buffer, &size) != NULL) {
-			done = wire_add_name(&user->groups, entry.gr_name);
-		}
-	}
-	free(buffer);
-	return done;
-}
 
 static const char *item_of(pam_handle_t *pamh, int type)
 {
@@ -415,11 +76,11 @@ static int refuse(pam_handle_t *pamh, const char *message, int code)
 }
 
 /*
- * Who is to be gated cannot be: the agent is not there or makes no sense, the user's groups cannot be had.
- * What happens then was settled beforehand, by the mode.
+ * Who is to be gated cannot be, for the reason in errno.  What happens then was settled beforehand, by the mode:
+ * ``what`` names for the log what failed, ``message`` is what a user is told who is refused for it.
  */
-static int without_agent(pam_handle_t *pamh, const struct options *options, const struct user *user,
-			 const char *what)
+static int not_gated(pam_handle_t *pamh, const struct options *options, const struct user *user, const char *what,
+		     const char *message)
 {
 	int error = errno;
 	struct state state = read_state(pamh, options); /* anew: the agent may have written another mode meanwhile */
@@ -431,14 +92,17 @@ static int without_agent(pam_handle_t *pamh, const struct options *options, cons
 	}
 	pam_syslog(pamh, LOG_ERR, "%s: %m; %s is refused", what, user->name);
 	if (state.malformed)
-		return refuse(pamh,
-			      "persona: this machine's gate state cannot be understood and its agent does not "
-			      "answer; its operator must restart persona-agent",
-			      PAM_AUTHINFO_UNAVAIL);
-	return refuse(pamh,
-		      "persona: the agent of this machine does not answer, so nobody can be admitted; its operator "
-		      "must start persona-agent",
-		      PAM_AUTHINFO_UNAVAIL);
+		message = "persona: this machine's gate state cannot be understood and its agent does not answer; "
+			  "its operator must restart persona-agent";
+	return refuse(pamh, message, PAM_AUTHINFO_UNAVAIL);
+}
+
+/* The same where there is no agent, or none that makes sense. */
+static int without_agent(pam_handle_t *pamh, const struct options *options, const struct user *user)
+{
+	return not_gated(pamh, options, user, options->socket,
+			 "persona: the agent of this machine does not answer, so nobody can be admitted; its operator "
+			 "must start persona-agent");
 }
 
 static int install_filter(const struct reply *reply)
@@ -469,7 +133,8 @@ static int put_up_gate(pam_handle_t *pamh, const struct options *options, const 
 	int listener = install_filter(reply);
 
 	if (listener < 0 && errno != EBUSY)
-		return without_agent(pamh, options, user, "seccomp");
+		return not_gated(pamh, options, user, "seccomp",
+				 "persona: this session cannot be gated, so it is refused; this machine's log says why");
 	if (listener >= 0 && !bind_to(reply)) {
 		pam_syslog(pamh, LOG_ERR, "landlock: %m; %s is refused", user->name);
 		close(listener);
@@ -613,7 +278,7 @@ static int ask_agent(pam_handle_t *pamh, const struct options *options, const st
 	int result, fd = ask(pamh, options, user, op, &reply, &deadline);
 
 	if (fd < 0)
-		return without_agent(pamh, options, user, options->socket);
+		return without_agent(pamh, options, user);
 	if (options->debug)
 		pam_syslog(pamh, LOG_DEBUG, "%s: verdict %d", user->name, (int)reply.verdict);
 	if (reply.verdict == VERDICT_PASS) {
@@ -625,7 +290,7 @@ static int ask_agent(pam_handle_t *pamh, const struct options *options, const st
 				op == OP_ACCOUNT ? PAM_PERM_DENIED : PAM_SESSION_ERR);
 	} else { /* an answer to what was not asked */
 		errno = EPROTO;
-		result = without_agent(pamh, options, user, options->socket);
+		result = without_agent(pamh, options, user);
 	}
 	wire_discard(&reply);
 	close(fd);
@@ -649,7 +314,9 @@ static int decide(pam_handle_t *pamh, enum op op, int argc, const char **argv)
 	else if (load_groups(&user, deadline))
 		result = ask_agent(pamh, &options, &user, op, deadline);
 	else
-		result = without_agent(pamh, &options, &user, "the user's groups");
+		result = not_gated(pamh, &options, &user, "the user's groups",
+				   "persona: your groups cannot be looked up, so what you may run is not known; an "
+				   "operator finds the reason in this machine's log");
 	forget_user(&user);
 	return result;
 }
