@@ -22,186 +22,13 @@
 #include "accounts.h"
 #include "kernel_types.h"
 #include "layer.h"
+#include "gated.h"
 
 #define SIGKILL 9
 #define FMODE_EXEC 0x20 /* include/linux/fs.h: in f_flags of what an execve opens, and of nothing else */
 #define BLOCK 128 /* bytes of arguments compared at a time: the stack has 512 */
-#define GROUPS_MAX 65536 /* NGROUPS_MAX of the kernel: no task is in more */
-#define HALVINGS 17 /* after so many none of them is left */
-
-/* A gated task: that there is one says that it is gated. */
-struct state {
-	struct approval approval;
-	__u64 bprm; /* the exec under way, by its address; 0: none */
-	__u64 file; /* of the last step that was let through */
-	__u32 next; /* index in the chain */
-	__u32 tid; /* under which the arguments lie: an exec from a thread changes it */
-	__u64 path[PATH_BYTES / 8]; /* the path that arrived: the stack has no room */
-	__u64 differs; /* it, from the one that was approved; 0: in nothing */
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 8192);
-	__type(key, __u32);
-	__type(value, struct approval);
-} approvals SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, 8192);
-	__type(key, struct page_key);
-	__type(value, struct page);
-} arguments SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, int);
-	__type(value, struct state);
-} states SEC(".maps");
-
-/* Audit sessions that a member of the break-glass group opened: their sudo to somebody else stays free. */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1024);
-	__type(key, __u32);
-	__type(value, __u32);
-} free_sessions SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct settings);
-} settings SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, COUNTERS);
-	__type(key, __u32);
-	__type(value, __u64);
-} counters SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20);
-} events SEC(".maps");
 
 /* ---- saying no --------------------------------------------------------------------------------- */
-
-static void count(__u32 which)
-{
-	__u64 *counter = bpf_map_lookup_elem(&counters, &which);
-
-	if (counter)
-		__sync_fetch_and_add(counter, 1);
-}
-
-static void tell(const struct file *file, const void *path, struct task_struct *task, __u32 why, __u32 enforced)
-{
-	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
-
-	if (!enforced)
-		count(COUNT_WOULD_STOP);
-	else
-		count(why == WHY_OTHER_ARGUMENTS ? COUNT_KILLED : COUNT_STOPPED);
-	if (!event) {
-		count(COUNT_LOST);
-		return;
-	}
-	event->why = why;
-	event->enforced = enforced;
-	event->tid = (__u32)task->pid;
-	event->tgid = (__u32)task->tgid;
-	event->uid = task->cred->uid.val;
-	event->loginuid = task->loginuid.val;
-	event->sessionid = task->sessionid;
-	event->unused = 0;
-	event->image.device = file->f_inode->i_sb->s_dev;
-	event->image.inode = file->f_inode->i_ino;
-	bpf_get_current_comm(event->comm, sizeof(event->comm));
-	if (bpf_probe_read_kernel_str(event->path, sizeof(event->path), path) < 0)
-		event->path[0] = '\0';
-	bpf_ringbuf_submit(event, 0);
-}
-
-/* ---- who is gated ------------------------------------------------------------------------------ */
-
-/* A group that is looked for in a task's list, from low to before high. */
-struct search {
-	__u64 list; /* a number: the verifier lets nothing be added to a pointer that it knows too well */
-	__u32 wanted;
-	__u32 low;
-	__u32 high;
-	__u32 found;
-};
-
-static long halve(__u32 number, struct search *search)
-{
-	__u32 middle;
-	kgid_t gid;
-
-	if (search->low >= search->high)
-		return 1;
-	middle = search->low + (search->high - search->low) / 2;
-	if (bpf_probe_read_kernel(&gid, sizeof(gid), (const void *)(search->list + (__u64)middle * sizeof(gid))))
-		return 1;
-	search->found = gid.val == search->wanted;
-	if (gid.val < search->wanted)
-		search->low = middle + 1;
-	else
-		search->high = middle;
-	return search->found;
-}
-
-/*
- * However many groups there are: the kernel keeps them in order (groups_sort() comes before each
- * set_current_groups()) and looks for one just like this, in groups_search().  A callback, since a loop
- * here would be walked by the verifier along each of its 2^17 ways.
- */
-static int in_group(const struct cred *cred, __u32 wanted)
-{
-	struct search search = { .wanted = wanted };
-
-	if (cred->gid.val == wanted)
-		return 1;
-	search.high = (__u32)cred->group_info->ngroups;
-	if (search.high > GROUPS_MAX)
-		search.high = GROUPS_MAX;
-	if (bpf_probe_read_kernel(&search.list, sizeof(search.list), &cred->group_info))
-		return 0;
-	search.list += bpf_core_field_offset(struct group_info, gid);
-	bpf_loop(HALVINGS, halve, &search, 0);
-	return search.found != 0;
-}
-
-/* Break glass: looked at only before something would be stopped, so it costs nobody else anything. */
-static int breaks_glass(struct task_struct *task, const struct settings *set)
-{
-	__u32 session = task->sessionid, yes = 1;
-
-	if (bpf_map_lookup_elem(&free_sessions, &session))
-		return 1;
-	if (set->break_glass == NOBODY || !in_group(task->cred, set->break_glass))
-		return 0;
-	if (session != NOBODY)
-		bpf_map_update_elem(&free_sessions, &session, &yes, BPF_ANY);
-	return 1;
-}
-
-/*
- * sshd, cron or login between pam_loginuid and the gate, and the helpers of other PAM modules: all root,
- * and without the gate's filter, which nobody who ever was in a gated session can be.
- */
-static int prepares_session(struct task_struct *task)
-{
-	const struct cred *cred = task->cred;
-
-	return task->seccomp.mode == 0 && cred->uid.val == 0 && cred->euid.val == 0 && cred->suid.val == 0 &&
-	       cred->fsuid.val == 0;
-}
 
 /* ``why`` 0: an exec of complain mode that was told of at an earlier step. */
 static int refuse_file(const struct file *file, const void *path, struct task_struct *task, struct state *state,
@@ -224,14 +51,6 @@ static int refuse_file(const struct file *file, const void *path, struct task_st
 static int refuse(struct linux_binprm *bprm, struct task_struct *task, struct state *state, __u32 why)
 {
 	return refuse_file(bprm->file, bprm->filename, task, state, why);
-}
-
-static int login_is_gated(const struct task_struct *task)
-{
-	__u32 zero = 0, login = task->loginuid.val;
-	const struct settings *set = bpf_map_lookup_elem(&settings, &zero);
-
-	return login != NOBODY && (!set || !is_root_or_system(login, set->uid_min));
 }
 
 /* ---- the file ---------------------------------------------------------------------------------- */
