@@ -192,10 +192,10 @@ def test_where_killing_does_not_help_the_agent_gives_up() -> None:
 def test_what_two_agents_hung_in_is_not_read_again() -> None:
     table = InFlight()
     hung, waiting = table.put(b"s-1", bytes(80)), table.put(b"s-1", bytes(80))
-    table.read(waiting)
+    table.mark_read(waiting)
     second = InFlight(os.dup(table.fd))
     assert [(slot, readable) for slot, _, _, readable in second.left_over()] == [(hung, True), (waiting, True)]
-    second.read(waiting)
+    second.mark_read(waiting)
     third = InFlight(os.dup(table.fd))
     assert [(slot, readable) for slot, _, _, readable in third.left_over()] == [(hung, False), (waiting, True)]
 

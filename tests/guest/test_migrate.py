@@ -321,37 +321,37 @@ def counted(site: Site, pattern: str = "**") -> bool:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Site:
+def outside(tmp_path: Path) -> Site:
     """With what systemd makes for sessions that are not below their user's slice."""
     site = Site(tmp_path, "kill")
     site.tree.grow("user.slice/persona-sessions.service")
     return site
 
 
-def test_a_version_that_is_counted_otherwise_keeps_its_place(house: Site, stubborn: subprocess.Popen[str]) -> None:
-    house.put(stubborn.pid)
-    assert counted(house)
-    assert house.tree.processes(SHARED) == [stubborn.pid]
-    assert [place.cgroup for place in house.placement.places.values()] == [SHARED], "or nobody looks after its limits"
+def test_a_version_that_is_counted_otherwise_keeps_its_place(outside: Site, stubborn: subprocess.Popen[str]) -> None:
+    outside.put(stubborn.pid)
+    assert counted(outside)
+    assert outside.tree.processes(SHARED) == [stubborn.pid]
+    assert [place.cgroup for place in outside.placement.places.values()] == [SHARED], "or nobody looks after its limits"
 
 
 def test_what_comes_along_to_a_place_counted_otherwise_is_looked_at_there(
-    house: Site, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    outside: Site, stubborn: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = house.put(stubborn.pid)
-    processes = house.tree.processes
+    place = outside.put(stubborn.pid)
+    processes = outside.tree.processes
     with subprocess.Popen(["/usr/bin/sleep", "10"]) as born:
 
         def listed(cgroup: str) -> list[int]:
             found = processes(cgroup)
             if cgroup == place and not late:
                 late.append(born.pid)
-                house.tree.move(place, born.pid)  # after it was listed
+                outside.tree.move(place, born.pid)  # after it was listed
             return found
 
         late: list[int] = []
-        monkeypatch.setattr(house.tree, "processes", listed)
-        assert counted(house, os.path.realpath(sys.executable))
+        monkeypatch.setattr(outside.tree, "processes", listed)
+        assert counted(outside, os.path.realpath(sys.executable))
         assert processes(SHARED) == [stubborn.pid]
         assert processes(f"{SCOPE}/-Old") == [born.pid]
         assert born.wait(5) == -signal.SIGTERM

@@ -17,7 +17,7 @@ from persona_guest.broker.client import _bounded
 from persona_guest.broker.fair_queue import FairQueue
 from persona_guest.broker.http import BrokerError, Connection
 from persona_guest.ipc import users
-from persona_guest.ipc.users import Answer, Call, UserSocket, Whois
+from persona_guest.ipc.users import Call, Respond, UserSocket, Whois
 from persona_guest.loop import Loop
 from persona_guest.settings import Broker
 from persona_guest.system.accounts import caller_of
@@ -84,14 +84,14 @@ class Served:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.calls: list[Call] = []
-        self.held: list[Answer] = []
+        self.held: list[Respond] = []
         self.loop = Loop()
         self.whois: Whois = caller_of
         self.socket = UserSocket(self.loop, path, self._handle, lambda uid: self.whois(uid))
         self._thread = threading.Thread(target=self.loop.run)
         self._thread.start()
 
-    def _handle(self, call: Call, answer: Answer) -> None:
+    def _handle(self, call: Call, answer: Respond) -> None:
         self.calls.append(call)
         if call.op == "later":
             self.held.append(answer)

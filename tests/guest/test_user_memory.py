@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from persona_guest.core.persona_cgroups import FALLBACK_ROOT, PersonaCgroup, house_of, place_of, slice_of
+from persona_guest.core.persona_cgroups import FALLBACK_ROOT, PersonaCgroup, fallback_slice_of, place_of, slice_of
 from persona_guest.enforce.cgroups.facility import Cgroups
 from persona_guest.enforce.cgroups.limits import LEAST, bound_of, room
 from persona_guest.enforce.plan import apply, describe, undo
@@ -17,7 +17,7 @@ from tests.guest.fake_cgroups import FakeHierarchy
 SLICE = slice_of(1000)
 MANAGER = f"{SLICE}/user@1000.service"
 CRON = "system.slice/cron.service"
-HOUSE_1000 = house_of(1000)
+FALLBACK_1000 = fallback_slice_of(1000)
 MIB = 1 << 20
 
 
@@ -114,9 +114,9 @@ def test_the_page_cache_is_not_what_a_user_left(tree: FakeHierarchy, cgroups: Cg
 
 def test_what_a_job_left_counts_for_a_login_and_the_other_way_round(tree: FakeHierarchy, cgroups: Cgroups) -> None:
     apply(cgroups.enter(job(1), persona()))
-    tree.use(HOUSE_1000, 60 * MIB)
+    tree.use(FALLBACK_1000, 60 * MIB)
     ended(tree, cgroups, job(1))
-    assert tree.exists(HOUSE_1000), "what it left would count nowhere"
+    assert tree.exists(FALLBACK_1000), "what it left would count nowhere"
     tree.use(SLICE, 20 * MIB)
     for place in (login(2), job(3)):
         apply(cgroups.enter(place, persona()))
@@ -227,7 +227,7 @@ def test_who_is_not_looked_at_is_not_bound_by_what_they_left(tree: FakeHierarchy
     apply(cgroups.enter(login(0), persona()))
     apply(cgroups.enter(job(1), persona()))
     apply(cgroups.lift(1000))
-    assert (limit(tree, SLICE), limit(tree, HOUSE_1000)) == ("max", "max")
+    assert (limit(tree, SLICE), limit(tree, FALLBACK_1000)) == ("max", "max")
     assert cgroups.lift(1001) == ()
 
 

@@ -119,14 +119,14 @@ def test_released_is_for_good(bound: Bound) -> None:
 # --- cgroups that are not below a user's slice ----------------------------------------------------------
 
 
-def housed(session: str, persona: str = "One", uid: int = 1000) -> PersonaCgroup:
+def in_fallback(session: str, persona: str = "One", uid: int = 1000) -> PersonaCgroup:
     return PersonaCgroup(
         session, PersonaRef(persona, 1), f"user.slice/persona-sessions.service/{session}/{persona}", uid
     )
 
 
 def test_what_is_outside_of_its_users_slice() -> None:
-    assert housed("a").outside
+    assert in_fallback("a").outside
     assert PersonaCgroup("a", ONE, "user.slice/persona-sessions.service/shared-One/a", 1000).outside
     assert PersonaCgroup("a", ONE, "user.slice/user-1001.slice/session-3.scope/One", 1000).outside
     assert not PersonaCgroup("a", ONE, "user.slice/user-1000.slice/session-3.scope/One", 1000).outside
@@ -141,17 +141,17 @@ def test_cgroups_of_live_sessions_are_all_known_and_those_of_ended_ones_not_for_
     alive = {"long"}
     outside = Outside(tmp_path / "outside.json", alive.__contains__)
     for number in range(300):
-        outside.add({number: kept(housed("long", f"P{number}"))})
+        outside.add({number: kept(in_fallback("long", f"P{number}"))})
     for number in range(300):
         alive.add(f"job{number}")
-        outside.add({1000 + number: kept(housed(f"job{number}"))})
+        outside.add({1000 + number: kept(in_fallback(f"job{number}"))})
         alive.remove(f"job{number}")
-    outside.add({5000: kept(housed("other", uid=1001))})
+    outside.add({5000: kept(in_fallback("other", uid=1001))})
     again = Outside(tmp_path / "outside.json", alive.__contains__)
     for known in (outside, again):
         numbers = [number for number, _ in known.of(1000)]
         assert numbers == [*range(300), *range(1045, 1300)]
-        assert known.of(1001) == [(5000, housed("other").cgroup)]
+        assert known.of(1001) == [(5000, in_fallback("other").cgroup)]
         assert known.of_others([1000]) == known.of(1001)
     for number in range(300):
         outside.add({9000 + number: Kept(1001, "", slice_of(1001))})
@@ -175,5 +175,5 @@ def test_a_cgroup_that_cannot_be_kept_is_not_known(tmp_path: Path) -> None:
     outside = Outside(tmp_path / "file" / "outside.json")
     for _ in range(2):
         with pytest.raises(NotADirectoryError):
-            outside.add({1: kept(housed("a"))})
+            outside.add({1: kept(in_fallback("a"))})
     assert outside.of(1000) == []

@@ -17,7 +17,7 @@ from persona_guest.gate.decider import Decider
 from persona_guest.gate.evaluate import Ask, Refused, judge
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.implicit_allow import rule_for
-from persona_guest.ipc.users import Answer, Call
+from persona_guest.ipc.users import Call, Respond
 from persona_guest.kernel.task import Task
 from persona_guest.login.exemptions import exemption, exemption_of_account
 from persona_guest.login.opening import Openings
@@ -58,7 +58,7 @@ class Users:
         self._decider = decider
         # pid of a persona-shell -> its uid, and the session whose listener is to come
         self._opening: dict[int, tuple[int, str]] = {}
-        self._ops: dict[str, Callable[[Call, Answer], None]] = {
+        self._ops: dict[str, Callable[[Call, Respond], None]] = {
             "status": self._status,
             "list": self._list,
             "greeting": self._greeting,
@@ -70,12 +70,12 @@ class Users:
             "plan": self._plan,
         }
 
-    def handle(self, call: Call, answer: Answer) -> None:
+    def handle(self, call: Call, respond: Respond) -> None:
         """Raises ``PersonaError`` for what is refused."""
         op = self._ops.get(call.op)
         if op is None:
             raise PersonaError(Fault.BAD_REQUEST, f"op: unknown; known: {', '.join(sorted(self._ops))}")
-        op(call, answer)
+        op(call, respond)
 
     def _own(self, call: Call) -> Login | None:
         """The caller's session; only root sees one of another user."""
@@ -88,45 +88,45 @@ class Users:
             raise PersonaError(Reason.SESSION_UNKNOWN, _NO_SESSION)
         return login
 
-    def _status(self, call: Call, answer: Answer) -> None:
+    def _status(self, call: Call, respond: Respond) -> None:
         """Tells which persona applies to the caller's session, its limits and their use, and how the gate is."""
         call.only()
         login = self._own(call)
         status = status_of(self._agent, login, call.caller.user if call.caller else str(call.uid))
         if login is None or status["persona"] is None:
-            answer(status)
+            respond(status)
             return
         status |= self._resource_status.stated(status["persona"])
-        self._resource_status.use(login.session.id, lambda places: answer({**status, "places": places}))
+        self._resource_status.use(login.session.id, lambda places: respond({**status, "places": places}))
 
-    def _plan(self, call: Call, answer: Answer) -> None:
+    def _plan(self, call: Call, respond: Respond) -> None:
         """Shows what would be changed now so that what is found is what should be."""
         call.only()
         if call.uid != 0:
             raise PersonaError(Fault.UNAUTHENTICATED, "only root may see everybody's places")
-        answer({"ok": True, **self._resource_status.plan()})
+        respond({"ok": True, **self._resource_status.plan()})
 
-    def _list(self, call: Call, answer: Answer) -> None:
+    def _list(self, call: Call, respond: Respond) -> None:
         """Lists all policies for the caller's session, in order, with what they allow."""
         call.only()
         login = self._must_own(call)
 
         def received(entries: list[Any] | Denied) -> None:
             if isinstance(entries, Denied):
-                answer({"ok": False, "code": str(entries.reason), "message": entries.help})
+                respond({"ok": False, "code": str(entries.reason), "message": entries.help})
             else:
-                answer({"ok": True, "entries": entries})
+                respond({"ok": True, "entries": entries})
 
         self._agent.broker_client.entries(login.session, received)
 
-    def _greeting(self, call: Call, answer: Answer) -> None:
+    def _greeting(self, call: Call, respond: Respond) -> None:
         """Makes the line that an interactive login shows; there is none outside of a gated session."""
         call.only()
         login = self._own(call)
         greeting = self._agent.greeting(login.session, call.uid) if login is not None else None
-        answer({"ok": True, "greeting": greeting})
+        respond({"ok": True, "greeting": greeting})
 
-    def _denials(self, call: Call, answer: Answer) -> None:
+    def _denials(self, call: Call, respond: Respond) -> None:
         """Lists what was denied to the caller lately, in all their sessions on this machine.
 
         Only in a session of their own: who became somebody else in it (su, sudo, a setuid program), root included,
@@ -140,9 +140,9 @@ class Users:
             why = "this session is another user's: log in as yourself; an operator sees everything in the record"
             raise PersonaError(Fault.UNAUTHENTICATED, why)
         self._agent.supervisor.notes.flush()
-        answer({"ok": True, "items": [asdict(denial) for denial in self._agent.denials.of(call.uid)]})
+        respond({"ok": True, "items": [asdict(denial) for denial in self._agent.denials.of(call.uid)]})
 
-    def _explain(self, call: Call, answer: Answer) -> None:
+    def _explain(self, call: Call, respond: Respond) -> None:
         """Says what would become of a command in the caller's session, and why; runs nothing.
 
         The program comes as a descriptor: what the caller cannot reach, they cannot ask about.
@@ -172,10 +172,10 @@ class Users:
             raise PersonaError(Reason.PROGRAM_UNREADABLE, f"the program: {why}") from None
         finally:
             self._hang_watchdog.leave(outer)
-        self._explain_on(exec_request, login, Task(call.pid), call.text("cwd", ""), {}, answer)
+        self._explain_on(exec_request, login, Task(call.pid), call.text("cwd", ""), {}, respond)
 
     def _explain_on(
-        self, exec_request: ExecRequest, login: Login, task: Task, cwd: str, told: dict[int, Decision], answer: Answer
+        self, exec_request: ExecRequest, login: Login, task: Task, cwd: str, told: dict[int, Decision], respond: Respond
     ) -> None:
         """Walks over the stages as the gate does; ``told`` are the broker's answers so far.
 
@@ -191,7 +191,7 @@ class Users:
             stage = verdict.stage
 
             def decided(decision: Decision) -> None:
-                self._explain_on(exec_request, login, task, cwd, {**told, stage: decision}, answer)
+                self._explain_on(exec_request, login, task, cwd, {**told, stage: decision}, respond)
 
             request = Request(
                 login.session.subject,
@@ -211,41 +211,41 @@ class Users:
         else:  # no persona and no policy says so
             decision = {**encode_decision(_NOBODYS), "persona": None, "policy": None}
             found["always"] = str(verdict.own)
-        answer({**found, "decision": decision})
+        respond({**found, "decision": decision})
 
-    def _gate(self, call: Call, answer: Answer) -> None:
+    def _gate(self, call: Call, respond: Respond) -> None:
         """Opens a session for ``persona-shell`` where PAM did not; answers with the filter to install, if any."""
         call.only("shell", "interactive")
         login = self._agent.registry.find(call.pid)
         # the filter as well: a session that root began for a user shares root's audit session
         if login is not None and _is_filtered(call.pid):
             greeting = self._agent.greeting(login.session, call.uid)
-            answer({"ok": True, "verdict": "present", "greeting": greeting})
+            respond({"ok": True, "verdict": "present", "greeting": greeting})
             return
         settings, caller = self._agent.settings, call.caller
         if exemption_of_account(call.uid, settings.gate):
-            answer({"ok": True, "verdict": "pass", "greeting": None})
+            respond({"ok": True, "verdict": "pass", "greeting": None})
             return
         try:
             if caller is None:
                 raise PersonaError(Fault.NOT_FOUND, f"uid {call.uid} is in no user database")
             if exemption(caller.uid, caller.groups, settings.gate):
-                answer({"ok": True, "verdict": "pass", "greeting": None})
+                respond({"ok": True, "verdict": "pass", "greeting": None})
                 return
             self._make_room(call)
         except PersonaError as error:
             if settings.mode is not Mode.COMPLAIN:
                 raise
             log.warning("complain mode, uid %d goes on ungated: %s", call.uid, error.message)
-            answer({"ok": True, "verdict": "pass", "greeting": None})
+            respond({"ok": True, "verdict": "pass", "greeting": None})
             return
         shell = _shell_of(caller, call.text("shell"))
         self._opening[call.pid] = (
             call.uid,
-            self._openings.open_from_shell(caller._replace(shell=shell), call.pid, answer),
+            self._openings.open_from_shell(caller._replace(shell=shell), call.pid, respond),
         )
 
-    def _listener(self, call: Call, answer: Answer) -> None:
+    def _listener(self, call: Call, respond: Respond) -> None:
         """Takes the seccomp listener of the session that ``gate`` opened, and answers for it from now on."""
         call.only()
         uid, session = self._opening.pop(call.pid, (0, None))
@@ -255,15 +255,15 @@ class Users:
         if session is None or len(call.fds) != 1:
             raise PersonaError(Reason.SESSION_UNKNOWN, "expected one descriptor, after 'gate'")
         self._openings.listener_from_shell(session, os.dup(call.fds[0]))
-        answer({"ok": True, "session": session})
+        respond({"ok": True, "session": session})
 
-    def _release_all(self, call: Call, answer: Answer) -> None:
+    def _release_all(self, call: Call, respond: Respond) -> None:
         """Lets every gated session go on ungated and unbound; the agent ends with the last of them."""
         call.only()
         if call.uid != 0:
             raise PersonaError(Fault.UNAUTHENTICATED, "only root may release the gate")
         self._release()
-        answer({"ok": True, "sessions": len(self._agent.registry.gated())})
+        respond({"ok": True, "sessions": len(self._agent.registry.gated())})
 
     def _make_room(self, call: Call) -> None:
         """Forgets what the dead and this very process began.  Raises ``PersonaError`` where that is not enough."""

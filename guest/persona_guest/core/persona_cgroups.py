@@ -62,7 +62,7 @@ class PersonaCgroup:
     @property
     def above(self) -> str | None:
         """The cgroup of all that is its user's, in which their memory is bounded; ``None`` where others share it."""
-        return None if self.shared else house_of(self.uid) if self.outside else slice_of(self.uid)
+        return None if self.shared else fallback_slice_of(self.uid) if self.outside else slice_of(self.uid)
 
     @property
     def shared(self) -> bool:
@@ -99,11 +99,12 @@ def place_of(
     scope = scope_of(found, uid)
     if withdrawn:
         name = f"{_WITHDRAWN}{persona.name}"
-        cgroup = f"{scope}/{name}" if scope else f"{house_of(uid)}/{session}:{name}"
+        cgroup = f"{scope}/{name}" if scope else f"{fallback_slice_of(uid)}/{session}:{name}"
     elif shared:
         cgroup = f"{FALLBACK_ROOT}/{_SHARED}{persona.name}/{session}"
     else:
-        cgroup = f"{scope}/{directory_name(persona.name)}" if scope else f"{house_of(uid)}/{session}:{persona.name}"
+        below = f"{fallback_slice_of(uid)}/{session}:{persona.name}"
+        cgroup = f"{scope}/{directory_name(persona.name)}" if scope else below
     return PersonaCgroup(session, persona, cgroup, uid, scope or found, withdrawn)
 
 
@@ -112,7 +113,7 @@ def slice_of(uid: int) -> str:
     return f"user.slice/user-{uid}.slice"
 
 
-def house_of(uid: int) -> str:
+def fallback_slice_of(uid: int) -> str:
     """The cgroup of all of a user's sessions that have no scope."""
     return f"{FALLBACK_ROOT}/user-{uid}"
 

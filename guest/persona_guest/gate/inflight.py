@@ -47,7 +47,7 @@ class InFlight:
         _SLOT.pack_into(self._map, slot * _SLOT.size, _READING, session, raw)
         return slot
 
-    def read(self, slot: int) -> None:
+    def mark_read(self, slot: int) -> None:
         """The task's memory has been read; the notification of ``slot`` waits for an answer."""
         if slot >= 0:
             self._map[slot * _SLOT.size] = _READ

@@ -231,9 +231,9 @@ class Supervisor:
         return login.revoked or self._leases.lookup(question, time.monotonic())
 
     def _enquire(self, pending: Pending, question: Question, argv: tuple[bytes, ...]) -> None:
-        if not self._still_waits(pending):
+        if self._drop_if_gone(pending):
             return
-        self._inflight.read(pending.slot)
+        self._inflight.mark_read(pending.slot)
         login, session = pending.login, pending.login.session
         if self._waiting.add(pending, question) > 1:
             return
@@ -270,15 +270,16 @@ class Supervisor:
             pending.stage += 1
             self._decide(pending)
 
-    def _still_waits(self, pending: Pending) -> bool:
-        """Whether what was read of the task was its own; without, nothing may be said or asked of it.
+    def _drop_if_gone(self, pending: Pending) -> bool:
+        """Forgets an exec whose task waits no more, and says whether it did.
 
-        An answer needs no such look: one that the kernel takes proves that the task waited all along.
+        What was read of it may be another task's: nothing may be said or asked of that.  An answer needs no such
+        look: one that the kernel takes proves that the task waited all along.
         """
         if seccomp.still_valid(pending.login.listener, pending.ident):
-            return True
+            return False
         self._inflight.clear(pending.slot)
-        return False
+        return True
 
     # --- the answers ------------------------------------------------------------------------------
 
@@ -303,7 +304,7 @@ class Supervisor:
             self._fail(login, pending.ident, pending.slot, errno.EACCES)
             return
         if layer.active:
-            if not self._still_waits(pending):  # its number may be another exec's by now
+            if self._drop_if_gone(pending):  # its number may be another exec's by now
                 if look is not None:
                     look[0].close()
                 return
@@ -334,7 +335,7 @@ class Supervisor:
         return Process(task), Expectation(before, exec_request.final, argv, argv_before, loader)
 
     def _deny(self, pending: Pending, denied: Denied) -> None:
-        if not self._still_waits(pending):
+        if self._drop_if_gone(pending):
             return
         login = pending.login
         complain = self.settings.mode is Mode.COMPLAIN

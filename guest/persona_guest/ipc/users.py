@@ -30,7 +30,7 @@ _FDS_MAX = 2
 _PERSONAL = frozenset({"gate", "status"})  # the ops that need the user database's word on who asks
 _AGAIN_S = 1.0
 
-Answer = Callable[[dict[str, Any]], None]
+Respond = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Call:
             raise PersonaError(Fault.BAD_REQUEST, f"{unknown[0]}: unknown field of {self.op}")
 
 
-Handler = Callable[[Call, Answer], None]
+Handler = Callable[[Call, Respond], None]
 Whois = Callable[[int], Caller | None]
 
 

@@ -12,7 +12,15 @@ from dataclasses import replace
 
 from persona.documents import Persona
 from persona.problems import PersonaError, Reason
-from persona_guest.core.persona_cgroups import FALLBACK_ROOT, LOGIN, PersonaCgroup, house_of, is_kept, renamed, slice_of
+from persona_guest.core.persona_cgroups import (
+    FALLBACK_ROOT,
+    LOGIN,
+    PersonaCgroup,
+    fallback_slice_of,
+    is_kept,
+    renamed,
+    slice_of,
+)
 from persona_guest.enforce.cgroups.disks import disks
 from persona_guest.enforce.cgroups.limits import (
     CONTROLLERS,
@@ -101,7 +109,7 @@ class Cgroups:
 
     def lift(self, uid: int) -> Plan:
         """Somebody logs in as this user who is not looked at: what the user left bounds nobody."""
-        return tuple(step for above in (slice_of(uid), house_of(uid)) for step in self._memory.lift(above))
+        return tuple(step for above in (slice_of(uid), fallback_slice_of(uid)) for step in self._memory.lift(above))
 
     def _away(self) -> Plan:
         """``FALLBACK_ROOT`` itself, once no process is there."""

@@ -2,7 +2,7 @@
 
 A file in a tmpfs, or shared memory, stays counted where it was first used.  When that cgroup goes, the kernel
 goes on counting it in the cgroup above.  So all that is one user's has one cgroup that does not go between two
-logins: their slice (a drop-in for user-.slice keeps it), and for sessions without a scope ``house_of(uid)``.
+logins: their slice (a drop-in for user-.slice keeps it), and for sessions without a scope ``fallback_slice_of(uid)``.
 
 - A place gets its persona's limit less what its user left there (``room``), never less than a shell needs.
 - The cgroup above gets a bound (``bound_of``), for what several places leave at once and what is in no place.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from persona.documents import Persona
-from persona_guest.core.persona_cgroups import FALLBACK_ROOT, LOGIN, PersonaCgroup, house_of, slice_of
+from persona_guest.core.persona_cgroups import FALLBACK_ROOT, LOGIN, PersonaCgroup, fallback_slice_of, slice_of
 from persona_guest.enforce.cgroups.limits import LEFT_ROUGHLY, NOTHING_LEFT, PAGE, Setting, bound_of, room
 from persona_guest.enforce.cgroups.operations import MEMORY_NOTE, NoteMemory, Set
 from persona_guest.enforce.plan import Operation, Plan
@@ -87,7 +87,7 @@ class UserMemory:
 
     def left(self, uid: int) -> int:
         """Bytes that are counted as a user's, and in no session, job or service of theirs that goes on."""
-        return sum(map(self._left, (slice_of(uid), house_of(uid))))
+        return sum(map(self._left, (slice_of(uid), fallback_slice_of(uid))))
 
     def _left(self, above: str) -> int:
         living, lasting = 0, self._lasting(above)
