@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_broker.store.sqlite import SessionRow, Store
+from persona_broker.store.interface import SessionRow
+from persona_broker.store.sqlite import Store
 
 from persona.codec import Record
 from persona.decisions import Subject

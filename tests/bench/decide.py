@@ -14,9 +14,11 @@ from pathlib import Path
 
 from flask import Flask, Response, jsonify, request
 from persona_broker.policy.conditions import ConditionState
+from persona_broker.policy.merge import WHOLE, Stored
 from persona_broker.policy.snapshot import Snapshot, Versioned
 from persona_broker.serve import app, gunicorn_server, processes
 from persona_broker.settings import Settings
+from persona_broker.store.change_sets import Author
 from persona_broker.store.sqlite import Store
 
 from persona import wire
@@ -110,7 +112,8 @@ def broker() -> Iterator[tuple[Path, str]]:
         settings = replace(Settings(), db=f"{directory}/db", bind=f"unix:{directory}/api.sock")
         store = Store(Path(settings.db))
         full = snapshot(1000)
-        store.apply([*(versioned.persona for versioned in full.personas.values()), *full.policies])
+        documents: list[Stored] = [*(versioned.persona for versioned in full.personas.values()), *full.policies]
+        store.change(documents, WHOLE, Author("bench"))
         token = store.add_guest("vm-1")
         store.close()
         endpoint = gunicorn_server.Endpoint(settings.bind, None, None)

@@ -10,13 +10,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 from persona_broker.__main__ import main
+from persona_broker.policy.diff import Changes
+from persona_broker.policy.merge import WHOLE, How, Stored
+from persona_broker.store.change_sets import Author
+from persona_broker.store.sqlite import Store
 
 from persona import wire
 
@@ -103,6 +107,11 @@ class Broker:
             return response.status, json.loads(content) if content[:1] in (b"{", b"[") else content
         finally:
             connection.close()
+
+
+def apply(store: Store, documents: Sequence[Stored], how: How = WHOLE) -> Changes:
+    """Applies documents by nobody in particular."""
+    return store.change(documents, how, Author("")).changes
 
 
 _ONE_AT_A_TIME = threading.Lock()  # a process has one standard output

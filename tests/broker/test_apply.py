@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from persona_broker.policy.losses import losses
 from persona_broker.policy.merge import ADD, How
-from persona_broker.store.change_sets import NOBODY
-from persona_broker.store.sqlite import SessionRow, Store, make_snapshot
+from persona_broker.store.change_sets import Author
+from persona_broker.store.interface import SessionRow
+from persona_broker.store.sqlite import Store
+from persona_broker.store.stored_text import make_snapshot
 
 from persona.decisions import Subject
 from persona.documents import Document, parse_document
 from persona.problems import PersonaError
-from tests.broker.conftest import ROOT, Broker, environment
+from tests.broker.conftest import ROOT, Broker, apply, environment
 
 EXAMPLES = str(ROOT / "examples")
 
@@ -60,7 +62,9 @@ def test_one_file_takes_nothing_away(cli: Broker, tmp_path: Path) -> None:
 def test_a_removal_names_what_goes_and_is_not_done_unasked(
     cli: Broker, store: Store, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
-    store.apply([parse_document(value) for value in (persona("A"), persona("B"), policy("a"), policy("b", "bob", "B"))])
+    apply(
+        store, [parse_document(value) for value in (persona("A"), persona("B"), policy("a"), policy("b", "bob", "B"))]
+    )
     store.add_guest("vm-1")
     store.open_session(SessionRow("s-\x1bbob", "vm-1", Subject("bob", (), "vm-1"), "", "", 1.0, False))
     store.open_session(SessionRow("s-alice", "vm-1", Subject("alice", (), "vm-1"), "", "", 1.0, False))
@@ -185,11 +189,11 @@ def test_options_that_do_not_go_together_are_usage(cli: Broker, words: tuple[str
 def test_what_was_shown_is_what_is_done(store: Store) -> None:
     values = (persona("A"), policy("a"), policy("b"), policy("c", order=1))
     one, two, three = ([parse_document(value) for value in values[:count]] for count in (3, 2, 4))
-    store.apply(one)
+    apply(store, one)
     seen = store.plan(two, How(prune=True))
-    store.apply(three, ADD)
+    apply(store, three, ADD)
     with pytest.raises(PersonaError, match="the revision is 2 by now, no longer 1: 2 by somebody unknown"):
-        store.change(two, How(prune=True), NOBODY, seen.revision)
+        store.carry_out(seen, Author("ann"))
     assert len(store.snapshot().policies) == 3
 
 

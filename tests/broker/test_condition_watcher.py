@@ -15,6 +15,7 @@ from persona_broker.store.sqlite import Store
 
 from persona.codec import Record
 from persona.documents import parse_document
+from tests.broker.conftest import apply
 
 
 @pytest.fixture
@@ -30,7 +31,9 @@ def operator(tmp_path: Path) -> Iterator[Store]:
     store = Store(tmp_path / "db")
     policy = {"kind": "Policy", "name": "a", "subjects": {"users": ["alice"]}, "persona": "A"}
     policy["when"] = {"host_load": {"cpu": {"below": 70, "again_below": 60}}}
-    store.apply([parse_document({"kind": "Persona", "name": "A", "command_whitelist": ["ls"]}), parse_document(policy)])
+    apply(
+        store, [parse_document({"kind": "Persona", "name": "A", "command_whitelist": ["ls"]}), parse_document(policy)]
+    )
     yield store
     store.close()
 
@@ -92,7 +95,7 @@ def test_policies_applied_while_it_raises_the_generation_are_seen(
 
     def apply_first() -> int:
         documents = [document for document, _ in operator.documents() if not isinstance(document, Unreadable)]
-        operator.apply(documents[:1])
+        apply(operator, documents[:1])
         return raise_generation()
 
     monkeypatch.setattr(store, "raise_generation", apply_first)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_broker.store.interface import SessionRow
 from persona_broker.store.records import Wanted, newest
-from persona_broker.store.sqlite import SessionRow, Store
+from persona_broker.store.sqlite import Store
 from persona_broker.view import State
 
 from persona.codec import Record
 from persona.decisions import Subject
 from persona.documents import parse_document
+from tests.broker.conftest import apply
 
 
 @pytest.fixture
@@ -33,30 +35,30 @@ def documents(*patterns: str) -> list[Any]:
 
 
 def test_a_version_is_new_only_where_the_content_is(store: Store) -> None:
-    assert store.apply(documents("ls")).added == ("Persona A", "Policy a")
+    assert apply(store, documents("ls")).added == ("Persona A", "Policy a")
     first = store.generation()
-    assert not store.apply(documents("ls"))
+    assert not apply(store, documents("ls"))
     assert store.generation() == first  # no lease ends for nothing
-    assert not store.apply(documents("ls")[::-1])  # a persona has no place
+    assert not apply(store, documents("ls")[::-1])  # a persona has no place
     assert store.generation() == first
-    assert store.apply(documents("cat")).changed == ("Persona A",)
-    assert store.apply(documents("ls")).changed == ("Persona A",)
+    assert apply(store, documents("cat")).changed == ("Persona A",)
+    assert apply(store, documents("ls")).changed == ("Persona A",)
     assert store.version("Persona", "A") == (3, documents("ls")[0])  # going back is a new version
     assert store.version("Persona", "A", 1) == (1, documents("ls")[0])
     assert store.version("Persona", "A", 2) == (2, documents("cat")[0])
     assert store.version("Persona", "A", 4) is store.version("Policy", "A") is None
     assert store.generation() > first
-    assert store.apply(documents("ls")[:1]).removed == ("Policy a",)
+    assert apply(store, documents("ls")[:1]).removed == ("Policy a",)
 
 
 def test_nobody_else_reads_it(store: Store, tmp_path: Path) -> None:
-    store.apply(documents("ls"))
+    apply(store, documents("ls"))
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("db*")} == {0o600}
 
 
 def test_records_and_sessions_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("persona_broker.store.sqlite.RECORDS_KEPT", 10)
-    monkeypatch.setattr("persona_broker.store.sqlite.SESSIONS_KEPT", 5)
+    monkeypatch.setattr("persona_broker.store.sessions.SESSIONS_KEPT", 5)
     record = Record(1.0, "s", "alice", "/x", ("x",), "granted", None, "A", 1, "a", "exec", False, False)
     for _ in range(6):
         store.add_records("vm", [record] * 4, lost=1)

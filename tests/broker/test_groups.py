@@ -24,6 +24,7 @@ from persona.codec import MAX_BODY, MAX_GROUPS, GroupsInUse
 from persona.decisions import Decision, Denied, Granted, Program, Request, Subject
 from persona.documents import parse_document
 from persona.problems import Reason
+from tests.broker.conftest import apply
 
 VM = "vm-1"
 MANY = tuple(f"group-{number:06}-{'x' * 50}"[:64] for number in range(65_535))  # as the kernel allows, 4 MB of names
@@ -72,7 +73,7 @@ class Site:
             documents.append(
                 {"kind": "Policy", "name": name, "subjects": {"groups": [group]}, "vms": [vms], "persona": name}
             )
-        self.store.apply([parse_document(document) for document in documents])
+        apply(self.store, [parse_document(document) for document in documents])
         self.leases.drop()
 
     def decide(self) -> Decision:
@@ -145,7 +146,7 @@ def test_as_many_groups_as_a_user_may_have_that_policies_name_fit(site: Site) ->
         {"kind": "Policy", "name": f"p{at}", "subjects": {"groups": list(MANY[at : at + 256])}, "persona": "P"}
         for at in range(0, MAX_GROUPS, 256)
     ]
-    site.store.apply([parse_document(document) for document in (persona, *policies)])
+    apply(site.store, [parse_document(document) for document in (persona, *policies)])
     assert name(site.decide()) == "P"
     long = replace(LS, argv=("ls", *["\x01" * 32_000] * 2))  # six characters of JSON each
     found: list[Decision] = []

@@ -20,7 +20,7 @@ from persona.decisions import Denied, Granted
 from persona.documents import parse_document
 from persona.health import Bound, Report, Space, encode_report
 from persona.problems import PersonaError, Reason
-from tests.broker.conftest import TOKEN, Broker
+from tests.broker.conftest import TOKEN, Broker, apply
 from tests.broker.test_snapshot import ask, persona, policy, snapshot
 
 GOOD = Report(
@@ -123,8 +123,9 @@ def test_of_many_vms_only_what_changed_is_judged_again() -> None:
 def site(path: Path, **asked: Any) -> Store:
     store = Store(path)
     store.add_guest("vm-1")
-    store.apply(
-        [parse_document(persona("A", "ls")), parse_document(policy("a", "A", when={"vm_health": asked or WHOLE}))]
+    apply(
+        store,
+        [parse_document(persona("A", "ls")), parse_document(policy("a", "A", when={"vm_health": asked or WHOLE}))],
     )
     return store
 

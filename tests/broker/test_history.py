@@ -4,6 +4,7 @@ import json
 import os
 import sqlite3
 import subprocess
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -94,14 +95,18 @@ def test_what_somebody_was_shown_is_not_done_to_what_they_have_not_seen(store: S
     seen = store.plan(of("mine"), ADD)
     store.change(of("colleagues"), ADD, Author("bob"))
     with pytest.raises(PersonaError, match="no longer 1: 2 by bob"):
-        store.change(of("mine"), ADD, Author("ann"), seen.revision)
+        store.carry_out(seen, Author("ann"))
 
 
 def test_of_many_at_once_one_has_the_revision(cli: Broker) -> None:
+    together = threading.Barrier(8)
+
     def change(number: int) -> bool:
         own = Store(cli.directory / "db")
         try:
-            own.change([parse_document(persona("A", f"x{number}"))], WHOLE, Author(f"u{number}"), 0)
+            plan = own.plan([parse_document(persona("A", f"x{number}"))], WHOLE)
+            together.wait()
+            own.carry_out(plan, Author(f"u{number}"))
         except PersonaError:
             return False
         else:

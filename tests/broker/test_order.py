@@ -15,7 +15,7 @@ from persona_broker.store.sqlite import Store
 from persona.canonical import digest
 from persona.documents import Document, parse_document
 from persona.parsing import DocumentError
-from tests.broker.conftest import Broker
+from tests.broker.conftest import Broker, apply
 
 PERSONA = {"kind": "Persona", "name": "A", "command_whitelist": ["ls"]}
 
@@ -43,11 +43,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def test_order_is_that_of_the_documents(store: Store) -> None:
     given = [policy("late", 9000), policy("y"), policy("b", 10), policy("at", 5000), policy("x"), policy("a", 10)]
-    store.apply(documents(*given))
+    apply(store, documents(*given))
     assert order(store) == ["a", "b", "y", "x", "at", "late"]
     turned = [*given[:1], *given[2:4], given[1], given[5], given[4]]  # only what has no order keeps its sequence
-    assert not store.apply(documents(*turned))
-    store.apply(documents(policy("y"), policy("b", 10), policy("a", 11)))
+    assert not apply(store, documents(*turned))
+    apply(store, documents(policy("y"), policy("b", 10), policy("a", 11)))
     assert order(store) == ["b", "a", "y"]
 
 
@@ -58,7 +58,7 @@ def test_what_is_no_order_is_refused(wrong: object) -> None:
 
 
 def test_zero_is_an_order(store: Store) -> None:
-    store.apply(documents(policy("b"), policy("a", 0)))
+    apply(store, documents(policy("b"), policy("a", 0)))
     assert order(store) == ["a", "b"]
     assert store.documents()[1][0] == parse_document(policy("a", 0))
 
@@ -76,7 +76,7 @@ def test_a_record_of_the_first_version_decides_as_it_did(store: Store, tmp_path:
             db.execute("INSERT INTO applied VALUES (?, ?, ?, 1)", (position, value["kind"], value["name"]))
     assert order(store) == ["z", "a", "m"]
     before = store.generation()
-    assert not store.apply(documents(policy("z"), policy("a"), policy("m")))
+    assert not apply(store, documents(policy("z"), policy("a"), policy("m")))
     assert store.generation() == before
     # a policy that has no order says of itself what it said then: no new version
     assert digest(parse_document(policy("z"))) == "90d92440d5cdbb5b17997f90bae15739d87b9c4ba04c9acf0105452266902ef3"
@@ -92,7 +92,7 @@ def test_a_record_of_the_first_version_decides_as_it_did(store: Store, tmp_path:
     ],
 )
 def test_what_cannot_be_read_stays_where_it_was(store: Store, tmp_path: Path, body: str, place: list[str]) -> None:
-    store.apply(documents(policy("a", 10), policy("b", 11), policy("x")))
+    apply(store, documents(policy("a", 10), policy("b", 11), policy("x")))
     with closing(sqlite3.connect(tmp_path / "db")) as db, db:
         db.execute("UPDATE documents SET body = ? WHERE name = 'b'", (body,))
     stored = [document for document, _ in store.documents()]

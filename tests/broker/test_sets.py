@@ -22,7 +22,7 @@ from persona.problems import PersonaError
 from persona.program_facts import Kind
 from persona.schema import SCHEMA
 from persona.sets import by_set
-from tests.broker.conftest import ROOT, VM, Broker
+from tests.broker.conftest import ROOT, VM, Broker, apply
 
 GIT = {"kind": "CommandSet", "name": "git", "commands": ["git", "/usr/lib/git-core/*"]}
 CORE = {"kind": "CommandSet", "name": "core", "commands": ["ls", "rm", "cat"]}
@@ -62,7 +62,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_a_persona_is_stored_with_what_its_sets_stand_for(store: Store, tmp_path: Path) -> None:
-    store.apply(parsed(persona("@core", "less", "@git", "!git push **", "!rm", "cat"), POLICY, GIT, CORE))
+    apply(store, parsed(persona("@core", "less", "@git", "!git push **", "!rm", "cat"), POLICY, GIT, CORE))
     whitelist = ["ls", "rm", "less", "git", "/usr/lib/git-core/*", "!git push **", "!rm", "cat"]
     assert stored(store) == (1, whitelist)
     assert [may(store, *argv) for argv in (("ls",), ("git", "log"), ("git", "push", "x"), ("rm",), ("vi",))] == [
@@ -80,31 +80,31 @@ def test_a_persona_is_stored_with_what_its_sets_stand_for(store: Store, tmp_path
 
 
 def test_a_change_of_a_set_is_a_new_version_of_who_uses_it(store: Store) -> None:
-    store.apply(parsed(persona("@git", "ls"), persona("ls", name="B"), POLICY, GIT, CORE))
+    apply(store, parsed(persona("@git", "ls"), persona("ls", name="B"), POLICY, GIT, CORE))
     before = store.generation()
-    assert not store.apply(parsed(persona("@git", "ls"), GIT), ADD)
+    assert not apply(store, parsed(persona("@git", "ls"), GIT), ADD)
     assert store.generation() == before
-    changes = store.apply(parsed(GIT | {"commands": ["git", "tig"]}), ADD)
+    changes = apply(store, parsed(GIT | {"commands": ["git", "tig"]}), ADD)
     assert sorted(changes.changed) == ["CommandSet git", "Persona A"]
     assert stored(store) == (2, ["git", "tig", "ls"])
     assert stored(store, "B") == (1, ["ls"])
     found = store.version("Persona", "A", 1)  # what a decision of then meant
     assert found is not None
     assert to_mapping(found[1])["command_whitelist"] == ["git", "/usr/lib/git-core/*", "ls"]  # type: ignore[arg-type]
-    assert store.apply(parsed(GIT), ADD).changed
+    assert apply(store, parsed(GIT), ADD).changed
     assert stored(store) == (3, ["git", "/usr/lib/git-core/*", "ls"])
-    assert store.apply(parsed(persona("@core", "@git")), ADD).changed == ("Persona A",)
-    assert store.apply(parsed(CORE | {"commands": ["ls"]}), ADD).changed
+    assert apply(store, parsed(persona("@core", "@git")), ADD).changed == ("Persona A",)
+    assert apply(store, parsed(CORE | {"commands": ["ls"]}), ADD).changed
     assert stored(store) == (5, ["ls", "git", "/usr/lib/git-core/*"])
 
 
 def test_what_it_uses_is_remembered_also_where_it_comes_to_the_same(store: Store) -> None:
-    store.apply(parsed(persona("git", "/usr/lib/git-core/*"), POLICY, GIT))
-    assert store.apply(parsed(persona("@git")), ADD).changed == ("Persona A",)
-    store.apply(parsed(GIT | {"commands": ["tig"]}), ADD)
+    apply(store, parsed(persona("git", "/usr/lib/git-core/*"), POLICY, GIT))
+    assert apply(store, parsed(persona("@git")), ADD).changed == ("Persona A",)
+    apply(store, parsed(GIT | {"commands": ["tig"]}), ADD)
     assert stored(store)[1] == ["tig"]
-    store.apply(parsed(persona("tig")), ADD)
-    store.apply(parsed(GIT), ADD)
+    apply(store, parsed(persona("tig")), ADD)
+    apply(store, parsed(GIT), ADD)
     assert stored(store)[1] == ["tig"]
 
 
@@ -221,26 +221,26 @@ def test_a_persona_whose_origin_cannot_be_read_grants_nothing_until_applied_anew
 ) -> None:
     """It would not follow its sets any more, and nobody would see that."""
     documents = parsed(persona("@git"), POLICY, GIT)
-    store.apply(documents)
+    apply(store, documents)
     with closing(sqlite3.connect(tmp_path / "db")) as db, db:
         db.execute("UPDATE expansions SET body = ?", (text,))
     store._parsed.clear()
     assert any(isinstance(document, Unreadable) for document, _ in store.documents())
-    assert store.apply(documents).changed == ("Persona A",)
-    assert not store.apply(documents)
+    assert apply(store, documents).changed == ("Persona A",)
+    assert not apply(store, documents)
     assert stored(store) == (2, ["git", "/usr/lib/git-core/*"])
 
 
 def test_a_set_that_cannot_be_read_leaves_its_personas_as_they_are(store: Store, tmp_path: Path) -> None:
-    store.apply(parsed(persona("@git"), POLICY, GIT, CORE))
+    apply(store, parsed(persona("@git"), POLICY, GIT, CORE))
     with closing(sqlite3.connect(tmp_path / "db")) as db, db:
         db.execute("UPDATE documents SET body = '{' WHERE name = 'git'")
     store._parsed.clear()
-    store.apply(parsed(CORE | {"commands": ["ls"]}), ADD)
+    apply(store, parsed(CORE | {"commands": ["ls"]}), ADD)
     assert stored(store) == (1, ["git", "/usr/lib/git-core/*"])
     with pytest.raises(PersonaError, match="there is no command set 'git'"):
-        store.apply(parsed(persona("@git", "ls")), ADD)
-    assert store.apply(parsed(GIT), ADD).changed == ("CommandSet git",)
+        apply(store, parsed(persona("@git", "ls")), ADD)
+    assert apply(store, parsed(GIT), ADD).changed == ("CommandSet git",)
 
 
 def test_explain_and_a_trial_read_them_from_files(cli: Broker, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ python3 -B /usr/share/fish/tools/create_manpage_completions.py --manpath --clean
 
 def test_a_login_shell_starts_what_its_set_allows_and_not_what_it_would(store: Store) -> None:
     file = ROOT / "examples" / "sets" / "login-shell.yaml"
-    store.apply([*load([file]).documents, *parsed(persona("@login-shell"), POLICY)])
+    apply(store, [*load([file]).documents, *parsed(persona("@login-shell"), POLICY)])
     for line in AT_LOGIN.splitlines():
         assert may(store, *line.split()), line
     for line in (

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from persona_broker.store.sqlite import SessionRow, Store
+from persona_broker.store.interface import SessionRow
+from persona_broker.store.sqlite import Store
 from persona_guest.shell import trial
 from persona_guest.shell.client import Client
 

@@ -17,7 +17,8 @@ from persona.sets import by_set
 from persona_broker import metrics
 from persona_broker.api.guests import body, chosen_by, guest, own, state, store, wire_version
 from persona_broker.policy.snapshot import Entry
-from persona_broker.store.sqlite import SESSIONS_KEPT, SessionRow
+from persona_broker.store.interface import SessionRow
+from persona_broker.store.sessions import SESSIONS_KEPT
 from persona_broker.view import View
 
 log = logging.getLogger("persona.api")

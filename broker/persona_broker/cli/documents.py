@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from persona_broker.policy.diff import Changes
     from persona_broker.policy.field_diff import FieldChange
     from persona_broker.policy.losses import Losses
-    from persona_broker.policy.merge import How, Stored
     from persona_broker.policy_files.reader import Loaded, Present
-    from persona_broker.store.sqlite import Plan, SessionRow, Store
+    from persona_broker.store.interface import Plan, SessionRow
+    from persona_broker.store.sqlite import Store
 
 _MISSING = ("there is no persona", "there is no command set")  # messages about a missing document begin so
 UNCONFIRMED = 4  # an exit code: nobody said yes to a removal
@@ -181,24 +181,17 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
         print(
             f"persona-broker: {note}; an applied policy is moved by an order of its own, or by --all", file=sys.stderr
         )
-    return carry_out(arguments, store, loaded.documents, how, plan, arguments.message)
+    return carry_out(arguments, store, plan, arguments.message)
 
 
-def carry_out(
-    arguments: argparse.Namespace,
-    store: "Store",
-    documents: "Sequence[Stored]",
-    how: "How",
-    plan: "Plan",
-    message: str,
-) -> int:
+def carry_out(arguments: argparse.Namespace, store: "Store", plan: "Plan", message: str) -> int:
     """Shows what the plan does to documents and people, asks before it removes any, and does it; the exit code.
 
     Where somebody else applied documents since the plan was made, nothing is done: it is not what was shown.
     """
     from persona_broker.cli.author import author
     from persona_broker.policy.losses import losses
-    from persona_broker.store.sqlite import make_snapshot
+    from persona_broker.store.stored_text import make_snapshot
 
     if arguments.if_revision is not None:
         store.refuse_another(plan.revision, arguments.if_revision)
@@ -216,7 +209,7 @@ def carry_out(
         return UNCONFIRMED
     revision = plan.revision
     if not arguments.dry_run:
-        revision = store.change(documents, how, author(message), plan.revision).revision
+        revision = store.carry_out(plan, author(message)).revision
     value = {
         **asdict(plan.changes),
         "fields": {name: [field_value(field) for field in found] for name, found in fields.items()},
@@ -342,7 +335,7 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     from persona_broker.policy.order import arrange
     from persona_broker.policy.vm_health import HealthJudge, Reported
     from persona_broker.store.health import Reports
-    from persona_broker.store.sqlite import make_snapshot
+    from persona_broker.store.stored_text import make_snapshot
 
     now = arguments.at.timestamp() if arguments.at else time.time()
     if arguments.files:

@@ -8,7 +8,7 @@ from persona.problems import Fault, PersonaError
 from persona.shown import word
 from persona_broker.cli.store import existing
 from persona_broker.settings import Settings
-from persona_broker.store.sqlite import SessionRow
+from persona_broker.store.interface import SessionRow
 
 
 def show(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -27,9 +27,6 @@ class Author:
     message: str = ""
 
 
-NOBODY = Author("")
-
-
 @dataclass(frozen=True, slots=True)
 class Item:
     """One document in a change-set: its version before and after, ``None`` where it was not applied."""

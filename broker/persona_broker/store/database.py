@@ -1,0 +1,121 @@
+"""One SQLite file (WAL) behind a lock: its connection, its transactions, and the values that are kept by name.
+
+Every process opens its own; ``data_version`` tells cheaply whether another wrote.  The generation is
+raised in the same transaction as the change that it announces.
+"""
+
+import json
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from persona_broker.store.schema import migrate
+
+log = logging.getLogger("persona.record")
+
+_SKIPPED_MAX = 1000  # rows that cannot be read of which the log tells
+T = TypeVar("T")
+
+
+class Database:
+    """One connection behind a lock.  Raises ``sqlite3.Error`` where the file cannot be used or is a newer broker's."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # before SQLite makes it: who may read it knows every guest's commands
+            path.touch(mode=0o600)
+            if os.geteuid() == 0:  # 'sudo persona-broker apply' must not keep the service's user out
+                owner = path.parent.stat()
+                os.chown(path, owner.st_uid, owner.st_gid)
+        self._lock = threading.RLock()
+        self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            migrate(self._db)
+        except BaseException:
+            self._db.close()
+            raise
+        self._skipped: set[str] = set()  # each is logged once
+
+    def close(self) -> None:
+        """Ends the connection."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it, or nothing where it raises."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                if self._db.in_transaction:  # with a full disk, SQLite has rolled it back itself
+                    self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Everything that is read within is of one moment."""
+        with self._lock:
+            if self._db.in_transaction:
+                yield
+                return
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._db.execute("COMMIT")
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What a query finds."""
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def data_version(self) -> int:
+        """Another number after each write of another connection (PRAGMA data_version; microseconds)."""
+        return int(self.rows("PRAGMA data_version")[0][0])
+
+    def generation(self) -> int:
+        """The number of the newest change that can change a decision."""
+        return int(self.rows("SELECT value FROM meta WHERE key = 'generation'")[0][0])
+
+    def raise_generation(self) -> int:
+        """Announces a change made elsewhere (a condition that began or ceased to hold)."""
+        with self.writing() as db:
+            return raise_generation(db)
+
+    def meta(self, key: str, parse: Callable[[Any], T], default: T) -> T | None:
+        """What is kept under a key; ``default`` where nothing is, ``None`` where it cannot be read."""
+        rows = self.rows("SELECT value FROM meta WHERE key = ?", key)
+        if not rows:
+            return default
+        try:
+            return parse(json.loads(rows[0][0]))
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            self.skip(f"meta {key}", error)
+            return None
+
+    def skip(self, what: str, error: Exception) -> None:
+        """Logs, once, that a row cannot be read."""
+        if what not in self._skipped and len(self._skipped) < _SKIPPED_MAX:
+            self._skipped.add(what)
+            log.error("%s cannot be read and does not count: %r", what, error)
+
+
+def raise_generation(db: sqlite3.Connection) -> int:
+    """Within the transaction of the change that it announces."""
+    db.execute("UPDATE meta SET value = value + 1 WHERE key = 'generation'")
+    return int(db.execute("SELECT value FROM meta WHERE key = 'generation'").fetchone()[0])
+
+
+def put_meta(db: sqlite3.Connection, key: str, value: Any) -> None:
+    """Keeps a value by name."""
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))

@@ -1,0 +1,214 @@
+"""Documents: which are applied, what an ``apply`` would change and changes, and what there was at any revision."""
+
+import logging
+import sqlite3
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from persona.documents import Document
+from persona.problems import Fault, PersonaError
+from persona_broker.policy.diff import Identity, compare
+from persona_broker.policy.merge import WHOLE, How, Stored, key_of, merge
+from persona_broker.policy.snapshot import Snapshot
+from persona_broker.policy.unreadable import Unreadable
+from persona_broker.store import change_sets
+from persona_broker.store.change_sets import Author, ChangeSet
+from persona_broker.store.database import Database, raise_generation
+from persona_broker.store.interface import Changed, Plan, Text
+from persona_broker.store.stored_text import is_intact, make_snapshot, read, text_of
+
+log = logging.getLogger("persona.record")
+
+# how personas that use command sets came about is a row of its own, which an older broker does not look at
+_TEXTS = "documents d LEFT JOIN expansions e USING (kind, name, version)"
+_NEWEST = (
+    f"SELECT version, d.digest, d.body, e.body FROM {_TEXTS}"  # noqa: S608 - constants
+    " WHERE kind = ? AND name = ? ORDER BY version DESC LIMIT 1"
+)
+# a document whose own row is gone is applied all the same: its text cannot be read
+_APPLIED = (
+    "SELECT kind, name, version, d.digest, d.body, e.body FROM applied a LEFT JOIN documents d"
+    " USING (kind, name, version) LEFT JOIN expansions e USING (kind, name, version) ORDER BY a.position"
+)
+
+
+class Documents(Database):
+    """The part of the database that decisions are made from, with its history."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._parsed: dict[tuple[str, str, int], Document] = {}
+        self._told: set[Unreadable] = set()  # each is logged once
+
+    # --- changes ------------------------------------------------------------------------------------
+
+    def plan(self, documents: Sequence[Stored], how: How = WHOLE) -> Plan:
+        """What applying these would do.  A document whose stored text cannot be read is changed by the same one.
+
+        One that is given as unreadable stays as it is: it must be applied.
+
+        Raises ``PersonaError`` for what cannot be applied.
+        """
+        with self.reading():
+            revision = change_sets.revision(self._db)
+            before = [document for document, _ in self.documents()]
+            rows = self.rows(_APPLIED)
+        after = merge(before, documents, how)
+        kept = set(map(id, before))
+        written = [document for document in after if not isinstance(document, Unreadable) and id(document) not in kept]
+        texts = {key_of(document): text_of(document) for document in written}
+        old: list[Identity] = []
+        new = {(kind, name): str(key) for kind, name, _version, key, *_ in rows}
+        for kind, name, _version, key, *stored in rows:
+            text = texts.get((kind, name))
+            broken = text is not None and key == text.digest and not is_intact((kind, name), (key, *stored), text)
+            old.append((kind, name, "cannot be read" if broken else str(key)))
+        new |= {key: text.digest for key, text in texts.items()}
+        changes = compare(old, [(*key_of(document), new[key_of(document)]) for document in after])
+        return Plan(revision, tuple(before), tuple(after), changes, texts)
+
+    def carry_out(self, plan: Plan, author: Author) -> Changed:
+        """Does what a plan says, in one transaction; a version is new only where the content is.
+
+        Generation and revision rise only where something changed: leases outlive an ``apply`` of the same.  Raises
+        ``PersonaError`` where another revision holds than the one that the plan was made for: nobody has seen what
+        it would do then.
+        """
+        self.catch_up()  # apart from what may be refused: a refusal names the revision
+        with self.writing() as db:
+            change_sets.catch_up(db)
+            self.refuse_another(change_sets.revision(db), plan.revision)
+            if plan.changes:
+                _write(db, plan, author)
+            return Changed(change_sets.revision(db), plan.changes)
+
+    def change(self, documents: Sequence[Stored], how: How, author: Author) -> Changed:
+        """Plans and does it at once, whatever revision holds.  Raises ``PersonaError``."""
+        with self.writing() as db:
+            change_sets.catch_up(db)
+            plan = self.plan(documents, how)
+            if plan.changes:
+                _write(db, plan, author)
+            return Changed(change_sets.revision(db), plan.changes)
+
+    def refuse_another(self, revision: int, wanted: int) -> None:
+        """Raises ``PersonaError``, with who was faster, where ``revision`` is not the one that was ``wanted``."""
+        if revision != wanted:
+            with self.reading():
+                raise PersonaError(Fault.CONFLICT, change_sets.overtaken(self._db, wanted))
+
+    def catch_up(self) -> None:
+        """Writes down as a change-set what a broker applied that keeps none; without one, it writes nothing."""
+        with self.reading():
+            behind = change_sets.is_behind(self._db)
+        if behind:
+            with self.writing() as db:
+                change_sets.catch_up(db)
+
+    # --- history ------------------------------------------------------------------------------------
+
+    def revision(self) -> int:
+        """The number of the newest change-set; 0 = there is none."""
+        with self.reading():
+            return change_sets.revision(self._db)
+
+    def history(self, limit: int, name: str | None = None) -> list[ChangeSet]:
+        """The newest change-sets first; with ``name`` those that changed a document of that name."""
+        with self.reading():
+            return change_sets.newest(self._db, limit, name)
+
+    def documents_at(self, revision: int) -> list[tuple[Document | Unreadable, int]]:
+        """What was applied at a revision, policies last and in order, each with its version.
+
+        Raises ``PersonaError`` where there is no such revision.
+        """
+        with self.reading():
+            if revision > (newest := change_sets.revision(self._db)):
+                raise PersonaError(Fault.NOT_FOUND, f"there is no revision {revision}; the newest is {newest}")
+            place = {name: number for number, name in enumerate(change_sets.policies_at(self._db, revision))}
+            versions = sorted(
+                change_sets.versions_at(self._db, revision).items(),
+                key=lambda item: (item[0][0] == "Policy", place.get(item[0][1], 0), item[0]),
+            )
+            return [(self._version(*key, version), version) for key, version in versions]
+
+    def _version(self, kind: str, name: str, version: int) -> Document | Unreadable:
+        found = self.version(kind, name, version)
+        return found[1] if found is not None else read(kind, name, version, None, None)
+
+    def count(self) -> int:
+        """How many documents are applied."""
+        return int(self.rows("SELECT count(*) FROM applied")[0][0])
+
+    # --- what is applied ----------------------------------------------------------------------------
+
+    def documents(self) -> list[tuple[Document | Unreadable, int]]:
+        """The applied set in order, each with its version.  Those that cannot be read are logged once."""
+        with self._lock:  # versions never change, so of a large set only what is new is parsed
+            found = [(kind, name, version, texts) for kind, name, version, _digest, *texts in self.rows(_APPLIED)]
+            parsed: dict[tuple[str, str, int], Document | Unreadable] = {}
+            for kind, name, version, texts in found:
+                key = kind, name, version
+                parsed[key] = self._parsed.get(key) or read(kind, name, version, *texts)
+            self._parsed = {key: item for key, item in parsed.items() if not isinstance(item, Unreadable)}
+            self._tell(item for item in parsed.values() if isinstance(item, Unreadable))
+            return [(parsed[kind, name, version], version) for kind, name, version, _ in found]
+
+    def texts(self) -> list[tuple[str, str, int, str | None]]:
+        """The applied set as it is stored: kind, name, version and JSON, ``None`` where that is gone."""
+        return [(kind, name, version, body) for kind, name, version, _digest, body, _expansion in self.rows(_APPLIED)]
+
+    def text(self, kind: str, name: str, version: int) -> str | None:
+        """The JSON of one version as it is stored; ``None`` where it is gone."""
+        rows = self.rows("SELECT body FROM documents WHERE kind = ? AND name = ? AND version = ?", kind, name, version)
+        return str(rows[0][0]) if rows else None
+
+    def _tell(self, unreadable: Iterable[Unreadable]) -> None:
+        now = set(unreadable)
+        for item in now - self._told:
+            log.error("%s; it grants nothing until it is applied anew", item)
+        for item in self._told - now:
+            log.warning("%s %s is read again, or not applied any more", item.kind, item.name)
+        self._told = now
+
+    def version(self, kind: str, name: str, version: int | None = None) -> tuple[int, Document | Unreadable] | None:
+        """One version of a document, by default the newest; ``None`` where there is none."""
+        query = f"SELECT version, d.body, e.body FROM {_TEXTS} WHERE kind = ? AND name = ?"  # noqa: S608 - constants
+        where = "AND version = ifnull(?, version) ORDER BY version DESC LIMIT 1"
+        for number, body, expansion in self.rows(f"{query} {where}", kind, name, version):
+            return number, read(kind, name, number, body, expansion)
+        return None
+
+    def snapshot(self) -> Snapshot:
+        """The applied set as an index."""
+        return make_snapshot(self.documents())
+
+
+def _write(db: sqlite3.Connection, plan: Plan, author: Author) -> None:
+    """The documents, what is applied, the change-set and the generation."""
+    used, now = change_sets.applied(db), time.time()
+    old = {position: row for position, *row in db.execute("SELECT position, kind, name, version FROM applied")}
+    new: list[list[str | int]] = []
+    for document in plan.after:
+        key = key_of(document)
+        text = plan.texts.get(key)
+        new.append([*key, used[key] if text is None else _stored(db, key, text, used.get(key, 0), now)])
+    moved = [(position, *row) for position, row in enumerate(new) if old.get(position) != row]
+    db.executemany("INSERT OR REPLACE INTO applied VALUES (?, ?, ?, ?)", moved)
+    db.execute("DELETE FROM applied WHERE position >= ?", (len(new),))
+    change_sets.add(db, used, author)
+    raise_generation(db)
+
+
+def _stored(db: sqlite3.Connection, key: tuple[str, str], text: Text, used: int, now: float) -> int:
+    """The version of a text: the newest one where that is the same, else one that is stored now."""
+    version, *stored = db.execute(_NEWEST, key).fetchone() or (0, None, None, None)
+    if is_intact(key, stored, text):
+        return int(version)
+    version = max(version, used) + 1  # a number is never used twice
+    db.execute("INSERT INTO documents VALUES (?, ?, ?, ?, ?, ?)", (*key, version, text.digest, text.body, now))
+    db.execute("DELETE FROM expansions WHERE kind = ? AND name = ? AND version = ?", (*key, version))
+    if text.expansion is not None:
+        db.execute("INSERT INTO expansions VALUES (?, ?, ?, ?)", (*key, version, text.expansion))
+    return version
