@@ -26,7 +26,7 @@ MAX_GROUPS_IN_USE = 65536  # named by policies of one VM
 MAX_RECORDS = 500
 MAX_EXTRA = 4096  # characters of JSON: what a record says that this version does not know
 _DEPTH_EXTRA = 8
-_NAME, _PATH, _HELP, _TAG = 256, 4096, 2000, 64
+_NAME, _PATH, _HELP, _TAG, _PLACE = 256, 4096, 2000, 64, 256
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 
 T = TypeVar("T")
@@ -233,9 +233,14 @@ def encode_decision(decision: Decision, version: int = wire.CURRENT) -> dict[str
         "generation": decision.generation,
         "policy": decision.policy,
     }
+    if version > wire.FIRST:  # 0.1.0 would refuse the whole answer
+        common["policy_version"] = decision.policy_version
+        common["policy_place"] = decision.policy_place
     if isinstance(decision, Granted):
         persona = {"name": decision.persona.name, "version": decision.persona.version}
         return {"decision": "granted", "persona": persona, **common}
+    if version > wire.FIRST:
+        common["persona_version"] = decision.persona_version
     return {
         "decision": "denied",
         "reason": wire.reason_for(decision.reason, version),
@@ -247,7 +252,8 @@ def encode_decision(decision: Decision, version: int = wire.CURRENT) -> dict[str
 
 def decode_decision(value: object, path: str = "") -> Decision:
     """A decision; what a newer broker says more is skipped, it knows whom it speaks to.  Raises ``CodecError``."""
-    kind = value.get("decision") if isinstance(value, dict) else None
+    value = value if isinstance(value, dict) else {}
+    kind = value.get("decision")
     common = ("decision", "persona", "policy", "lease", "generation")
     if kind == "granted":
         item = known(value, path, common)
@@ -260,6 +266,8 @@ def decode_decision(value: object, path: str = "") -> Decision:
             string(item["policy"], _join(path, "policy")),
             _decode_lease(item["lease"], _join(path, "lease")),
             integer(item["generation"], _join(path, "generation")),
+            _version(value, path, "policy_version"),
+            _place(value, path),
         )
     if kind != "denied":
         raise CodecError(_join(path, "decision"), "expected 'granted' or 'denied'")
@@ -271,7 +279,19 @@ def decode_decision(value: object, path: str = "") -> Decision:
         string(item["help"], _join(path, "help"), _HELP),
         _decode_lease(item["lease"], _join(path, "lease")),
         integer(item["generation"], _join(path, "generation")),
+        _version(value, path, "persona_version"),
+        _version(value, path, "policy_version"),
+        _place(value, path),
     )
+
+
+def _version(value: Mapping[str, Any], path: str, name: str) -> int | None:
+    """``None`` also where a broker says none, as 0.1.0."""
+    return optional(value.get(name), _join(path, name), integer)
+
+
+def _place(value: Mapping[str, Any], path: str) -> str:
+    return string(value.get("policy_place", ""), _join(path, "policy_place"), _PLACE)
 
 
 def _decode_lease(value: object, path: str) -> Lease:
@@ -334,6 +354,7 @@ class Record:
     leased: bool
     complain: bool
     extra: str = ""
+    policy_version: int | None = None
 
 
 _RECORD_FIELDS = tuple(field.name for field in fields(Record) if field.name != "extra")
@@ -371,6 +392,7 @@ def decode_record(value: object, path: str = "record") -> Record:
         leased=boolean(item["leased"], f"{path}.leased"),
         complain=boolean(item["complain"], f"{path}.complain"),
         extra=_extra(value),
+        policy_version=_version(value, path, "policy_version") if isinstance(value, dict) else None,
     )
 
 

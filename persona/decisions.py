@@ -1,7 +1,9 @@
 """A request to run a program, and the two answers that there are: granted or denied.
 
 A decision is never a bare boolean: it names the persona and policy that it came from, so that
-whoever is refused can be told why and whoever audits can tell from what.
+whoever is refused can be told why and whoever audits can tell from what: versions of policy and persona, where the
+broker said them, are those of its store, which keeps every one.  A policy's place (``10-analysts.yaml:3``) is where its
+operator finds it.
 """
 
 from dataclasses import dataclass, field
@@ -86,6 +88,8 @@ class Granted:
     policy: str
     lease: Lease
     generation: int = field(default=0, compare=False)
+    policy_version: int | None = field(default=None, compare=False)
+    policy_place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,9 @@ class Denied:
     help: str = ""
     lease: Lease = Lease(seconds=0.0, width=Width.ARGV)
     generation: int = field(default=0, compare=False)
+    persona_version: int | None = field(default=None, compare=False)
+    policy_version: int | None = field(default=None, compare=False)
+    policy_place: str = field(default="", compare=False)
 
 
 Decision = Granted | Denied

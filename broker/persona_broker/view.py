@@ -27,6 +27,7 @@ class View:
     revoked: frozenset[str]
     ending: frozenset[str]  # of the revoked
     generation: int
+    moved: int  # how often documents moved within their files, which raises no generation
     guests: Mapping[str, str]  # by the hash of their token
     sample: Sample | None
     health: Mapping[str, Reported]  # by VM
@@ -68,8 +69,8 @@ class State:
     def _load(self, previous: View | None) -> View:
         written = self._store.data_version()  # first: what is written meanwhile makes the view old, never the reverse
         with self._store.reading():
-            generation = self._store.generation()
-            if previous is not None and previous.generation == generation:
+            generation, moved = self._store.stamp()
+            if previous is not None and (previous.generation, previous.moved) == (generation, moved):
                 snapshot, revoked, ending = previous.snapshot, previous.revoked, previous.ending
             else:
                 snapshot = self._store.snapshot()
@@ -82,4 +83,6 @@ class State:
         if previous is not None and condition_state == previous.condition_state and snapshot is previous.snapshot:
             condition_state = previous.condition_state  # the same object: what was made for it stays good
         sample, judged_at = world.sample, time.monotonic()
-        return View(snapshot, condition_state, revoked, ending, generation, guests, sample, health, written, judged_at)
+        return View(
+            snapshot, condition_state, revoked, ending, generation, moved, guests, sample, health, written, judged_at
+        )

@@ -101,7 +101,8 @@ def test_explain(cli: Broker) -> None:
         return cli.run("explain", "--user", user, "--vm", "analytics-1", "--load", load, *files, "--", *command)
 
     done = explain("cpu=50", "git", "log")
-    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "granted under DataAnalyst (policy analysts-by-day)")
+    granted = "granted under DataAnalyst, policy analysts-by-day (policies/10-analysts.yaml:1)"
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, granted)
     done = explain("cpu=80", "git", "log")
     assert done.returncode == 1
     assert done.stdout.startswith("denied, load_exceeds_threshold")
@@ -254,7 +255,7 @@ def test_hours_by_the_clock_that_is_given(cli: Broker, tmp_path: Path) -> None:
     )
     for moment, begins in (
         ("2026-11-24T06:00:00+00:00", "granted"),
-        ("2026-11-24T05:59:59+00:00", "denied, outside_hours: it holds Mon-Fri"),
+        ("2026-11-24T05:59:59+00:00", "denied, outside_hours, policy a (x.yaml:3): it holds Mon-Fri"),
         ("2026-07-06T05:00:00+00:00", "granted"),  # summer time
         ("2026-11-28T12:00:00+00:00", "denied, outside_hours"),
     ):

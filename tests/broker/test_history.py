@@ -57,11 +57,17 @@ def test_who_changed_what(cli: Broker, tmp_path: Path, monkeypatch: pytest.Monke
     newest, second, first = answer(cli, "history")["items"]
     assert (first["author"], first["message"], first["revision"]) == ("ann", "first", 1)
     assert (second["author"], newest["author"]) == ("bob?", "root")
-    assert second["documents"] == [{"kind": "Persona", "name": "A", "before": 1, "after": 2}]
-    assert newest["documents"] == [{"kind": "Policy", "name": "b", "before": None, "after": 1}]
+    assert second["documents"] == [
+        {"kind": "Persona", "name": "A", "before": 1, "after": 2, "file": "a.yaml", "line": 1}
+    ]
+    assert newest["documents"] == [
+        {"kind": "Policy", "name": "b", "before": None, "after": 1, "file": "a.yaml", "line": 1}
+    ]
     assert [item["revision"] for item in answer(cli, "history", "A")["items"]] == [2, 1]
     text = cli.run("history", "-n", "2").stdout
-    assert "   2  " in text and "  'bob?'\n        Persona A: version 1 -> 2\n" in text and "first" not in text
+    assert (
+        "   2  " in text and "  'bob?'\n        Persona A: version 1 -> 2 (a.yaml:1)\n" in text and "first" not in text
+    )
     assert cli.run("history", "nobody").stdout == "no document 'nobody' was ever applied\n"
 
 
@@ -182,9 +188,9 @@ def test_what_differs_between_two_revisions(cli: Broker, tmp_path: Path) -> None
     ]
     assert all(f"\n  Persona A: {line}\n" in done.stdout for line in lines), done.stdout
     found = cli.run("diff", "1").stdout.splitlines()
-    assert found[0] == "Persona A: version 1 -> 2"
+    assert found[0] == "Persona A: version 1 -> 2 (a.yaml:1)"
     assert {f"  {line}" for line in lines} <= set(found)
-    assert found[-1] == "Persona B: added, version 1"
+    assert found[-1] == "Persona B: added, version 1 (a.yaml:3)"
     assert answer(cli, "diff", "1", "1")["documents"] == []
 
 
@@ -201,7 +207,7 @@ def test_a_document_and_its_versions(cli: Broker, tmp_path: Path) -> None:
     cli.run("apply", write(file, persona("A", "!git push **", "no", "git **"), policy("A")))
     cli.run("apply", write(file, persona("A", "ls")))
     shown = cli.run("show", "A").stdout
-    assert shown.startswith("# Persona A, version 2\n") and "# Policy A, version 1\n" in shown
+    assert shown.startswith("# Persona A, version 2 (a.yaml:1)\n") and "# Policy A, version 1 (a.yaml:3)\n" in shown
     one = cli.run("show", "A", "--kind", "Persona", "--version", "1").stdout
     assert yaml.safe_load(one)["command_whitelist"] == ["!git push **", "no", "git **"]
     assert answer(cli, "show", "A", "--kind", "Policy")["items"][0]["version"] == 1
@@ -218,7 +224,9 @@ def test_what_0_1_0_applied_meanwhile_is_in_the_history(cli: Broker, store: Stor
     cli.run("apply", write(tmp_path / "b.yaml", persona("B")))
     newest, between, _ = answer(cli, "history")["items"]
     assert (newest["revision"], between["author"]) == (3, None)
-    assert between["documents"] == [{"kind": "Persona", "name": "A", "before": 1, "after": 2}]
+    assert between["documents"] == [
+        {"kind": "Persona", "name": "A", "before": 1, "after": 2, "file": None, "line": None}
+    ]
     assert "somebody unknown  what a broker that keeps no revisions applied" in cli.run("history").stdout
 
 
@@ -288,7 +296,7 @@ def test_a_persona_that_changed_with_its_command_set(cli: Broker, tmp_path: Path
     cli.run("apply", write(tmp_path / "a.yaml", persona("A", "@git"), SET, policy("a")))
     cli.run("apply", write(tmp_path / "b.yaml", SET | {"commands": ["git **"]}))
     lines = cli.run("diff", "1").stdout.splitlines()
-    assert lines[-2:] == ["Persona A: version 1 -> 2", "  its command sets changed"]
+    assert lines[-2:] == ["Persona A: version 1 -> 2 (a.yaml:1)", "  its command sets changed"]
 
 
 def test_a_damaged_order_is_an_error_and_no_order(cli: Broker, store: Store, tmp_path: Path) -> None:

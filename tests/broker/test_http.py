@@ -128,8 +128,8 @@ def test_apply_under_load_never_answers_wrongly(broker: Broker, ask: Ask) -> Non
 def test_records(broker: Broker) -> None:
     record = {
         "at": 1.5, "session": "s", "user": "alice", "program": "/usr/bin/ls", "argv": ["ls"], "decision": "granted",
-        "reason": None, "persona": "DataAnalyst", "persona_version": 1, "policy": "p", "event": "exec", "leased": True,
-        "complain": False,
+        "reason": None, "persona": "DataAnalyst", "persona_version": 1, "policy": "p", "policy_version": 2,
+        "event": "exec", "leased": True, "complain": False,
     }  # fmt: skip
     assert broker.call("POST", "/v1/records", {"records": [record], "lost": 3})[0] == 204
     shown = [json.loads(line) for line in broker.run("records", "tail", "--json").stdout.splitlines()]
@@ -172,7 +172,7 @@ def test_a_record_that_is_none_keeps_no_other_from_being_kept(broker: Broker) ->
     assert broker.call("POST", "/v1/records", sent, speaks=None) == (204, b"")
     assert lost() == before + 2
     shown = [json.loads(line) for line in broker.run("records", "tail", "--json").stdout.splitlines()]
-    assert shown[-4:] == [{"vm": VM, **record, "at": "1970-01-01T00:00:07.500Z"}] * 4
+    assert shown[-4:] == [{"vm": VM, **record, "at": "1970-01-01T00:00:07.500Z", "policy_version": None}] * 4
 
 
 def test_every_answer_names_the_version_of_the_protocol(broker: Broker) -> None:

@@ -106,7 +106,7 @@ def test_explain_of_files_goes_by_it_too(cli: Broker, tmp_path: Path) -> None:
     given = [PERSONA, other, policy("second", 2), {**policy("first", 1), "persona": "B"}]
     (tmp_path / "x.yaml").write_text("\n---\n".join(map(json.dumps, given)))
     ask = ("explain", "--user", "alice", "--vm", "v", "--files", str(tmp_path / "x.yaml"), "--", "ls")
-    assert cli.run(*ask).stdout.startswith("granted under B (policy first)")
+    assert cli.run(*ask).stdout.startswith("granted under B, policy first (")
     assert cli.run("apply", str(tmp_path / "x.yaml")).returncode == 0
     listed = cli.run("policies", "list").stdout.splitlines()
     assert [line.split() for line in listed[1:]] == [["1", "1", "first", "->", "B"], ["2", "2", "second", "->", "A"]]

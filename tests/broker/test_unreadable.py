@@ -344,5 +344,8 @@ def test_it_shows_them(served: Broker) -> None:
     assert {(item["kind"], item["name"]) for item in problems} == {("Policy", "office"), ("Persona", "Broken")}
     explained = served.run("explain", "--user", "cid", "--vm", VM, "--", "ls")
     assert explained.returncode == 1
-    assert "denied, invalid_persona: persona Broken of policy broken cannot be read" in explained.stdout
+    assert (
+        "denied, invalid_persona, policy broken (set.yaml:7): persona Broken of policy broken cannot be read"
+        in explained.stdout
+    )
     assert "it keeps the policies after it from being asked" in explained.stdout

@@ -13,7 +13,7 @@ from tests.guest.conftest import ROOT, Run
 def test_what_is_listed_runs_and_what_is_not_does_not(gated: Run) -> None:
     done = gated("ls -d /; strace -V; echo $?; ls -d /etc | cat")
     assert done.stdout == "/\n126\n/etc\n"
-    assert "persona: strace: denied, no_matching_policy under persona Trial (policy trial-Trial)" in done.stderr
+    assert "persona: strace: denied, no_matching_policy under persona Trial, policy trial-Trial (" in done.stderr
 
 
 def test_exit_codes_are_the_commands_own(gated: Run) -> None:

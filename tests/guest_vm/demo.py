@@ -71,7 +71,8 @@ class Story:
 
 def refused(program: str, why: str = "no_matching_policy") -> str:
     """The line of a denial under DataAnalyst, and no sign that the program ran."""
-    return rf"\A(?!.*Nmap done).*persona: {program}: denied, {why} under persona DataAnalyst \(policy analysts-by-day\)"
+    under = r"under persona DataAnalyst, policy analysts-by-day \(\S+:\d+\)"
+    return rf"\A(?!.*Nmap done).*persona: {program}: denied, {why} {under}"
 
 
 def tell(machine: Machine, broker: Broker) -> Story:

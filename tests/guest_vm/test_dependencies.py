@@ -73,7 +73,7 @@ def audit(guest: Machine) -> str:
 def test_by_default_it_is_denied_with_what_an_operator_can_do(guest: Machine, broker: Broker, tmp_path: Path) -> None:
     needing(broker, tmp_path, "lab-tool (>= 2)", "service:lab-service")
     line = guest.ssh("alice", "ls -d /etc").err
-    assert "ls: denied, dependency_missing under persona Needy (policy needy)" in line
+    assert "ls: denied, dependency_missing under persona Needy, policy needy (" in line
     assert "lab-tool (>= 2) (not installed), service:lab-service (inactive)" in line
     assert "'apt-get install lab-tool' and 'systemctl start lab-service'" in line
     assert audit(guest) == ""

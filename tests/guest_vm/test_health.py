@@ -75,7 +75,7 @@ def test_a_full_disk_denies_in_a_session_that_is_open_and_a_freed_one_allows(gue
         took = until(lambda: "denied, vm_unhealthy" in session.ask("ls -d /etc"), 30)
         line = session.ask("ls -d /etc")
         assert "/mnt/small has" in line and "the policy holds above 20 %, again above 22 %" in line
-        assert "under persona Healthy (policy while-healthy)" in line
+        assert "under persona Healthy, policy while-healthy (" in line
         assert "would be denied, vm_unhealthy" in session.ask("persona explain ls")
         assert "Healthy v1, policy while-healthy: not now, vm_unhealthy" in session.ask("persona list")
         assert "! the VM is not healthy: /mnt/small has" in broker.run("health", check=False)

@@ -11,7 +11,7 @@ from tests.guest_vm.login import Terminal
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import Broker, configure
 
-UNDER = r"under persona DataAnalyst \(policy analysts-by-day\)"
+UNDER = r"under persona DataAnalyst, policy analysts-by-day \(\S+:\d+\)"
 DENIED = re.compile(rf"persona: nmap: denied, no_matching_policy {UNDER}: not in its whitelist")
 
 
@@ -213,7 +213,7 @@ def test_programs_in_a_home(guest: Machine) -> None:
         "chmod u+s own/v1/tool; " + line + "chmod u-s own/v1/tool; " + line +
         "persona explain own/v1/tool; persona explain own/other; persona list | grep home",
     )  # fmt: skip
-    explained = "own/v1/tool: would run under Escapist v1 (policy escapists)\n"
+    explained = "own/v1/tool: would run under Escapist v1, policy escapists ("
     assert done.out.startswith("carol\n0\n126\n126\ncarol\n0\n126\ncarol\n0\n" + explained), done.text
     assert "own/other: would be denied, program_not_trusted" in done.out
     assert "    in your home: own/**/tool\n" in done.out

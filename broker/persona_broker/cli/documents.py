@@ -67,10 +67,10 @@ def add_files(paths: list[Path], store: "Store") -> None:
     from persona_broker.policy.merge import ADD
     from persona_broker.store.change_sets import Author
 
-    documents = _loaded(paths, _present(store)).documents
-    if not documents:
+    loaded = _loaded(paths, _present(store))
+    if not loaded.documents:
         raise _no_documents(paths)
-    store.change(documents, ADD, Author("persona-broker serve", "--apply"))
+    store.change(loaded.documents, ADD, Author("persona-broker serve", "--apply"), loaded.places)
 
 
 def _no_documents(paths: "Sequence[Path]", effect: str = "") -> PersonaError:
@@ -175,7 +175,7 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
         count = store.count() if removing else 0
         effect = f": this would remove all {plural(count, 'document')}; --allow-empty does it" if count else ""
         raise _no_documents(paths, effect)
-    plan = store.plan(loaded.documents, how)
+    plan = store.plan(loaded.documents, how, loaded.places)
     if (how.before or how.after) and not unplaced(plan.before, loaded.documents):
         note = "no policy of the files is new and without an order, so --before and --after move nothing"
         print(
@@ -333,13 +333,15 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     from persona_broker.policy.conditions import ConditionInputs
     from persona_broker.policy.explain import explain, world_of
     from persona_broker.policy.order import arrange
+    from persona_broker.policy.place import named
     from persona_broker.policy.vm_health import HealthJudge, Reported
     from persona_broker.store.health import Reports
     from persona_broker.store.stored_text import make_snapshot
 
     now = arguments.at.timestamp() if arguments.at else time.time()
     if arguments.files:
-        snapshot = make_snapshot((document, 0) for document in arrange(documents_of(arguments.files)))
+        loaded = _loaded(arguments.files)
+        snapshot = make_snapshot(((document, 0) for document in arrange(loaded.documents)), loaded.places)
         world = world_of(snapshot, {}, now)
         reports: Mapping[str, Reported] = {}
     else:
@@ -355,12 +357,16 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     unhealthy = HealthJudge(settings.health_max_age_s).look(snapshot.vm_conditions, reports, now)
     found = explain(snapshot, subject, tuple(arguments.command), world, unhealthy)
     decision = found.decision
-    lines = [f"  {c.policy} -> {c.persona}: {c.verdict}" for c in found.considered]
+    lines = [f"  {named(c.policy, c.place)} -> {c.persona}: {c.verdict}" for c in found.considered]
+    policy = named(decision.policy, decision.policy_place) if decision.policy else ""
     if isinstance(decision, Granted):
-        head = f"granted under {decision.persona.name} (policy {decision.policy})"
+        head = f"granted under {decision.persona.name}, policy {policy}"
     else:
-        head = f"denied, {decision.reason}: {decision.help}"
-    considered = [{"policy": c.policy, "persona": c.persona, "verdict": c.verdict} for c in found.considered]
+        head = f"denied, {decision.reason}{', policy ' if policy else ''}{policy}: {decision.help}"
+    considered = [
+        {"policy": c.policy, "place": c.place or None, "persona": c.persona, "verdict": c.verdict}
+        for c in found.considered
+    ]
     value = {"decision": encode_decision(decision), "considered": considered, "notes": list(found.notes)}
     say(arguments, value, "\n".join([head, *lines, *found.notes]))
     return 0 if isinstance(decision, Granted) else 1

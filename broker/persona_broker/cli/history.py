@@ -15,9 +15,10 @@ from persona_broker.cli.store import existing, say
 from persona_broker.policy.diff import in_another_order
 from persona_broker.policy.field_diff import FieldChange, compare
 from persona_broker.policy.merge import WHOLE, Stored, key_of
+from persona_broker.policy.place import NOWHERE, Place, named
 from persona_broker.policy.unreadable import Unreadable
 from persona_broker.settings import Settings
-from persona_broker.store.change_sets import ChangeSet, Item
+from persona_broker.store.change_sets import ChangeSet, Item, Places
 from persona_broker.store.sqlite import Store
 
 _KINDS = ("CommandSet", "Persona", "Policy")
@@ -48,6 +49,7 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``show NAME``: the document as YAML, the version that is applied or another one; 1 where one cannot be read."""
     store = existing(settings)
     applied = {(kind, name): version for kind, name, version, _ in store.texts()}
+    now, places = store.places(), dict[tuple[str, str], Place]()
     kinds = [arguments.kind] if arguments.kind else _KINDS
     found: list[Versioned] = []
     for kind in kinds:
@@ -55,18 +57,23 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
         stored = store.version(kind, arguments.name, version) if version is not None else None
         if stored is not None:
             found.append((stored[1], stored[0]))
+            places[kind, arguments.name] = (
+                now.get((kind, arguments.name), NOWHERE)
+                if version == applied.get((kind, arguments.name))
+                else store.place_of(kind, arguments.name, stored[0])
+            )
     if not found:
         what = "is applied" if arguments.version is None else f"has a version {arguments.version}"
         fix = f"'persona-broker history {word(arguments.name)}' shows what there was"
         raise PersonaError(Fault.NOT_FOUND, f"no document {arguments.name!r} {what}; {fix}")
-    return _print_documents(arguments, store, found, heads=True)
+    return _print_documents(arguments, store, found, places, heads=True)
 
 
 def export(arguments: argparse.Namespace, settings: Settings) -> int:
     """``export``: all documents of a revision as YAML, which ``apply --all`` takes back; 1 where one cannot be read."""
     store = _store(settings)
     number = store.revision() if arguments.revision is None else arguments.revision
-    return _print_documents(arguments, store, store.documents_at(number), heads=False)
+    return _print_documents(arguments, store, store.documents_at(number), store.places(number), heads=False)
 
 
 def diff(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -74,12 +81,13 @@ def diff(arguments: argparse.Namespace, settings: Settings) -> int:
     store = _store(settings)
     other = store.revision() if arguments.other is None else arguments.other
     before, after = ({key_of(item[0]): item for item in store.documents_at(n)} for n in (arguments.revision, other))
+    places = {**store.places(arguments.revision), **store.places(other)}
     lines, items = [], []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if old is not None and new is not None and (old[1] == new[1] or _same(old[0], new[0])):
             continue  # going back to an old text makes a new version
-        change = Item(*key, old[1] if old else None, new[1] if new else None)
+        change = Item(*key, old[1] if old else None, new[1] if new else None, places.get(key, NOWHERE))
         broken = [item[0] for item in (old, new) if item is not None and isinstance(item[0], Unreadable)]
         fields = _fields(old[0], new[0]) if old is not None and new is not None else []
         lines.append(_what(change))
@@ -119,7 +127,7 @@ def rollback(arguments: argparse.Namespace, settings: Settings) -> int:
         head = f"refused: of revision {number} cannot be read (apply files instead, 'export' writes the others):"
         raise PersonaError(Fault.BAD_DOCUMENT, "\n".join([head, *broken]))
     message = f"rollback to {number}" + (f": {arguments.message}" if arguments.message else "")
-    return documents.carry_out(arguments, store, store.plan(found, WHOLE), message)
+    return documents.carry_out(arguments, store, store.plan(found, WHOLE, store.places(number)), message)
 
 
 def _store(settings: Settings) -> Store:
@@ -129,7 +137,9 @@ def _store(settings: Settings) -> Store:
     return store
 
 
-def _print_documents(arguments: argparse.Namespace, store: Store, found: list[Versioned], *, heads: bool) -> int:
+def _print_documents(
+    arguments: argparse.Namespace, store: Store, found: list[Versioned], places: Places, *, heads: bool
+) -> int:
     """As YAML, in UTF-8 whatever the locale says: it may become a file.  Of what cannot be read, the stored text."""
     from persona_broker.policy_files.writer import as_yaml  # only these two pay for it
 
@@ -141,13 +151,17 @@ def _print_documents(arguments: argparse.Namespace, store: Store, found: list[Ve
     values: list[dict[str, Any]] = []
     texts = []
     for document, version in found:
-        head = f"# {line(f'{key_of(document)[0]} {document.name}, version {version}')}\n"
+        place = places.get(key_of(document), NOWHERE)
+        where = _place_value(place)
+        head = f"# {line(named(f'{key_of(document)[0]} {document.name}, version {version}', str(place)))}\n"
         if isinstance(document, Unreadable):
             stored = store.text(document.kind, document.name, version)
-            values.append({"version": version, "document": None, "problem": document.problem, "stored": stored})
+            unread = {"document": None, "problem": document.problem, "stored": stored}
+            values.append({"version": version, **unread, **where})
             texts.append(f"{head}# {line(document.problem)}\n# {line(stored or 'its text is gone')}\n")
         else:
-            values.append({"version": version, "document": as_written(document), "problem": None, "stored": None})
+            whole = {"document": as_written(document), "problem": None, "stored": None}
+            values.append({"version": version, **whole, **where})
             texts.append((head if heads else "") + as_yaml([document]))
     say(arguments, values, "---\n".join(texts).rstrip("\n"))
     return 1 if broken else 0
@@ -167,15 +181,21 @@ def _fields(old: Stored, new: Stored) -> Iterable[FieldChange]:
 
 def _what(change: Item) -> str:
     name = f"{change.kind} {word(change.name)}"
-    if change.before is None:
-        return f"{name}: added, version {change.after}"
     if change.after is None:
-        return f"{name}: removed, was version {change.before}"
-    return f"{name}: version {change.before} -> {change.after}"
+        return named(f"{name}: removed, was version {change.before}", str(change.place))
+    change_of = (
+        f"added, version {change.after}" if change.before is None else f"version {change.before} -> {change.after}"
+    )
+    return named(f"{name}: {change_of}", str(change.place))
 
 
 def _item(change: Item) -> dict[str, Any]:
-    return {"kind": change.kind, "name": change.name, "before": change.before, "after": change.after}
+    versions = {"before": change.before, "after": change.after}
+    return {"kind": change.kind, "name": change.name, **versions, **_place_value(change.place)}
+
+
+def _place_value(place: Place) -> dict[str, Any]:
+    return {"file": place.file or None, "line": place.line or None}
 
 
 def _value(item: ChangeSet) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from persona.home_programs import is_below
 from persona.patterns import SECURE_PATH, usr_merged
 from persona.program_facts import BUILTINS
 from persona_broker.policy.conditions import ConditionInputs, Sample, Unhealthy, latch, look, thresholds
-from persona_broker.policy.snapshot import Entry, Snapshot
+from persona_broker.policy.snapshot import Entry, Snapshot, Source
 
 # What may be somebody's login shell, which no broker knows; ``persona explain`` in the guest does.
 _SHELLS = frozenset({"sh", "bash", "rbash", "dash", "ash", "zsh", "ksh", "mksh", "fish", "tcsh", "csh"})
@@ -18,9 +18,13 @@ _NAMED_MAX = 20  # groups in a note
 
 @dataclass(frozen=True, slots=True)
 class Considered:
-    """One policy of the user, and what it says: ``applies``, or the first thing that keeps it from it."""
+    """One policy of the user, where it is written, and what it says.
+
+    That is ``applies``, or the first thing that keeps it from applying.
+    """
 
     policy: str
+    place: str
     persona: str
     verdict: str
 
@@ -63,7 +67,10 @@ def explain(
     condition_state = look(snapshot.conditions, world, 0, unhealthy)
     program = program_named(argv[0], subject.user)
     decision = snapshot.decide(Request(subject, "", program, argv, "/"), condition_state)
-    considered = tuple(_consider(entry, program, argv) for entry in snapshot.entries(subject, condition_state))
+    considered = tuple(
+        _consider(entry, snapshot.sources.get(entry.policy.name, Source()).place, program, argv)
+        for entry in snapshot.entries(subject, condition_state)
+    )
     notes = _notes(decision, program, argv)
     groups = snapshot.groups_in_use(subject.vm).names
     if isinstance(decision, Denied) and groups and not subject.groups:
@@ -87,7 +94,7 @@ def _notes(decision: Decision, program: Program, argv: tuple[str, ...]) -> tuple
     return ()
 
 
-def _consider(entry: Entry, program: Program, argv: tuple[str, ...]) -> Considered:
+def _consider(entry: Entry, place: str, program: Program, argv: tuple[str, ...]) -> Considered:
     if not entry.policy.commands.speaks_for(program, argv):
         verdict = "does not speak for this command"
     elif entry.flaw is not None or entry.versioned is None:
@@ -99,4 +106,4 @@ def _consider(entry: Entry, program: Program, argv: tuple[str, ...]) -> Consider
         verdict = f"does not hold: {entry.unmet.detail}"
     else:
         verdict = "applies"
-    return Considered(entry.policy.name, entry.policy.persona, verdict)
+    return Considered(entry.policy.name, place, entry.policy.persona, verdict)

@@ -7,7 +7,8 @@ costs a lookup and, where arguments matter, a test of the patterns that look at 
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from persona import wire
 from persona.canonical import to_mapping
@@ -44,6 +45,17 @@ class Versioned:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """Which version of a policy decides, and where that is written; neither is known of what is not stored."""
+
+    version: int | None = None
+    place: str = ""
+
+
+_NOT_STORED = Source()
+
+
+@dataclass(frozen=True, slots=True)
 class Flaw:
     """Why a policy can grant nothing: it, or its persona, cannot be read.  ``detail`` is for the refused user."""
 
@@ -73,6 +85,10 @@ class Entry:
     def hides(self) -> bool:
         """Whether its flaw keeps later policies from speaking: it would hold now, could it be read."""
         return _hides(self.flaw, self.unmet)
+
+
+def _of(source: Source) -> tuple[int | None, str]:
+    return source.version, source.place
 
 
 def _hides(flaw: Flaw | None, unmet: Unmet | None) -> bool:
@@ -138,10 +154,11 @@ _UNJUDGED.condition_state = None
 class _Row:
     """One program of one subject: the policies that speak of it and whose persona does, in order."""
 
-    __slots__ = ("home", "judged", "loader", "policies", "said", "spoken_for", "subject", "width")
+    __slots__ = ("home", "judged", "loader", "policies", "said", "sources", "spoken_for", "subject", "width")
 
-    def __init__(self, subject: Subject, policies: _View, program: Program) -> None:
+    def __init__(self, subject: Subject, policies: _View, program: Program, sources: Mapping[str, Source]) -> None:
         self.subject = subject
+        self.sources = sources
         self.policies = policies
         self.loader = is_loader(program)
         self.home = bool(program.home)
@@ -178,16 +195,22 @@ class _Row:
         options = []
         for policy, versioned, commands, whitelist in self.said:
             unmet = condition_state.unmet_of(policy, self.subject.vm)
+            source = self.sources.get(policy.name, _NOT_STORED)
             decision: Decision
             if isinstance(versioned, Flaw):
                 last = _hides(versioned, unmet)
-                decision = Denied(versioned.reason, policy.name, policy.persona, versioned.detail, lease, now)
+                decision = Denied(
+                    versioned.reason, policy.name, policy.persona, versioned.detail, lease, now, None, *_of(source)
+                )
             elif unmet is None:
                 last = True
-                decision = Granted(versioned.ref, policy.name, lease, now)
+                decision = Granted(versioned.ref, policy.name, lease, now, *_of(source))
             else:
                 last = False
-                decision = Denied(unmet.reason, policy.name, versioned.persona.name, unmet.detail, lease, now)
+                ref = versioned.ref
+                decision = Denied(
+                    unmet.reason, policy.name, ref.name, unmet.detail, lease, now, ref.version, *_of(source)
+                )
             options.append((_relevant(commands), None if whitelist is None else _relevant(whitelist), decision, last))
         judged.condition_state = condition_state
         judged.options = tuple(options)
@@ -196,7 +219,7 @@ class _Row:
         if judged.refused.reason is Reason.NO_MATCHING_POLICY and options:
             nearest = judged.refused
             detail = "its arguments are too many to check"
-            judged.too_long = Denied(Reason.ARGV_TOO_LONG, nearest.policy, nearest.persona, detail, lease, now)
+            judged.too_long = replace(nearest, reason=Reason.ARGV_TOO_LONG, help=detail)
         judged.whole = judged.decide((), True) if self.width is Width.PROGRAM else None
         self.judged = judged
         return judged
@@ -208,19 +231,23 @@ class _Row:
             return Denied(Reason.NO_MATCHING_POLICY, None, None, detail, lease, now)
         vm = self.subject.vm
         holding = (
-            policy for policy, _, flaw in self.policies if flaw is None and not condition_state.unmet_of(policy, vm)
+            (policy, versioned)
+            for policy, versioned, flaw in self.policies
+            if flaw is None and not condition_state.unmet_of(policy, vm)
         )
-        nearest = next(holding, self.policies[0][0])
+        nearest, versioned = next(holding, self.policies[0][:2])
+        version, source = versioned.version if versioned else None, self.sources.get(nearest.name, _NOT_STORED)
+        denied = Denied(Reason.NO_MATCHING_POLICY, nearest.name, nearest.persona, "", lease, now, version, *_of(source))
         arguments = "with these arguments " if self.said and self.width is Width.ARGV else ""
         detail = f"not {arguments}in its whitelist; 'persona list' shows what is"
         if self.home and not self.said:
             detail = "it is the user's own file, which no whitelist vouches for; no home_programs of theirs names it"
-            return Denied(Reason.PROGRAM_NOT_TRUSTED, nearest.name, nearest.persona, detail, lease, now)
+            return replace(denied, reason=Reason.PROGRAM_NOT_TRUSTED, help=detail)
         if self.loader and not self.said:
             detail = "it is a loader, which runs any program: a whitelist allows it only by its own name"
         if not self.spoken_for:
             detail = f"no policy that names {self.subject.user} on {vm} has it among its commands"
-        return Denied(Reason.NO_MATCHING_POLICY, nearest.name, nearest.persona, detail, lease, now)
+        return replace(denied, help=detail)
 
 
 _SubjectKey = tuple[str, tuple[str, ...], str]
@@ -230,12 +257,18 @@ _RowKey = tuple[str, tuple[str, ...], str, str, tuple[str, ...], tuple[str, ...]
 class Snapshot:
     """All documents of one generation.  Immutable but for its caches, which are bounded.
 
-    ``policies`` has, at its place, what is known of each policy that cannot be read and is ``unreadable``.
+    ``policies`` has, at its place, what is known of each policy that cannot be read and is ``unreadable``;
+    ``sources`` are by a policy's name.
     """
 
     def __init__(
-        self, policies: Sequence[Policy], personas: Mapping[str, Versioned], unreadable: Sequence[Unreadable] = ()
+        self,
+        policies: Sequence[Policy],
+        personas: Mapping[str, Versioned],
+        unreadable: Sequence[Unreadable] = (),
+        sources: Mapping[str, Source] = MappingProxyType({}),
     ) -> None:
+        self.sources = sources
         self.policies = tuple(policies)
         self.personas = dict(personas)
         self.unreadable = tuple(unreadable)
@@ -280,7 +313,7 @@ class Snapshot:
             return self
         names = {item.name for item in unsuited}
         personas = {name: versioned for name, versioned in self.personas.items() if name not in names}
-        return Snapshot(self.policies, personas, (*self.unreadable, *unsuited))
+        return Snapshot(self.policies, personas, (*self.unreadable, *unsuited), self.sources)
 
     def groups_in_use(self, vm: str) -> GroupsInUse:
         """The groups that policies for this VM name: no others can make a difference to a decision there."""
@@ -354,7 +387,7 @@ class Snapshot:
         return policy, self.personas[policy.persona] if flaw is None else None, flaw
 
     def _row(self, key: _RowKey, subject: Subject, program: Program) -> _Row:
-        row = _Row(subject, self._view(subject), program)
+        row = _Row(subject, self._view(subject), program, self.sources)
         size = _size_of(subject, program)
         if len(self._rows) >= _ROWS_MAX or self._rows_size + size > _KEYS_MAX:
             self._rows.clear()

@@ -30,9 +30,13 @@ _KINDS = (
 
 @dataclass(slots=True)
 class Found:
-    """The files in their order; ``problems`` and ``skipped`` are paths and what is to say about them."""
+    """The files in their order; ``problems`` and ``skipped`` are paths and what is to say about them.
+
+    ``names`` has the files of folders by what they are called within: no other is of the machine that they lie on.
+    """
 
     files: list[Path] = field(default_factory=list)
+    names: dict[Path, str] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
@@ -53,6 +57,7 @@ def find_files(paths: Iterable[Path]) -> Found:
         inside: list[Path] = []
         looked = _look_into(path, inside, found, looked, 0)
         found.files += sorted(inside)
+        found.names |= {file: str(file.relative_to(path)) for file in inside}
         if len(found.files) + len(found.problems) == before:
             found.problems.append((str(path), f"no {', '.join(SUFFIXES)} file inside"))
     if len(found.files) > FILES_MAX:

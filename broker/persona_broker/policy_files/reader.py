@@ -9,6 +9,8 @@ from persona.parsing import DocumentError, Finding, Unread
 from persona.sets import expand, pointless, used
 from persona.shown import line as printable
 from persona_broker.policy.cautions import Caution, cautions
+from persona_broker.policy.merge import key_of
+from persona_broker.policy.place import Place, place
 from persona_broker.policy_files.folders import TOTAL_MAX, NotUtf8, find_files, read_text
 from persona_broker.policy_files.json_text import read_json
 from persona_broker.policy_files.raw import VALUES_MAX, Raw, TextError
@@ -74,7 +76,8 @@ class Skipped:
 class Loaded:
     """The documents that could be read, in order, how many there are, what is wrong with any, and warnings.
 
-    ``skipped`` are files that were left out though their names say that they may have been meant.
+    ``skipped`` are files that were left out though their names say that they may have been meant.  ``places`` says by
+    kind and name where each document begins.
     """
 
     documents: tuple[Document, ...]
@@ -82,6 +85,7 @@ class Loaded:
     problems: tuple[Located, ...]
     warnings: tuple[Warned, ...]
     skipped: tuple[Skipped, ...] = ()
+    places: Mapping[tuple[str, str], Place] = field(default_factory=dict)
 
 
 class _Loader:
@@ -192,7 +196,11 @@ def load(paths: Iterable[Path], present: Present = Present()) -> Loaded:
     )
     skipped = tuple(Skipped(path, why) for path, why in sorted(names.skipped))
     documents = tuple(document for document, _, _ in found)
-    return Loaded(documents, loader.count, tuple(problems), warnings, skipped)
+    begins = {
+        key_of(document): place(names.names.get(Path(where), Path(where).name), _line("", lines))
+        for document, where, lines in found
+    }
+    return Loaded(documents, loader.count, tuple(problems), warnings, skipped, begins)
 
 
 def _expanded(

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from persona.shown import line
 from persona_broker.policy.diff import in_another_order
+from persona_broker.policy.place import NOWHERE, Place
 
 Versions = dict[tuple[str, str], int]  # by kind and name
+Places = Mapping[tuple[str, str], Place]  # the same
 
 _NAMED_MAX = 3  # of those who were faster
 
@@ -35,6 +37,7 @@ class Item:
     name: str
     before: int | None
     after: int | None
+    place: Place = NOWHERE  # where it is written since then
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,10 @@ def is_behind(db: sqlite3.Connection) -> bool:
 def catch_up(db: sqlite3.Connection) -> None:
     """Writes down what such a broker applied, where it did."""
     if is_behind(db):
-        add(db, versions_at(db, revision(db)), Author("", "what a broker that keeps no revisions applied"))
+        before, after = versions_at(db, revision(db)), applied(db)
+        known = places_at(db, revision(db))
+        add(db, before, Author("", "what a broker that keeps no revisions applied"))
+        put_places(db, {key: NOWHERE for key in known if before.get(key) != after.get(key)})
 
 
 def _order(db: sqlite3.Connection) -> list[str]:
@@ -128,10 +134,43 @@ def versions_at(db: sqlite3.Connection, number: int) -> Versions:
     return {(kind, name): version for kind, name, version in db.execute(query, (number,))}
 
 
+def places_at(db: sqlite3.Connection, number: int) -> dict[tuple[str, str], Place]:
+    """Where the documents of a revision were written, of those of which anybody knows."""
+    query = (
+        "SELECT kind, name, file, line FROM (SELECT kind, name, file, line, max(revision) FROM places"
+        " WHERE revision <= ? GROUP BY kind, name) WHERE file != ''"
+    )
+    return {(kind, name): Place(file, number) for kind, name, file, number in db.execute(query, (number,))}
+
+
+def place_of(db: sqlite3.Connection, kind: str, name: str, number: int) -> Place:
+    """The same of one document."""
+    query = "SELECT file, line FROM places WHERE kind = ? AND name = ? AND revision <= ? ORDER BY revision DESC LIMIT 1"
+    return Place(*(db.execute(query, (kind, name, number)).fetchone() or ("", 0)))
+
+
+def put_places(db: sqlite3.Connection, moved: Places) -> None:
+    """As of the newest revision: a document that only moved within its files corrects it, and makes no other one."""
+    now = revision(db)
+    rows = ((*key, now, place.file, place.line) for key, place in moved.items())
+    db.executemany("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?)", rows)
+    if moved:
+        db.execute("UPDATE meta SET value = value + 1 WHERE key = 'moved'")
+
+
+def since(db: sqlite3.Connection, kind: str, name: str, version: int) -> int:
+    """The revision since which a version is, or last was, applied; 0 where it never was."""
+    query = "SELECT max(revision) FROM change_items WHERE kind = ? AND name = ? AND after = ?"
+    return int(db.execute(query, (kind, name, version)).fetchone()[0] or 0)
+
+
 def _read(db: sqlite3.Connection, row: tuple[int, float, str, str, bool]) -> ChangeSet:
     number, at, author, message, moved = row
     query = "SELECT kind, name, before, after FROM change_items WHERE revision = ? ORDER BY kind, name"
-    items = tuple(Item(*item) for item in db.execute(query, (number,)))
+    items = tuple(
+        Item(kind, name, before, after, NOWHERE if after is None else place_of(db, kind, name, number))
+        for kind, name, before, after in db.execute(query, (number,)).fetchall()
+    )
     reordered = bool(moved) and in_another_order(policies_at(db, number - 1), policies_at(db, number))
     return ChangeSet(number, at, Author(author, message), reordered, items)
 

@@ -87,6 +87,12 @@ class Database:
         """The number of the newest change that can change a decision."""
         return int(self.rows("SELECT value FROM meta WHERE key = 'generation'")[0][0])
 
+    def stamp(self) -> tuple[int, int]:
+        """The generation, and how often documents moved within their files: that changes no decision."""
+        query = "SELECT value FROM meta WHERE key IN ('generation', 'moved') ORDER BY key"
+        (generation,), (moved,) = self.rows(query)
+        return int(generation), int(moved)
+
     def raise_generation(self) -> int:
         """Announces a change made elsewhere (a condition that began or ceased to hold)."""
         with self.writing() as db:

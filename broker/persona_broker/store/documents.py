@@ -5,15 +5,17 @@ import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from persona.documents import Document
 from persona.problems import Fault, PersonaError
 from persona_broker.policy.diff import Identity, compare
 from persona_broker.policy.merge import WHOLE, How, Stored, key_of, merge
+from persona_broker.policy.place import NOWHERE, Place
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.unreadable import Unreadable
 from persona_broker.store import change_sets
-from persona_broker.store.change_sets import Author, ChangeSet
+from persona_broker.store.change_sets import Author, ChangeSet, Places
 from persona_broker.store.database import Database, raise_generation
 from persona_broker.store.interface import Changed, Plan, Text
 from persona_broker.store.stored_text import is_intact, make_snapshot, read, text_of
@@ -43,10 +45,10 @@ class Documents(Database):
 
     # --- changes ------------------------------------------------------------------------------------
 
-    def plan(self, documents: Sequence[Stored], how: How = WHOLE) -> Plan:
+    def plan(self, documents: Sequence[Stored], how: How = WHOLE, places: Places = MappingProxyType({})) -> Plan:
         """What applying these would do.  A document whose stored text cannot be read is changed by the same one.
 
-        One that is given as unreadable stays as it is: it must be applied.
+        One that is given as unreadable stays as it is: it must be applied.  ``places`` are those of the documents.
 
         Raises ``PersonaError`` for what cannot be applied.
         """
@@ -54,6 +56,7 @@ class Documents(Database):
             revision = change_sets.revision(self._db)
             before = [document for document, _ in self.documents()]
             rows = self.rows(_APPLIED)
+            known = change_sets.places_at(self._db, revision)
         after = merge(before, documents, how)
         kept = set(map(id, before))
         written = [document for document in after if not isinstance(document, Unreadable) and id(document) not in kept]
@@ -66,31 +69,30 @@ class Documents(Database):
             old.append((kind, name, "cannot be read" if broken else str(key)))
         new |= {key: text.digest for key, text in texts.items()}
         changes = compare(old, [(*key_of(document), new[key_of(document)]) for document in after])
-        return Plan(revision, tuple(before), tuple(after), changes, texts)
+        found = {key: places.get(key, NOWHERE) for key in map(key_of, documents)}
+        moved = {key: place for key, place in found.items() if place != known.get(key, NOWHERE)}
+        return Plan(revision, tuple(before), tuple(after), changes, texts, moved)
 
     def carry_out(self, plan: Plan, author: Author) -> Changed:
         """Does what a plan says, in one transaction; a version is new only where the content is.
 
-        Generation and revision rise only where something changed: leases outlive an ``apply`` of the same.  Raises
-        ``PersonaError`` where another revision holds than the one that the plan was made for: nobody has seen what
-        it would do then.
+        Generation and revision rise only where something changed: leases outlive an ``apply`` of the same, also one
+        of documents that moved within their files.  Raises ``PersonaError`` where another revision holds than the one
+        that the plan was made for: nobody has seen what it would do then.
         """
         self.catch_up()  # apart from what may be refused: a refusal names the revision
         with self.writing() as db:
             change_sets.catch_up(db)
             self.refuse_another(change_sets.revision(db), plan.revision)
-            if plan.changes:
-                _write(db, plan, author)
-            return Changed(change_sets.revision(db), plan.changes)
+            return _write(db, plan, author)
 
-    def change(self, documents: Sequence[Stored], how: How, author: Author) -> Changed:
+    def change(
+        self, documents: Sequence[Stored], how: How, author: Author, places: Places = MappingProxyType({})
+    ) -> Changed:
         """Plans and does it at once, whatever revision holds.  Raises ``PersonaError``."""
         with self.writing() as db:
             change_sets.catch_up(db)
-            plan = self.plan(documents, how)
-            if plan.changes:
-                _write(db, plan, author)
-            return Changed(change_sets.revision(db), plan.changes)
+            return _write(db, self.plan(documents, how, places), author)
 
     def refuse_another(self, revision: int, wanted: int) -> None:
         """Raises ``PersonaError``, with who was faster, where ``revision`` is not the one that was ``wanted``."""
@@ -182,11 +184,32 @@ class Documents(Database):
 
     def snapshot(self) -> Snapshot:
         """The applied set as an index."""
-        return make_snapshot(self.documents())
+        with self.reading():
+            return make_snapshot(self.documents(), self.places())
+
+    def places(self, revision: int | None = None) -> dict[tuple[str, str], Place]:
+        """Where the documents of a revision, by default the newest, are written, by kind and name; of those known."""
+        with self.reading():
+            number = change_sets.revision(self._db) if revision is None else revision
+            return change_sets.places_at(self._db, number)
+
+    def place_of(self, kind: str, name: str, version: int) -> Place:
+        """Where a version of a document was written when it was last applied."""
+        with self.reading():
+            number = change_sets.since(self._db, kind, name, version)
+            return change_sets.place_of(self._db, kind, name, number)
 
 
-def _write(db: sqlite3.Connection, plan: Plan, author: Author) -> None:
-    """The documents, what is applied, the change-set and the generation."""
+def _write(db: sqlite3.Connection, plan: Plan, author: Author) -> Changed:
+    """The documents, what is applied, the change-set with the places, and the generation."""
+    if plan.changes:
+        _write_documents(db, plan, author)
+        raise_generation(db)
+    change_sets.put_places(db, plan.moved)
+    return Changed(change_sets.revision(db), plan.changes)
+
+
+def _write_documents(db: sqlite3.Connection, plan: Plan, author: Author) -> None:
     used, now = change_sets.applied(db), time.time()
     old = {position: row for position, *row in db.execute("SELECT position, kind, name, version FROM applied")}
     new: list[list[str | int]] = []
@@ -198,7 +221,6 @@ def _write(db: sqlite3.Connection, plan: Plan, author: Author) -> None:
     db.executemany("INSERT OR REPLACE INTO applied VALUES (?, ?, ?, ?)", moved)
     db.execute("DELETE FROM applied WHERE position >= ?", (len(new),))
     change_sets.add(db, used, author)
-    raise_generation(db)
 
 
 def _stored(db: sqlite3.Connection, key: tuple[str, str], text: Text, used: int, now: float) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from persona.decisions import Subject
 from persona_broker.policy.diff import Changes
 from persona_broker.policy.merge import Stored
+from persona_broker.policy.place import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Plan:
     """The applied documents before and after an ``apply``, and what it changes; ``revision`` holds before it.
 
     ``texts`` are by kind and name of the documents that are given and can be read: those that may be written.
+    ``moved`` are those of the given documents that are written in another place than before.
     """
 
     revision: int
@@ -43,6 +45,7 @@ class Plan:
     after: tuple[Stored, ...]
     changes: Changes
     texts: Mapping[tuple[str, str], Text]
+    moved: Mapping[tuple[str, str], Place]
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         " WHERE EXISTS (SELECT 1 FROM applied)",
         "INSERT INTO change_items SELECT 1, kind, name, NULL, version FROM applied",
     ),
+    (  # 4: where documents are written, as of a revision; a file without a name = nobody knows.  How often they moved
+        "CREATE TABLE places (kind TEXT NOT NULL, name TEXT NOT NULL, revision INTEGER NOT NULL, file TEXT NOT NULL,"
+        " line INTEGER NOT NULL, PRIMARY KEY (kind, name, revision)) WITHOUT ROWID",
+        "INSERT INTO meta VALUES ('moved', '0')",
+    ),
 )
 
 

@@ -1,12 +1,15 @@
 """Documents as they are stored, as text, and read again."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from persona.canonical import digest, to_mapping
 from persona.documents import Document, Persona, Policy
-from persona_broker.policy.snapshot import Snapshot, Versioned
+from persona_broker.policy.merge import key_of
+from persona_broker.policy.place import Place
+from persona_broker.policy.snapshot import Snapshot, Source, Versioned
 from persona_broker.policy.unreadable import Unreadable, expansion_mapping, read_stored
 from persona_broker.store.interface import Text
 
@@ -40,10 +43,18 @@ def is_intact(key: tuple[str, str], stored: Sequence[Any], wanted: Text) -> bool
     return not isinstance(document, Unreadable) and digest(document) == known
 
 
-def make_snapshot(documents: Iterable[tuple[Document | Unreadable, int]]) -> Snapshot:
-    """An index over documents and their versions, policies in the order given."""
+def make_snapshot(
+    documents: Iterable[tuple[Document | Unreadable, int]],
+    places: Mapping[tuple[str, str], Place] = MappingProxyType({}),
+) -> Snapshot:
+    """An index over documents and their versions, policies in the order given; version 0 = not stored."""
     documents = list(documents)
+    sources = {
+        name: Source(version or None, str(places.get((kind, name), "")))
+        for (kind, name), version in ((key_of(document), version) for document, version in documents)
+        if kind == "Policy"
+    }
     personas = {d.name: Versioned(d, version) for d, version in documents if isinstance(d, Persona)}
     known = (d.policy if isinstance(d, Unreadable) else d for d, _ in documents)
     unreadable = [d for d, _ in documents if isinstance(d, Unreadable)]
-    return Snapshot([d for d in known if isinstance(d, Policy)], personas, unreadable)
+    return Snapshot([d for d in known if isinstance(d, Policy)], personas, unreadable, sources)

@@ -43,6 +43,7 @@ def _of_login(session: str, user: str, event: str, denied: Denied | None, *, com
         persona=None,
         persona_version=None,
         policy=denied.policy if denied else None,
+        policy_version=denied.policy_version if denied else None,
         event=event,
         leased=False,
         complain=complain,

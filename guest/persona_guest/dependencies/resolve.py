@@ -250,4 +250,14 @@ def _failure(granted: Granted, lacking: tuple[Lacking, ...], why: str) -> Denied
 
 def _denied(granted: Granted, help_: str) -> Denied:
     lease = Lease(min(_DENIED_S, granted.lease.seconds), granted.lease.width)
-    return Denied(Reason.DEPENDENCY_MISSING, granted.policy, granted.persona.name, help_, lease, granted.generation)
+    return Denied(
+        Reason.DEPENDENCY_MISSING,
+        granted.policy,
+        granted.persona.name,
+        help_,
+        lease,
+        granted.generation,
+        granted.persona.version,
+        granted.policy_version,
+        granted.policy_place,
+    )

@@ -273,11 +273,17 @@ def _explain(arguments: argparse.Namespace) -> int:
         _say(f"{what}: would run whatever the personas say: {_ALWAYS.get(answer['always'], answer['always'])}")
     elif decision["decision"] == "granted":
         persona = decision["persona"]
-        _say(f"{what}: would run under {persona['name']} v{persona['version']} (policy {decision['policy']})")
+        _say(f"{what}: would run under {persona['name']} v{persona['version']}{_by_policy(decision)}")
     else:
-        under = f" under {decision['persona']} (policy {decision['policy']})" if decision["persona"] else ""
+        under = f" under {decision['persona']}{_by_policy(decision)}" if decision["persona"] else ""
         _say(f"{what}: would be denied, {decision['reason']}{under}: {decision['help']}")
     return 0 if decision["decision"] == "granted" else 1
+
+
+def _by_policy(decision: dict[str, Any]) -> str:
+    """An agent of before says no place."""
+    policy, place = decision["policy"], decision.get("policy_place")
+    return f", policy {policy} ({line(place)})" if place else f" (policy {policy})"
 
 
 def _try(arguments: argparse.Namespace) -> int:
