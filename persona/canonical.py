@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from persona.documents import CommandSet, DiskIo, Document, Persona, ResourceLimits
@@ -84,8 +85,16 @@ def _drop_empty(mapping: dict[str, Any], keep: tuple[str, ...] = ()) -> dict[str
 
 def digest(document: Document) -> str:
     """SHA-256 of the canonical form: equal digests, equal versions.  What a persona has from which set counts too."""
-    mapping = to_mapping(document)
-    if isinstance(document, Persona) and document.expansion is not None:
-        mapping["expansion"] = [document.expansion.written, document.expansion.origins]
+    expansion = document.expansion if isinstance(document, Persona) else None
+    return digest_of(to_mapping(document), None if expansion is None else (expansion.written, expansion.origins))
+
+
+def digest_of(mapping: Mapping[str, Any], expansion: Sequence[Sequence[str]] | None) -> str:
+    """The same of a document's canonical form, and what it has written and from which sets, as they were stored.
+
+    It does not depend on how a later version reads them.
+    """
+    if expansion is not None:
+        mapping = {**mapping, "expansion": expansion}
     canonical = json.dumps(mapping, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -225,7 +225,9 @@ def test_a_report_changes_decisions(broker: Broker, ask: Callable[..., tuple[int
     assert 'persona_broker_health_report_age_seconds{vm="analytics-1"}' in text
     assert 'persona_broker_vm_layer_active{vm="analytics-1",layer="bpf"} 0\n' in text
     denied = broker.run("explain", "--user", "alice", "--vm", "analytics-1", "--", "ls")
-    assert denied.stdout.startswith("denied, vm_unhealthy: the VM is not healthy: its journal has 50")
+    assert denied.stdout.startswith(
+        "denied, vm_unhealthy, policy a (x.yaml:3): the VM is not healthy: its journal has 50"
+    )
     what_if = broker.run("explain", "--user", "alice", "--vm", "analytics-1", "--health", "errors=3", "--", "ls")
     assert what_if.stdout.startswith("granted under A")
 

@@ -299,6 +299,27 @@ def test_a_persona_that_changed_with_its_command_set(cli: Broker, tmp_path: Path
     assert lines[-2:] == ["Persona A: version 1 -> 2 (a.yaml:1)", "  its command sets changed"]
 
 
+@pytest.mark.parametrize("tables", [("documents",), ("documents", "expansions")])
+def test_a_text_that_is_not_the_one_that_was_applied_is_not_taken_for_it(
+    cli: Broker, store: Store, tmp_path: Path, tables: tuple[str, ...]
+) -> None:
+    """It can be read, and says something else: nothing shows it as that version, and no rollback applies it."""
+    uses = ("@git",) if len(tables) > 1 else ()
+    cli.run("apply", write(tmp_path / "a.yaml", persona("A", *uses, "ls"), SET, policy("a")))
+    cli.run("apply", write(tmp_path / "a.yaml", persona("A", *uses, "cat"), SET, policy("a")))
+    with store.writing() as db:
+        for table in tables:
+            db.execute(f"UPDATE {table} SET body = replace(body, '\"ls\"', '\"nmap\"') WHERE name = 'A'")  # noqa: S608
+            db.execute(f"UPDATE {table} SET body = replace(body, '\"cat\"', '\"nmap\"') WHERE name = 'A'")  # noqa: S608
+    wrong = "Persona A (version 1) cannot be read: its text is not the one that was applied"
+    for words in (("show", "A", "--version", "1"), ("export", "--revision", "1"), ("rollback", "1")):
+        done = cli.run(*words)
+        assert (done.returncode, wrong in done.stderr) == (1, True), (words, done.stderr)
+        assert not [line for line in done.stdout.splitlines() if "nmap" in line and not line.startswith("#")]
+    assert store.snapshot().personas == {}  # nor is anything granted by it
+    assert cli.run("check").returncode == 1
+
+
 def test_a_damaged_order_is_an_error_and_no_order(cli: Broker, store: Store, tmp_path: Path) -> None:
     cli.run("apply", write(tmp_path / "a.yaml", persona("A"), policy("a")))
     with store.writing() as db:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from persona.canonical import digest as digest_of_document
+from persona.canonical import digest_of
 from persona.conditions import When, read_when
 from persona.documents import Document, Expansion, Persona, Policy, parse_document, parse_order
 from persona.parsing import Bad, Finding, Reader, text
@@ -44,21 +46,31 @@ class Unreadable:
 
 
 def read_stored(
-    kind: str, name: str, version: int, load: Callable[[], Any], load_expansion: Callable[[], Any] | None = None
+    kind: str,
+    name: str,
+    version: int,
+    load: Callable[[], Any],
+    load_expansion: Callable[[], Any] | None = None,
+    digest: str | None = None,
 ) -> Document | Unreadable:
     """The document of a row, whose JSON ``load`` returns, or what is wrong with it.  Raises nothing.
 
-    ``load_expansion`` returns the JSON of the ``Expansion`` of a persona that uses command sets.
+    ``load_expansion`` returns the JSON of the ``Expansion`` of a persona that uses command sets.  ``digest`` is that
+    of what was applied; it is not compared where it is ``None``.
     """
     value: object = None
     try:
         value = load()
+        expansion = load_expansion() if load_expansion is not None else None
         document = parse_document(value, accepted=True)
-        if isinstance(document, Persona) and load_expansion is not None:
-            document = _with_expansion(document, load_expansion())
-        if (type(document).__name__, document.name) == (kind, name):
-            return document
+        if isinstance(document, Persona) and expansion is not None:
+            document = _with_expansion(document, expansion)
         problem = f"it says {type(document).__name__} {document.name!r} of itself"
+        if (type(document).__name__, document.name) == (kind, name):
+            # by its text, as whichever version wrote it, and by its meaning, where the same is written otherwise
+            if digest is None or _digest(value, expansion) == digest or digest_of_document(document) == digest:
+                return document
+            problem = "its text is not the one that was applied: that has another digest"
     except PersonaError as error:
         problem = error.message
     except Exception as error:  # whatever a stored text sets off, also in the parser, stays with that document
@@ -67,6 +79,11 @@ def read_stored(
     problem = problem if len(problem) <= PROBLEM_MAX else problem[: PROBLEM_MAX - 1] + "…"
     policy, unknown = _rest(name, value) if kind == "Policy" else (None, False)
     return Unreadable(kind, name, version, problem, policy, unknown, *_order(value))
+
+
+def _digest(value: Any, expansion: Any) -> str:
+    """Raises ``TypeError``, ``LookupError`` for what is no document's."""
+    return digest_of({**value}, None if expansion is None else (expansion["written"], expansion["origins"]))
 
 
 def expansion_mapping(document: Document) -> dict[str, Any] | None:

@@ -137,7 +137,7 @@ class Documents(Database):
 
     def _version(self, kind: str, name: str, version: int) -> Document | Unreadable:
         found = self.version(kind, name, version)
-        return found[1] if found is not None else read(kind, name, version, None, None)
+        return found[1] if found is not None else read(kind, name, version, None, None, None)
 
     def count(self) -> int:
         """How many documents are applied."""
@@ -148,11 +148,11 @@ class Documents(Database):
     def documents(self) -> list[tuple[Document | Unreadable, int]]:
         """The applied set in order, each with its version.  Those that cannot be read are logged once."""
         with self._lock:  # versions never change, so of a large set only what is new is parsed
-            found = [(kind, name, version, texts) for kind, name, version, _digest, *texts in self.rows(_APPLIED)]
+            found = [(kind, name, version, stored) for kind, name, version, *stored in self.rows(_APPLIED)]
             parsed: dict[tuple[str, str, int], Document | Unreadable] = {}
-            for kind, name, version, texts in found:
+            for kind, name, version, stored in found:
                 key = kind, name, version
-                parsed[key] = self._parsed.get(key) or read(kind, name, version, *texts)
+                parsed[key] = self._parsed.get(key) or read(kind, name, version, *stored)
             self._parsed = {key: item for key, item in parsed.items() if not isinstance(item, Unreadable)}
             self._tell(item for item in parsed.values() if isinstance(item, Unreadable))
             return [(parsed[kind, name, version], version) for kind, name, version, _ in found]
@@ -176,10 +176,10 @@ class Documents(Database):
 
     def version(self, kind: str, name: str, version: int | None = None) -> tuple[int, Document | Unreadable] | None:
         """One version of a document, by default the newest; ``None`` where there is none."""
-        query = f"SELECT version, d.body, e.body FROM {_TEXTS} WHERE kind = ? AND name = ?"  # noqa: S608 - constants
+        query = f"SELECT version, d.digest, d.body, e.body FROM {_TEXTS} WHERE kind = ? AND name = ?"  # noqa: S608 - constants
         where = "AND version = ifnull(?, version) ORDER BY version DESC LIMIT 1"
-        for number, body, expansion in self.rows(f"{query} {where}", kind, name, version):
-            return number, read(kind, name, number, body, expansion)
+        for number, *stored in self.rows(f"{query} {where}", kind, name, version):
+            return number, read(kind, name, number, *stored)
         return None
 
     def snapshot(self) -> Snapshot:
