@@ -20,7 +20,7 @@ from persona.answers import refusal
 from persona.problems import Fault, PersonaError, Reason
 from persona.version import VERSION
 from persona_broker import settings as configuration
-from persona_broker.cli import documents, guests, history, load, records, sessions, tls, usage, vm_health
+from persona_broker.cli import database, documents, guests, history, load, records, sessions, tls, usage, vm_health
 from persona_broker.cli.store import store_of
 from persona_broker.settings import Settings
 
@@ -140,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     rollback = command("rollback", history.rollback, "make the documents of a revision the applied ones, as a new one")
     rollback.add_argument("revision", type=usage.count, metavar="REV", help="whose documents")
     about_change(rollback)
+
+    command("migrate", database.migrate, "bring the database of an older version to this one's, or change nothing")
 
     explain = command("explain", documents.explain, "say what would be decided, and why")
     explain.add_argument("--user", required=True, help="who asks")

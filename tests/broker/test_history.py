@@ -221,6 +221,9 @@ def test_what_0_1_0_applied_meanwhile_is_in_the_history(cli: Broker, store: Stor
     with store.writing() as db:  # as it does: no change-set
         db.execute("INSERT INTO documents SELECT kind, name, 2, 'x', body, at FROM documents WHERE name = 'A'")
         db.execute("UPDATE applied SET version = 2 WHERE name = 'A'")
+    for words in (("history",), ("export",), ("diff", "1"), ("apply", str(tmp_path / "a.yaml"), "--dry-run")):
+        done = cli.run(*words)
+        assert (done.returncode, "'persona-broker migrate' makes it one" in done.stderr) == (3, True), words
     cli.run("apply", write(tmp_path / "b.yaml", persona("B")))
     newest, between, _ = answer(cli, "history")["items"]
     assert (newest["revision"], between["author"]) == (3, None)
@@ -230,7 +233,7 @@ def test_what_0_1_0_applied_meanwhile_is_in_the_history(cli: Broker, store: Stor
     assert "somebody unknown  what a broker that keeps no revisions applied" in cli.run("history").stdout
 
 
-def test_a_stale_history_is_brought_up_by_whatever_reads_it(cli: Broker, store: Store, tmp_path: Path) -> None:
+def test_a_stale_history_is_brought_up_by_whatever_writes_it(cli: Broker, store: Store, tmp_path: Path) -> None:
     cli.run("apply", write(tmp_path / "a.yaml", persona("A"), policy("a"), policy("b", "bob")))
     with store.writing() as db:  # 0.1.0 applies them in another order: position by position
         for position, name in enumerate(("b", "a")):
@@ -253,6 +256,8 @@ def test_0_1_0_goes_on_with_a_database_of_this_version(cli: Broker, tmp_path: Pa
     write(tmp_path / "a.yaml", persona("A", "cat"), policy("a"))
     done = subprocess.run(cli.argv("apply", file), env=old, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert cli.run("migrate").stdout == "revision 2 has what a broker that keeps no revisions applied\n"
+    assert cli.run("migrate").stdout == "nothing to do\n"
     assert "cat" in cli.run("export").stdout
     (newest, _) = answer(cli, "history")["items"]
     assert (newest["author"], newest["documents"][0]["after"]) == (None, 2)

@@ -73,6 +73,75 @@ def test_a_newer_one_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     assert "was written by a newer one; install that version again, or restore a backup" in done.stderr
 
 
+READING: tuple[tuple[str, ...], ...] = (
+    ("check",), ("check", "--merged", str(ROOT / "examples")), ("check", "--upgrade"),
+    ("apply", "--dry-run", str(ROOT / "examples")), ("rollback", "1", "--dry-run"), ("history",), ("show", "A"),
+    ("export",), ("diff", "1"), ("explain", "--user", "u", "--vm", "v", "--", "ls"), ("policies", "list"),
+    ("sets", "list"), ("guest", "list"), ("load", "show"), ("health",), ("sessions", "list"), ("records", "tail"),
+)  # fmt: skip
+
+
+def broker(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return here([sys.executable, "-m", "persona_broker", "--db", str(path), *words])
+
+
+@pytest.mark.parametrize("words", READING, ids=" ".join)
+def test_who_only_reads_writes_nothing(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """No migration either: the service may run as an older version still."""
+    path = old(tmp_path / "db")
+    path.chmod(0o400)
+    before = path.read_bytes()
+    done = broker(path, *words)
+    if words == ("check", "--upgrade"):  # is for just that moment
+        assert done.returncode == 0, done.stderr
+    else:
+        fix = f"{path} has schema version 0, and this persona-broker wants {len(MIGRATIONS)}; 'persona-broker migrate'"
+        assert (done.returncode, fix in done.stderr) == (3, True), done.stderr
+    assert path.read_bytes() == before
+    path.unlink()
+    assert broker(path, "guest", "add", "vm").returncode == 0
+    assert broker(path, "apply", str(ROOT / "examples"), "-m", "why").returncode == 0
+    before = path.read_bytes()
+    assert broker(path, *words).returncode in (0, 1)
+    assert path.read_bytes() == before
+
+
+def test_a_dry_run_makes_no_database(tmp_path: Path) -> None:
+    done = broker(tmp_path / "db", "apply", "--dry-run", str(ROOT / "examples"))
+    assert (done.returncode, "added: " in done.stdout) == (0, True), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_migrate_says_what_it_did(tmp_path: Path) -> None:
+    path = old(tmp_path / "db")
+    assert broker(path, "migrate").stdout == f"schema version 0 -> {len(MIGRATIONS)}\n"
+    assert broker(path, "migrate").stdout == "nothing to do\n"
+    assert broker(path, "guest", "list").stdout == "analytics-1\n"
+    assert broker(tmp_path / "none", "migrate").returncode == 3
+
+
+@pytest.mark.parametrize("known", range(len(MIGRATIONS) + 1))
+def test_what_a_dump_lost_is_said_and_not_made_up(tmp_path: Path, known: int) -> None:
+    """sqlite3's .dump leaves the version out: such a database is a later one that looks like 0.1.0's."""
+    with closing(sqlite3.connect(tmp_path / "made")) as db, db:
+        for migration in MIGRATIONS[:known]:
+            for statement in migration:
+                db.execute(statement)
+    with closing(sqlite3.connect(tmp_path / "db")) as db, db:
+        db.executescript("\n".join(content(tmp_path / "made")))
+    before = content(tmp_path / "db")
+    done = broker(tmp_path / "db", "migrate")
+    if known < 3:  # whose migrations make only what is not there
+        assert done.returncode == 0, done.stderr
+        return
+    assert (done.returncode, f'"PRAGMA user_version = {known}"' in done.stderr) == (3, True), done.stderr
+    assert content(tmp_path / "db") == before
+    with closing(sqlite3.connect(tmp_path / "db")) as db:
+        db.execute(f"PRAGMA user_version = {known}")
+    assert broker(tmp_path / "db", "migrate").returncode == 0
+    assert version(tmp_path / "db") == len(MIGRATIONS)
+
+
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(old(tmp_path / "db"))
     broken = ("CREATE TABLE moons (phase TEXT)", "DELETE FROM records", "INSERT INTO moon VALUES (1)")

@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import sys
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from persona.answers import as_json, refusal
 from persona.problems import Fault, PersonaError
 from persona.shown import line as printable
-from persona_broker.cli.store import existing, plural, say, store_of
+from persona_broker.cli.store import for_reading, plural, say, store_of, with_history
 from persona_broker.settings import Settings
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def check(arguments: argparse.Namespace, settings: Settings) -> int:
         if arguments.merged:
             return _usage("check: --merged is about FILES; without any, what is applied is checked")
         return _check_applied(arguments, settings)
-    store = existing(settings) if arguments.merged else None
+    store = for_reading(settings) if arguments.merged else None
     loaded = load(arguments.files, _present(store) if store else Present())
     applied = [document for document, _ in store.documents()] if store else []
     waiting = unplaced(applied, loaded.documents)
@@ -142,7 +143,7 @@ def _check_applied(arguments: argparse.Namespace, settings: Settings) -> int:
     """``check``: the same of what is applied, which another version, or other time zones, may not read any more."""
     from persona_broker.policy.unreadable import Unreadable
 
-    store = existing(settings)
+    store = for_reading(settings)
     logging.getLogger("persona.record").disabled = True  # the same is said below
     found = [document for document, _ in store.documents()]
     unreadable = [item for item in found if isinstance(item, Unreadable)]
@@ -165,8 +166,7 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
         return _usage(f"apply: {problem}")
     how = How(arguments.prune, arguments.all is not None, arguments.before, arguments.after)
     paths: list[Path] = [arguments.all] if how.whole else arguments.files
-    store = store_of(settings)
-    store.catch_up()
+    store = _to_apply(settings, dry_run=arguments.dry_run)
     removing = how.prune or how.whole
     loaded = _loaded(paths, None if removing else _present(store))
     for warning in (*loaded.warnings, *loaded.skipped):
@@ -182,6 +182,20 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
             f"persona-broker: {note}; an applied policy is moved by an order of its own, or by --all", file=sys.stderr
         )
     return carry_out(arguments, store, plan, arguments.message)
+
+
+def _to_apply(settings: Settings, *, dry_run: bool) -> "Store":
+    """With everything that was applied as a change-set.  A dry run writes nothing, also where there is none yet."""
+    from persona_broker.store.sqlite import Store
+
+    if not dry_run:
+        store = store_of(settings)
+        store.catch_up()
+        return store
+    if Path(settings.db).exists():
+        return with_history(settings)
+    with tempfile.TemporaryDirectory() as folder:  # its files are open for as long as they are needed
+        return Store(Path(folder) / "db")
 
 
 def carry_out(arguments: argparse.Namespace, store: "Store", plan: "Plan", message: str) -> int:
@@ -345,7 +359,7 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
         world = world_of(snapshot, {}, now)
         reports: Mapping[str, Reported] = {}
     else:
-        store = existing(settings)
+        store = for_reading(settings)
         snapshot = store.snapshot()
         world = ConditionInputs(store.sample(), store.latches(), now, float(settings.load_max_age_s))
         reports = Reports(store).look(store.guests())
@@ -379,7 +393,7 @@ def policies(arguments: argparse.Namespace, settings: Settings) -> int:
 
     found: list[dict[str, Any]] = []
     lines = []
-    for document, version in existing(settings).documents():
+    for document, version in for_reading(settings).documents():
         if not isinstance(document, Policy) and not (isinstance(document, Unreadable) and document.kind == "Policy"):
             continue
         policy = document.policy if isinstance(document, Unreadable) else document
@@ -409,7 +423,7 @@ def sets(arguments: argparse.Namespace, settings: Settings) -> int:
     from persona.documents import CommandSet, Persona
     from persona.sets import used
 
-    documents = existing(settings).documents()
+    documents = for_reading(settings).documents()
     users: dict[str, list[str]] = {}
     for document, _ in documents:
         for name in used(document) if isinstance(document, Persona) else ():

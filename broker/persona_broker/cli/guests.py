@@ -8,7 +8,7 @@ import os
 import re
 
 from persona.problems import Fault, PersonaError
-from persona_broker.cli.store import existing, say, store_of
+from persona_broker.cli.store import existing, for_reading, say, store_of
 from persona_broker.settings import Settings
 
 NO_GUESTS = "no guests; 'persona-broker guest add NAME' registers one"
@@ -43,7 +43,7 @@ def add(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``guest list``."""
-    names = existing(settings).guests()
+    names = for_reading(settings).guests()
     say(arguments, [{"vm": name} for name in names], "\n".join(names) or NO_GUESTS)
     return 0
 

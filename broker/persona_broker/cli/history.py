@@ -11,7 +11,7 @@ from persona.canonical import as_written, digest
 from persona.problems import Fault, PersonaError
 from persona.shown import line, word
 from persona_broker.cli import documents
-from persona_broker.cli.store import existing, say
+from persona_broker.cli.store import existing, for_reading, say, with_history
 from persona_broker.policy.diff import in_another_order
 from persona_broker.policy.field_diff import FieldChange, compare
 from persona_broker.policy.merge import WHOLE, Stored, key_of
@@ -28,7 +28,7 @@ Versioned = tuple[Stored, int]
 
 def history(arguments: argparse.Namespace, settings: Settings) -> int:
     """``history [NAME]``: the newest change-sets, the newest first."""
-    found = _store(settings).history(arguments.n, arguments.name)
+    found = with_history(settings).history(arguments.n, arguments.name)
     if arguments.json:
         print(as_json([_value(item) for item in found]))
         return 0
@@ -47,7 +47,7 @@ def history(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``show NAME``: the document as YAML, the version that is applied or another one; 1 where one cannot be read."""
-    store = existing(settings)
+    store = for_reading(settings)
     applied = {(kind, name): version for kind, name, version, _ in store.texts()}
     now, places = store.places(), dict[tuple[str, str], Place]()
     kinds = [arguments.kind] if arguments.kind else _KINDS
@@ -71,14 +71,14 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def export(arguments: argparse.Namespace, settings: Settings) -> int:
     """``export``: all documents of a revision as YAML, which ``apply --all`` takes back; 1 where one cannot be read."""
-    store = _store(settings)
+    store = with_history(settings)
     number = store.revision() if arguments.revision is None else arguments.revision
     return _print_documents(arguments, store, store.documents_at(number), store.places(number), heads=False)
 
 
 def diff(arguments: argparse.Namespace, settings: Settings) -> int:
     """``diff REV [REV]``: what differs between two revisions, or between one and what is applied, field by field."""
-    store = _store(settings)
+    store = with_history(settings)
     other = store.revision() if arguments.other is None else arguments.other
     before, after = ({key_of(item[0]): item for item in store.documents_at(n)} for n in (arguments.revision, other))
     places = {**store.places(arguments.revision), **store.places(other)}
@@ -111,8 +111,10 @@ def rollback(arguments: argparse.Namespace, settings: Settings) -> int:
 
     One that cannot be read stays where it is applied in the same version.
     """
-    store = _store(settings)
+    store = with_history(settings) if arguments.dry_run else existing(settings)
     number = arguments.revision
+    if not arguments.dry_run:
+        store.catch_up()
     if not number:
         raise PersonaError(
             Fault.BAD_REQUEST, "revision 0 has no documents: 'apply --all DIR --allow-empty' removes all"
@@ -128,13 +130,6 @@ def rollback(arguments: argparse.Namespace, settings: Settings) -> int:
         raise PersonaError(Fault.BAD_DOCUMENT, "\n".join([head, *broken]))
     message = f"rollback to {number}" + (f": {arguments.message}" if arguments.message else "")
     return documents.carry_out(arguments, store, store.plan(found, WHOLE, store.places(number)), message)
-
-
-def _store(settings: Settings) -> Store:
-    """With everything that was applied as a change-set."""
-    store = existing(settings)
-    store.catch_up()
-    return store
 
 
 def _print_documents(

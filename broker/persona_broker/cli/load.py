@@ -6,7 +6,7 @@ import time
 
 from persona.answers import iso
 from persona.problems import Fault, PersonaError
-from persona_broker.cli.store import existing, say, store_of
+from persona_broker.cli.store import for_reading, say, store_of
 from persona_broker.settings import Settings
 
 
@@ -26,7 +26,7 @@ def change(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``load show``: what decisions are made from."""
-    sample = existing(settings).sample()
+    sample = for_reading(settings).sample()
     if sample is None:
         raise PersonaError(
             Fault.NOT_FOUND,

@@ -9,7 +9,7 @@ from typing import Any
 
 from persona.answers import iso, local
 from persona.shown import line, word
-from persona_broker.cli.store import existing
+from persona_broker.cli.store import for_reading
 from persona_broker.settings import Settings
 from persona_broker.store.records import Found, Wanted, later, newest
 
@@ -20,7 +20,7 @@ _SEEN_MAX = 100_000  # that --follow --distinct remembers
 
 def tail(arguments: argparse.Namespace, settings: Settings) -> int:
     """Oldest first; with ``--follow`` until interrupted."""
-    store = existing(settings)
+    store = for_reading(settings)
     wanted = Wanted(
         user=arguments.user,
         vm=arguments.vm,

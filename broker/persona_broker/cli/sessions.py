@@ -6,14 +6,14 @@ from typing import Any
 from persona.answers import as_json, iso, local
 from persona.problems import Fault, PersonaError
 from persona.shown import word
-from persona_broker.cli.store import existing
+from persona_broker.cli.store import existing, for_reading
 from persona_broker.settings import Settings
 from persona_broker.store.interface import SessionRow
 
 
 def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``sessions list``: oldest first."""
-    rows = existing(settings).sessions()
+    rows = for_reading(settings).sessions()
     if arguments.json:
         print(as_json([_value(row) for row in rows]))
         return 0

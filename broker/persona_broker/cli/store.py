@@ -22,10 +22,35 @@ def store_of(settings: Settings) -> "Store":
 
 
 def existing(settings: Settings) -> "Store":
-    """The database, for what only reads or ends something.  Raises ``OSError`` where there is none."""
+    """The database, for what changes or ends something that must be there.  Raises ``OSError`` where there is none."""
+    must_exist(settings)
+    return store_of(settings)
+
+
+def for_reading(settings: Settings) -> "Store":
+    """The database, of which not a byte is written.  Raises ``sqlite3.Error``, ``OSError`` where there is none."""
+    from persona_broker.store.database import Access
+    from persona_broker.store.sqlite import Store
+
+    must_exist(settings)
+    return Store(Path(settings.db), Access.READ)
+
+
+def with_history(settings: Settings) -> "Store":
+    """The same, with everything that was applied as a change-set.  Raises ``OlderSchemaError`` where it is not."""
+    from persona_broker.store.schema import OlderSchemaError
+
+    store = for_reading(settings)
+    if store.is_behind():
+        what = "what a broker that keeps no revisions applied last is no change-set yet"
+        raise OlderSchemaError(f"{settings.db}: {what}; 'persona-broker migrate' makes it one")
+    return store
+
+
+def must_exist(settings: Settings) -> None:
+    """Raises ``OSError`` where there is no database."""
     if not Path(settings.db).exists():
         raise FileNotFoundError(f"there is no database {settings.db}; 'persona-broker apply FILES' begins one")
-    return store_of(settings)
 
 
 def plural(count: int, what: str) -> str:

@@ -7,13 +7,15 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from persona.answers import as_json
 from persona_broker.cli.documents import documents_of
-from persona_broker.cli.store import existing
+from persona_broker.cli.store import must_exist
 from persona_broker.policy.upgrade import Found, compare, refused
 from persona_broker.settings import Settings
+from persona_broker.store.documents import applied_texts
 
 Compared = tuple[str, str, int | None, Found]  # kind, name, version where it is stored
 
@@ -58,7 +60,8 @@ def _of_files(arguments: argparse.Namespace) -> Iterator[Compared]:
 
 
 def _of_record(settings: Settings) -> Iterator[Compared]:
-    for kind, name, version, text in existing(settings).texts():
+    must_exist(settings)
+    for kind, name, version, text in applied_texts(Path(settings.db)):
         try:
             body = json.loads(text or "")
         except (ValueError, RecursionError):

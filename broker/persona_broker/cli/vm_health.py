@@ -15,7 +15,7 @@ from persona.problems import Fault, PersonaError
 from persona.quantities import NUMBER, parse_bytes
 from persona.shown import line as printable
 from persona_broker.cli.guests import NO_GUESTS
-from persona_broker.cli.store import existing
+from persona_broker.cli.store import for_reading
 from persona_broker.policy.vm_health import HealthJudge, size
 from persona_broker.settings import Settings
 
@@ -77,7 +77,7 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``health [VM]``: 0 every VM that policies ask it of is healthy, 1 not."""
     from persona_broker.store.health import Reports
 
-    store, now = existing(settings), time.time()
+    store, now = for_reading(settings), time.time()
     guests = [name for name in store.guests() if arguments.vm in (None, name)]
     if arguments.vm and not guests:
         raise PersonaError(Fault.NOT_FOUND, f"there is no guest {arguments.vm!r}")

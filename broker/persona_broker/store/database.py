@@ -11,33 +11,67 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from persona_broker.store.schema import migrate
+from persona_broker.store.schema import check, migrate
 
 log = logging.getLogger("persona.record")
 
+TIMEOUT_S = 5.0  # how long a transaction waits for that of another process
 _SKIPPED_MAX = 1000  # rows that cannot be read of which the log tells
 T = TypeVar("T")
 
 
-class Database:
-    """One connection behind a lock.  Raises ``sqlite3.Error`` where the file cannot be used or is a newer broker's."""
+class Access(Enum):
+    """What a connection is for."""
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():  # before SQLite makes it: who may read it knows every guest's commands
-            path.touch(mode=0o600)
-            if os.geteuid() == 0:  # 'sudo persona-broker apply' must not keep the service's user out
-                owner = path.parent.stat()
-                os.chown(path, owner.st_uid, owner.st_gid)
+    READ = "read"  # not one byte of the database is written, and it is not brought to another version
+    WRITE = "write"  # made where there is none, and brought to this version
+
+
+def make_private(path: Path) -> None:
+    """Makes an empty file where there is none, which nobody else can read: it has every guest's commands."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():  # before SQLite makes it
+        path.touch(mode=0o600)
+        if os.geteuid() == 0:  # 'sudo persona-broker apply' must not keep the service's user out
+            owner = path.parent.stat()
+            os.chown(path, owner.st_uid, owner.st_gid)
+
+
+def read_only(path: Path) -> sqlite3.Connection:
+    """A connection that cannot write, also on a file system that nobody can write to.  Raises ``sqlite3.Error``."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:  # no lock file can be made there, and none is needed
+        uri += "&immutable=1"
+    return sqlite3.connect(uri, uri=True, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
+
+def _for_writing(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    migrate(db)
+
+
+class Database:
+    """One connection behind a lock.
+
+    Raises ``sqlite3.Error`` where the file cannot be used, is a newer broker's, or an older one's and is only read.
+    """
+
+    def __init__(self, path: Path, access: Access = Access.WRITE) -> None:
         self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        if access is Access.READ:
+            self._db = read_only(path)
+            prepare = check
+        else:
+            make_private(path)
+            self._db = sqlite3.connect(path, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            prepare = _for_writing
         try:
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            migrate(self._db)
+            prepare(self._db)
         except BaseException:
             self._db.close()
             raise

@@ -4,6 +4,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,8 +17,9 @@ from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.unreadable import Unreadable
 from persona_broker.store import change_sets
 from persona_broker.store.change_sets import Author, ChangeSet, Places
-from persona_broker.store.database import Database, raise_generation
+from persona_broker.store.database import Access, Database, raise_generation, read_only
 from persona_broker.store.interface import Changed, Plan, Text
+from persona_broker.store.schema import version_of
 from persona_broker.store.stored_text import is_intact, make_snapshot, read, text_of
 
 log = logging.getLogger("persona.record")
@@ -38,8 +40,8 @@ _APPLIED = (
 class Documents(Database):
     """The part of the database that decisions are made from, with its history."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, access: Access = Access.WRITE) -> None:
+        super().__init__(path, access)
         self._parsed: dict[tuple[str, str, int], Document] = {}
         self._told: set[Unreadable] = set()  # each is logged once
 
@@ -100,11 +102,14 @@ class Documents(Database):
             with self.reading():
                 raise PersonaError(Fault.CONFLICT, change_sets.overtaken(self._db, wanted))
 
-    def catch_up(self) -> None:
-        """Writes down as a change-set what a broker applied that keeps none; without one, it writes nothing."""
+    def is_behind(self) -> bool:
+        """Whether a broker that keeps no change-sets applied something since the newest one."""
         with self.reading():
-            behind = change_sets.is_behind(self._db)
-        if behind:
+            return change_sets.is_behind(self._db)
+
+    def catch_up(self) -> None:
+        """Writes down as a change-set what such a broker applied; without one, it writes nothing."""
+        if self.is_behind():
             with self.writing() as db:
                 change_sets.catch_up(db)
 
@@ -198,6 +203,17 @@ class Documents(Database):
         with self.reading():
             number = change_sets.since(self._db, kind, name, version)
             return change_sets.place_of(self._db, kind, name, number)
+
+
+def applied_texts(path: Path) -> list[tuple[str, str, int, str | None]]:
+    """What ``Documents.texts`` returns, of a database of any version, also one that is to be migrated.
+
+    Raises ``sqlite3.Error``.
+    """
+    with closing(read_only(path)) as db:
+        version_of(db)
+        query = "SELECT kind, name, version, d.body FROM applied LEFT JOIN documents d USING (kind, name, version)"
+        return db.execute(f"{query} ORDER BY position").fetchall()
 
 
 def _write(db: sqlite3.Connection, plan: Plan, author: Author) -> Changed:

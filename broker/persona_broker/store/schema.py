@@ -64,16 +64,37 @@ class NewerSchemaError(sqlite3.DatabaseError):
     """The database is of a version that this broker does not know."""
 
 
+class OlderSchemaError(sqlite3.DatabaseError):
+    """The database is of an older version, and whoever opened it only reads."""
+
+
+class NoSchemaError(sqlite3.DatabaseError):
+    """The database has tables of a version that it does not name."""
+
+
+_FIX = "'persona-broker migrate' brings it there, as a start of the service does"
+# What only a version from this one on has: SQLite's .dump keeps tables, and not the version.
+_FIRST_OF = ((4, "places"), (3, "change_sets"))
+
+
+def check(db: sqlite3.Connection) -> None:
+    """For who only reads.  Raises ``OlderSchemaError``, ``NewerSchemaError``, ``NoSchemaError``, ``sqlite3.Error``."""
+    if (found := version_of(db)) < len(MIGRATIONS):
+        raise OlderSchemaError(
+            f"{_file(db)} has schema version {found}, and this persona-broker wants {len(MIGRATIONS)}; {_FIX}"
+        )
+
+
 def migrate(db: sqlite3.Connection) -> None:
     """Brings the database to the newest version, in one transaction: where it fails, everything is as it was.
 
-    ``db`` is in autocommit mode.  Raises ``NewerSchemaError``, ``sqlite3.Error``.
+    ``db`` is in autocommit mode.  Raises ``NewerSchemaError``, ``NoSchemaError``, ``sqlite3.Error``.
     """
-    if _version(db) == len(MIGRATIONS):
+    if version_of(db) == len(MIGRATIONS):
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        for migration in MIGRATIONS[_version(db) :]:  # another process may have been faster
+        for migration in MIGRATIONS[version_of(db) :]:  # another process may have been faster
             for statement in migration:
                 db.execute(statement)
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -84,13 +105,24 @@ def migrate(db: sqlite3.Connection) -> None:
     db.execute("COMMIT")
 
 
-def _version(db: sqlite3.Connection) -> int:
-    """Raises ``NewerSchemaError`` rather than returning one that is not known."""
+def version_of(db: sqlite3.Connection) -> int:
+    """The schema version.  Raises rather than returning one that is not known, or that the tables contradict."""
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     if not 0 <= version <= len(MIGRATIONS):
-        file = db.execute("PRAGMA database_list").fetchone()[2]
         raise NewerSchemaError(
-            f"{file} has schema version {version}, and this persona-broker knows {len(MIGRATIONS)} at most: it was"
+            f"{_file(db)} has schema version {version}, and this persona-broker knows {len(MIGRATIONS)} at most: it was"
             " written by a newer one; install that version again, or restore a backup that this one made"
         )
+    if version == 0:
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if found := next((number for number, table in _FIRST_OF if table in tables), 0):
+            raise NoSchemaError(
+                f"{_file(db)} has the tables of schema version {found} and no version, as what sqlite3's .dump writes;"
+                f" where it is all of it, 'sqlite3 FILE \"PRAGMA user_version = {found}\"' says so"
+                " ('persona-broker backup' keeps the version)"
+            )
     return version
+
+
+def _file(db: sqlite3.Connection) -> str:
+    return str(db.execute("PRAGMA database_list").fetchone()[2])
