@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from persona_broker.store.interface import SessionRow
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from persona.codec import Record
 from persona.decisions import Subject
@@ -114,14 +114,13 @@ def answer(text: str) -> dict[str, Any]:
 def record(tmp_path: Path) -> Iterator[Path]:
     """A broker's record with something of each kind."""
     from persona_broker.policy.conditions import Sample
-    from persona_broker.store.health import put_report
 
     path = tmp_path / "db"
-    with closing(Store(path)) as store:
+    with closing(SqliteStore(path)) as store:
         store.add_guest("vm-1")
         store.open_session(SessionRow("s-1", "vm-1", Subject("alice", (), "vm-1"), "sshd", "", 1e9, revoked=False))
         store.put_sample(Sample(1e9, {"cpu": 5.0}, "set"), frozenset())
-        put_report(store, "vm-1", Report(), (), 1e9)
+        store.put_report("vm-1", Report(), (), 1e9)
         denied = Reason.NO_MATCHING_POLICY
         argv = ("ls", "\n")
         store.add_records(

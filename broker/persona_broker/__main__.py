@@ -7,7 +7,6 @@ yes to a removal.
 import argparse
 import io
 import os
-import sqlite3
 import stat
 import sys
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from persona_broker import settings as configuration
 from persona_broker.cli import database, documents, guests, history, load, records, sessions, tls, usage, vm_health
 from persona_broker.cli.store import store_of
 from persona_broker.settings import Settings
+from persona_broker.store.interface import StoreError
 
 CONFIG = "/etc/persona/broker.toml"
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.run(arguments, settings))
     except PersonaError as error:
         return _refused(arguments, 1, error.code, error.message)
-    except sqlite3.Error as error:
+    except StoreError as error:
         return _refused(arguments, 3, Fault.NOT_READY, f"the database cannot be used: {error}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing more

@@ -8,7 +8,6 @@ anything.
 
 import logging
 import os
-import sqlite3
 import threading
 import time
 
@@ -16,7 +15,7 @@ from persona_broker.host.load import LoadSource
 from persona_broker.policy.conditions import ConditionInputs, ConditionState, Sample, latch, look, thresholds
 from persona_broker.policy.vm_health import MAX_AGE_S, HealthJudge
 from persona_broker.store.health import Reports
-from persona_broker.store.sqlite import Store
+from persona_broker.store.interface import Store, StoreError
 
 log = logging.getLogger("persona.watcher")
 
@@ -48,7 +47,7 @@ class Watcher:
             while True:
                 try:
                     self.look()
-                except sqlite3.Error as error:
+                except StoreError as error:
                     log.error("the database cannot be used: %s", error)
                     time.sleep(1)
                 time.sleep(_LOOK_EVERY_S)
@@ -58,7 +57,7 @@ class Watcher:
             os._exit(70)
 
     def look(self) -> None:
-        """One round: samples where it is time to, and announces what changed.  Raises ``sqlite3.Error``."""
+        """One round: samples where it is time to, and announces what changed.  Raises ``StoreError``."""
         written, due = self._store.data_version(), time.monotonic() >= self._sample_at
         if written == self._seen and not due:
             return

@@ -1,6 +1,5 @@
 """Errors over HTTP: RFC 9457 problem documents with our stable codes."""
 
-import sqlite3
 from http import HTTPStatus
 from typing import Any
 
@@ -9,6 +8,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from persona.codec import GroupsInUse, encode_groups_in_use
 from persona.problems import Fault, PersonaError, Reason
+from persona_broker.store.interface import StoreError
 
 _STATUS: dict[Reason | Fault, HTTPStatus] = {
     Fault.BAD_REQUEST: HTTPStatus.BAD_REQUEST,
@@ -57,7 +57,7 @@ def register(app: Flask) -> None:
             response.headers["WWW-Authenticate"] = "Bearer"
         return response
 
-    def record(error: sqlite3.Error) -> Response:
+    def record(error: StoreError) -> Response:
         app.logger.error("the database cannot be used: %s", error)
         return problem(503, Fault.NOT_READY, "the broker's record cannot be used; its log says why")
 
@@ -73,6 +73,6 @@ def register(app: Flask) -> None:
         return problem(500, Fault.INTERNAL, "the broker failed; its log says why")
 
     app.register_error_handler(PersonaError, ours)
-    app.register_error_handler(sqlite3.Error, record)
+    app.register_error_handler(StoreError, record)
     app.register_error_handler(HTTPException, http)
     app.register_error_handler(Exception, unexpected)

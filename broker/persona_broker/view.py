@@ -12,7 +12,7 @@ from persona_broker.policy.conditions import ConditionInputs, ConditionState, Sa
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.vm_health import MAX_AGE_S, HealthJudge, Reported
 from persona_broker.store.health import Reports
-from persona_broker.store.sqlite import Store
+from persona_broker.store.interface import Store
 
 _CHECK_EVERY_S = 0.002  # before any guest can have been told of a change; one that has says so
 _JUDGE_EVERY_S = 1.0  # hours begin and samples age without anybody writing
@@ -53,7 +53,7 @@ class State:
     def current(self, at_least: int = 0) -> View:
         """The view as of now, a moment old at most and of no generation below ``at_least`` that there is.
 
-        Raises ``sqlite3.Error`` where the database cannot be read: no decision then.
+        Raises ``StoreError`` where the database cannot be read: no decision then.
         """
         view = self._view
         if time.monotonic() < self._check_at and view.generation >= at_least:

@@ -18,8 +18,8 @@ from persona_broker.policy.merge import WHOLE, Stored
 from persona_broker.policy.snapshot import Snapshot, Versioned
 from persona_broker.serve import app, gunicorn_server, processes
 from persona_broker.settings import Settings
-from persona_broker.store.change_sets import Author
-from persona_broker.store.sqlite import Store
+from persona_broker.store.interface import Author
+from persona_broker.store.sqlite import SqliteStore
 
 from persona import wire
 from persona.codec import encode_request
@@ -110,7 +110,7 @@ def broker() -> Iterator[tuple[Path, str]]:
     """One served worker with a thousand policies; its socket and a guest's token."""
     with tempfile.TemporaryDirectory(prefix="persona-bench-") as directory:
         settings = replace(Settings(), db=f"{directory}/db", bind=f"unix:{directory}/api.sock")
-        store = Store(Path(settings.db))
+        store = SqliteStore(Path(settings.db))
         full = snapshot(1000)
         documents: list[Stored] = [*(versioned.persona for versioned in full.personas.values()), *full.policies]
         store.change(documents, WHOLE, Author("bench"))

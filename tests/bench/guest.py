@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from tests.bench import limits
 from tests.bench.row import Missing, Row, measured, median, pairs, percentile
@@ -62,7 +62,7 @@ def login_ratio(machine: Machine) -> Row:
 
 def revoke(machine: Machine, broker: Broker) -> Row:
     """From the load's change in the database to the first refusal of a program that runs in a loop."""
-    store = Store(broker.directory / "broker.db")
+    store = SqliteStore(broker.directory / "broker.db")
     seconds = []
     with machine.session("alice") as session:
         for _ in range(CHANGES):

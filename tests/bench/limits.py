@@ -2,7 +2,7 @@
 
 import time
 
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from tests.bench.row import Row, median, percentile
 from tests.guest_vm import far
@@ -82,7 +82,7 @@ def follow(machine: Machine, broker: Broker) -> list[Row]:
         policy("work", "Work", when={"host_load": {"cpu": {"below": 70, "again_below": 60}}}),
         policy("rest", "Rest"),
     )
-    store = Store(broker.directory / "broker.db")
+    store = SqliteStore(broker.directory / "broker.db")
     found = []
     # not the broker: asked for so many connections, it would be late with what is measured
     far.set_up(machine)
@@ -110,7 +110,7 @@ def _lives_in(name: str) -> str:
     return f"{{ read -r at < /proc/$$/cgroup; [[ $at == */{name} ]]; }}"
 
 
-def _change(session: Session, store: Store, until: str, load: float) -> float:
+def _change(session: Session, store: SqliteStore, until: str, load: float) -> float:
     session.write(f"until {until}; do read -rt 0.01 -u 9; done")
     time.sleep(0.2)
     began = time.perf_counter()

@@ -19,8 +19,8 @@ import pytest
 from persona_broker.__main__ import main
 from persona_broker.policy.diff import Changes
 from persona_broker.policy.merge import WHOLE, How, Stored
-from persona_broker.store.change_sets import Author
-from persona_broker.store.sqlite import Store
+from persona_broker.store.interface import Author
+from persona_broker.store.sqlite import SqliteStore
 
 from persona import wire
 
@@ -109,7 +109,7 @@ class Broker:
             connection.close()
 
 
-def apply(store: Store, documents: Sequence[Stored], how: How = WHOLE) -> Changes:
+def apply(store: SqliteStore, documents: Sequence[Stored], how: How = WHOLE) -> Changes:
     """Applies documents by nobody in particular."""
     return store.change(documents, how, Author("")).changes
 

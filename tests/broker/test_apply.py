@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from persona_broker.policy.losses import losses
 from persona_broker.policy.merge import ADD, How
-from persona_broker.store.change_sets import Author
-from persona_broker.store.interface import SessionRow
-from persona_broker.store.sqlite import Store
+from persona_broker.store.interface import Author, SessionRow
+from persona_broker.store.sqlite import SqliteStore
 from persona_broker.store.stored_text import make_snapshot
 
 from persona.decisions import Subject
@@ -44,8 +43,8 @@ def names(cli: Broker) -> list[str]:
 
 
 @pytest.fixture
-def store(cli: Broker) -> Iterator[Store]:
-    store = Store(cli.directory / "db")
+def store(cli: Broker) -> Iterator[SqliteStore]:
+    store = SqliteStore(cli.directory / "db")
     yield store
     store.close()
 
@@ -60,7 +59,7 @@ def test_one_file_takes_nothing_away(cli: Broker, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [("--prune",), ("--all",)])
 def test_a_removal_names_what_goes_and_is_not_done_unasked(
-    cli: Broker, store: Store, tmp_path: Path, words: tuple[str, ...]
+    cli: Broker, store: SqliteStore, tmp_path: Path, words: tuple[str, ...]
 ) -> None:
     apply(
         store, [parse_document(value) for value in (persona("A"), persona("B"), policy("a"), policy("b", "bob", "B"))]
@@ -149,7 +148,7 @@ def test_a_folder_applied_whole_says_the_places(cli: Broker, tmp_path: Path) -> 
     assert names(cli) == ["early", "b", "n", "a"]
 
 
-def test_no_policy_is_left_without_its_persona(cli: Broker, store: Store, tmp_path: Path) -> None:
+def test_no_policy_is_left_without_its_persona(cli: Broker, store: SqliteStore, tmp_path: Path) -> None:
     cli.run("apply", write(tmp_path / "x.yaml", persona("A"), policy("a")))
     only = write(tmp_path / "a.yaml", policy("a"))
     assert cli.run("apply", only).stdout == "nothing changed\n"  # its persona is applied
@@ -186,7 +185,7 @@ def test_options_that_do_not_go_together_are_usage(cli: Broker, words: tuple[str
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_what_was_shown_is_what_is_done(store: Store) -> None:
+def test_what_was_shown_is_what_is_done(store: SqliteStore) -> None:
     values = (persona("A"), policy("a"), policy("b"), policy("c", order=1))
     one, two, three = ([parse_document(value) for value in values[:count]] for count in (3, 2, 4))
     apply(store, one)
@@ -197,7 +196,9 @@ def test_what_was_shown_is_what_is_done(store: Store) -> None:
     assert len(store.snapshot().policies) == 3
 
 
-def test_a_document_that_cannot_be_read_stays_until_it_is_named(cli: Broker, store: Store, tmp_path: Path) -> None:
+def test_a_document_that_cannot_be_read_stays_until_it_is_named(
+    cli: Broker, store: SqliteStore, tmp_path: Path
+) -> None:
     cli.run("apply", write(tmp_path / "x.yaml", persona("A"), policy("a"), policy("b")))
     with store.writing() as db:
         db.execute("UPDATE documents SET body = '{' WHERE name = 'a'")

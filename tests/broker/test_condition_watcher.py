@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ import pytest
 from persona_broker.condition_watcher import Watcher
 from persona_broker.host.load import MachineSource, SetSource
 from persona_broker.policy.unreadable import Unreadable
-from persona_broker.store.sqlite import Store
+from persona_broker.store.interface import StoreError
+from persona_broker.store.sqlite import SqliteStore
 
 from persona.codec import Record
 from persona.documents import parse_document
@@ -19,16 +19,16 @@ from tests.broker.conftest import apply
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "db")
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    store = SqliteStore(tmp_path / "db")
     yield store
     store.close()
 
 
 @pytest.fixture
-def operator(tmp_path: Path) -> Iterator[Store]:
+def operator(tmp_path: Path) -> Iterator[SqliteStore]:
     """Another process's connection."""
-    store = Store(tmp_path / "db")
+    store = SqliteStore(tmp_path / "db")
     policy = {"kind": "Policy", "name": "a", "subjects": {"users": ["alice"]}, "persona": "A"}
     policy["when"] = {"host_load": {"cpu": {"below": 70, "again_below": 60}}}
     apply(
@@ -52,7 +52,7 @@ class Counting:
         return {"cpu": float(self.reads)}
 
 
-def test_a_busy_record_does_not_make_it_measure_more_often(store: Store, operator: Store) -> None:
+def test_a_busy_record_does_not_make_it_measure_more_often(store: SqliteStore, operator: SqliteStore) -> None:
     source = Counting()
     watcher = Watcher(store, source, 15)
     watcher.look()
@@ -63,7 +63,7 @@ def test_a_busy_record_does_not_make_it_measure_more_often(store: Store, operato
     assert source.reads == 1
 
 
-def test_crossings_raise_the_generation_and_only_they(store: Store, operator: Store) -> None:
+def test_crossings_raise_the_generation_and_only_they(store: SqliteStore, operator: SqliteStore) -> None:
     watcher = Watcher(store, SetSource(store.set_load), 15)
     raised = []
     for cpu in (50, 69, 70, 65, 60, 59, 69, 71):
@@ -75,7 +75,7 @@ def test_crossings_raise_the_generation_and_only_they(store: Store, operator: St
     assert store.generation() == watcher.generation
 
 
-def test_latches_outlive_the_watcher(store: Store, operator: Store) -> None:
+def test_latches_outlive_the_watcher(store: SqliteStore, operator: SqliteStore) -> None:
     operator.put_set_load({"cpu": 80.0})
     Watcher(store, SetSource(store.set_load), 15).look()
     assert len(store.latches() or ()) == 1
@@ -85,7 +85,7 @@ def test_latches_outlive_the_watcher(store: Store, operator: Store) -> None:
 
 
 def test_policies_applied_while_it_raises_the_generation_are_seen(
-    store: Store, operator: Store, monkeypatch: pytest.MonkeyPatch
+    store: SqliteStore, operator: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own number is newer than theirs; it must look at their conditions nevertheless."""
     watcher = Watcher(store, SetSource(store.set_load), 15)
@@ -106,12 +106,14 @@ def test_policies_applied_while_it_raises_the_generation_are_seen(
     assert not watcher._snapshot.conditions
 
 
-def test_an_error_of_the_record_does_not_end_it(store: Store, operator: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_record_does_not_end_it(
+    store: SqliteStore, operator: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Ended(BaseException):
         pass
 
     ended: list[int] = []
-    rounds = iter([sqlite3.OperationalError("locked"), None, KeyError("a bug")])
+    rounds = iter([StoreError("locked"), None, KeyError("a bug")])
 
     def look() -> None:
         error = next(rounds)

@@ -1,6 +1,5 @@
 """The database: versions, what is of one moment, what is bounded, and who may read the file."""
 
-import sqlite3
 import stat
 import threading
 import time
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_broker.store.interface import SessionRow
+from persona_broker.store.interface import SessionRow, StoreError
 from persona_broker.store.records import Wanted, newest
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
 from persona.codec import Record
@@ -21,8 +20,8 @@ from tests.broker.conftest import apply
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "db")
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    store = SqliteStore(tmp_path / "db")
     yield store
     store.close()
 
@@ -34,7 +33,7 @@ def documents(*patterns: str) -> list[Any]:
     ]
 
 
-def test_a_version_is_new_only_where_the_content_is(store: Store) -> None:
+def test_a_version_is_new_only_where_the_content_is(store: SqliteStore) -> None:
     assert apply(store, documents("ls")).added == ("Persona A", "Policy a")
     first = store.generation()
     assert not apply(store, documents("ls"))
@@ -51,12 +50,12 @@ def test_a_version_is_new_only_where_the_content_is(store: Store) -> None:
     assert apply(store, documents("ls")[:1]).removed == ("Policy a",)
 
 
-def test_nobody_else_reads_it(store: Store, tmp_path: Path) -> None:
+def test_nobody_else_reads_it(store: SqliteStore, tmp_path: Path) -> None:
     apply(store, documents("ls"))
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("db*")} == {0o600}
 
 
-def test_records_and_sessions_are_bounded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_and_sessions_are_bounded(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("persona_broker.store.sqlite.RECORDS_KEPT", 10)
     monkeypatch.setattr("persona_broker.store.sessions.SESSIONS_KEPT", 5)
     record = Record(1.0, "s", "alice", "/x", ("x",), "granted", None, "A", 1, "a", "exec", False, False)
@@ -75,7 +74,7 @@ def test_records_and_sessions_are_bounded(store: Store, monkeypatch: pytest.Monk
     assert store.revoked() == {"vm-0", "other-0"}
 
 
-def test_two_guests_cannot_share_a_session(store: Store) -> None:
+def test_two_guests_cannot_share_a_session(store: SqliteStore) -> None:
     row = SessionRow("s", "vm", Subject("alice", (), "vm"), "", "", 1.0, False)
     assert store.open_session(row)
     assert store.open_session(row)
@@ -86,7 +85,7 @@ def test_two_guests_cannot_share_a_session(store: Store) -> None:
 
 def test_no_thread_answers_from_before_a_change(tmp_path: Path) -> None:
     """Whoever knows of a change gets an answer from after it, also while another thread is busy loading it."""
-    writer, state = Store(tmp_path / "db"), State(Store(tmp_path / "db"), 15)
+    writer, state = SqliteStore(tmp_path / "db"), State(SqliteStore(tmp_path / "db"), 15)
     stop, late = threading.Event(), []
     written = writer.generation()
 
@@ -109,7 +108,7 @@ def test_no_thread_answers_from_before_a_change(tmp_path: Path) -> None:
 
 
 def test_a_change_that_nobody_was_told_of_is_seen_at_once_too(tmp_path: Path) -> None:
-    writer, state = Store(tmp_path / "db"), State(Store(tmp_path / "db"), 15)
+    writer, state = SqliteStore(tmp_path / "db"), State(SqliteStore(tmp_path / "db"), 15)
     for _ in range(20):
         state.current()
         written = writer.raise_generation()
@@ -118,16 +117,16 @@ def test_a_change_that_nobody_was_told_of_is_seen_at_once_too(tmp_path: Path) ->
 
 
 def test_a_record_that_cannot_be_read_decides_nothing(tmp_path: Path) -> None:
-    store = Store(tmp_path / "db")
+    store = SqliteStore(tmp_path / "db")
     state = State(store, 15)
     assert state.current().generation == 1
     store.close()
     time.sleep(0.005)
-    with pytest.raises(sqlite3.Error):
+    with pytest.raises(StoreError):
         state.current()
 
 
-def test_a_user_is_revoked_everywhere_and_their_sessions_end_where_asked(store: Store) -> None:
+def test_a_user_is_revoked_everywhere_and_their_sessions_end_where_asked(store: SqliteStore) -> None:
     for guest, ident, user in (("vm", "s-1", "alice"), ("vm", "s-2", "bob"), ("other", "s-3", "alice")):
         assert store.open_session(SessionRow(ident, guest, Subject(user, (), guest), "", "", 1.0, False))
     first = store.generation()
@@ -145,7 +144,7 @@ def test_a_user_is_revoked_everywhere_and_their_sessions_end_where_asked(store: 
     assert store.ending() == frozenset()
 
 
-def test_what_a_guest_left_is_over(store: Store) -> None:
+def test_what_a_guest_left_is_over(store: SqliteStore) -> None:
     for guest in ("vm", "other", "removed"):
         store.add_guest(guest)
         for number in range(3):

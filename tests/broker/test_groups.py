@@ -13,7 +13,7 @@ import pytest
 from flask.testing import FlaskClient
 from persona_broker.serve.app import api
 from persona_broker.settings import Settings
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.pool import Answer, Outcome
 from persona_guest.core.leases import LeaseBook
@@ -56,7 +56,7 @@ class Link:
 
 class Site:
     def __init__(self, directory: Path) -> None:
-        self.store = Store(directory / "db")
+        self.store = SqliteStore(directory / "db")
         token = self.store.add_guest(VM)
         self.link = Link(api(Settings(db=str(directory / "db"))).test_client(), token)
         self.leases = LeaseBook()

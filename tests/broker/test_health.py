@@ -12,8 +12,8 @@ from persona_broker.condition_watcher import Watcher
 from persona_broker.host.load import SetSource
 from persona_broker.policy.conditions import ConditionInputs, look
 from persona_broker.policy.vm_health import HealthJudge, Reported, bounds_of, past_bounds
-from persona_broker.store.health import EVERY_S, Reports, put_report
-from persona_broker.store.sqlite import Store
+from persona_broker.store.health import EVERY_S, Reports
+from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
 from persona.decisions import Denied, Granted
@@ -120,8 +120,8 @@ def test_of_many_vms_only_what_changed_is_judged_again() -> None:
 # --- the database, the watcher and the workers ---------------------------------------------------------
 
 
-def site(path: Path, **asked: Any) -> Store:
-    store = Store(path)
+def site(path: Path, **asked: Any) -> SqliteStore:
+    store = SqliteStore(path)
     store.add_guest("vm-1")
     apply(
         store,
@@ -133,10 +133,10 @@ def site(path: Path, **asked: Any) -> Store:
 def test_the_record_keeps_what_is_past(tmp_path: Path) -> None:
     store = site(tmp_path / "db", disk_free_above="10%")
     bounds = bounds_of(store.snapshot().vm_conditions)
-    reports, other = Reports(store), Reports(Store(tmp_path / "db"))
+    reports, other = Reports(store), Reports(SqliteStore(tmp_path / "db"))
     states = []
     for second, free in enumerate((20, 9, 10.5, 12)):
-        put_report(store, "vm-1", replace(GOOD, disks={"/": Space(1000, int(free * 10))}), bounds, 1000 + second)
+        store.put_report("vm-1", replace(GOOD, disks={"/": Space(1000, int(free * 10))}), bounds, 1000 + second)
         states.append(bool(reports.look(["vm-1"])["vm-1"].past))
     assert states == [False, True, True, False]
     assert other.look(["vm-1"])["vm-1"].at == 1003
@@ -147,15 +147,15 @@ def test_the_record_keeps_what_is_past(tmp_path: Path) -> None:
 
 def test_a_guest_cannot_report_all_the_time(tmp_path: Path) -> None:
     store = site(tmp_path / "db")
-    put_report(store, "vm-1", GOOD, (), 1000)
+    store.put_report("vm-1", GOOD, (), 1000)
     with pytest.raises(PersonaError, match="at most one report"):
-        put_report(store, "vm-1", GOOD, (), 1000.1)
-    put_report(store, "vm-1", GOOD, (), 1000.6)
+        store.put_report("vm-1", GOOD, (), 1000.1)
+    store.put_report("vm-1", GOOD, (), 1000.6)
 
 
 def test_a_report_of_another_version_is_none(tmp_path: Path) -> None:
     store = site(tmp_path / "db")
-    put_report(store, "vm-1", GOOD, (), 1000)
+    store.put_report("vm-1", GOOD, (), 1000)
     with store.writing() as db:
         db.execute("""UPDATE health SET report = '{"mood": "fine"}'""")
     assert Reports(store).look(["vm-1"]) == {}
@@ -165,12 +165,12 @@ def test_a_report_of_another_version_is_none(tmp_path: Path) -> None:
 def test_crossings_raise_the_generation_and_only_they(tmp_path: Path) -> None:
     store = site(tmp_path / "db", errors_below=30)
     bounds = bounds_of(store.snapshot().vm_conditions)
-    operator, watcher = Store(tmp_path / "db"), Watcher(store, SetSource(store.set_load), 15)
+    operator, watcher = SqliteStore(tmp_path / "db"), Watcher(store, SetSource(store.set_load), 15)
     watcher.look()
     steps, now = [], time.time()
     for index, errors in enumerate((0, 0, 29, 30, 31, 28, 26, 26)):
         before = watcher.generation
-        put_report(operator, "vm-1", replace(GOOD, errors=errors), bounds, now - 10 + index)
+        operator.put_report("vm-1", replace(GOOD, errors=errors), bounds, now - 10 + index)
         watcher.look()
         steps.append(watcher.generation - before)
     assert steps == [1, 0, 0, 1, 0, 0, 1, 0]
@@ -178,9 +178,9 @@ def test_crossings_raise_the_generation_and_only_they(tmp_path: Path) -> None:
 
 def test_a_report_grows_old(tmp_path: Path) -> None:
     store = site(tmp_path / "db")
-    writer, watcher = Store(tmp_path / "db"), Watcher(store, SetSource(store.set_load), 15, health_max_age_s=1)
-    state = State(Store(tmp_path / "db"), 15, health_max_age_s=1)
-    put_report(writer, "vm-1", GOOD, (), time.time())
+    writer, watcher = SqliteStore(tmp_path / "db"), Watcher(store, SetSource(store.set_load), 15, health_max_age_s=1)
+    state = State(SqliteStore(tmp_path / "db"), 15, health_max_age_s=1)
+    writer.put_report("vm-1", GOOD, (), time.time())
     watcher.look()
     before, view = watcher.generation, state.current()
     assert isinstance(view.snapshot.decide(ask("ls"), view.condition_state), Granted)

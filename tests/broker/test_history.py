@@ -19,9 +19,9 @@ from persona_broker.policy.field_diff import FieldChange, compare
 from persona_broker.policy.merge import ADD, WHOLE
 from persona_broker.policy_files.reader import load
 from persona_broker.policy_files.writer import as_yaml
-from persona_broker.store.change_sets import Author
+from persona_broker.store.interface import Author
 from persona_broker.store.schema import MIGRATIONS
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from persona.documents import Document, parse_document
 from persona.problems import PersonaError
@@ -33,8 +33,8 @@ SET = {"kind": "CommandSet", "name": "git", "commands": ["git **", "tig"]}
 
 
 @pytest.fixture
-def store(cli: Broker) -> Iterator[Store]:
-    store = Store(cli.directory / "db")
+def store(cli: Broker) -> Iterator[SqliteStore]:
+    store = SqliteStore(cli.directory / "db")
     yield store
     store.close()
 
@@ -93,7 +93,7 @@ def test_another_revision_is_refused_before_anybody_is_asked(cli: Broker, tmp_pa
     assert answer(cli, "history", "-n", "1")["items"][0]["message"] == "rollback to 1: oops"
 
 
-def test_what_somebody_was_shown_is_not_done_to_what_they_have_not_seen(store: Store) -> None:
+def test_what_somebody_was_shown_is_not_done_to_what_they_have_not_seen(store: SqliteStore) -> None:
     def of(*commands: str) -> list[Document]:
         return [parse_document(persona("A", *commands))]
 
@@ -108,7 +108,7 @@ def test_of_many_at_once_one_has_the_revision(cli: Broker) -> None:
     together = threading.Barrier(8)
 
     def change(number: int) -> bool:
-        own = Store(cli.directory / "db")
+        own = SqliteStore(cli.directory / "db")
         try:
             plan = own.plan([parse_document(persona("A", f"x{number}"))], WHOLE)
             together.wait()
@@ -216,7 +216,7 @@ def test_a_document_and_its_versions(cli: Broker, tmp_path: Path) -> None:
     assert cli.run("show", "nobody").returncode == 1
 
 
-def test_what_0_1_0_applied_meanwhile_is_in_the_history(cli: Broker, store: Store, tmp_path: Path) -> None:
+def test_what_0_1_0_applied_meanwhile_is_in_the_history(cli: Broker, store: SqliteStore, tmp_path: Path) -> None:
     cli.run("apply", write(tmp_path / "a.yaml", persona("A"), policy("a")))
     with store.writing() as db:  # as it does: no change-set
         db.execute("INSERT INTO documents SELECT kind, name, 2, 'x', body, at FROM documents WHERE name = 'A'")
@@ -233,7 +233,7 @@ def test_what_0_1_0_applied_meanwhile_is_in_the_history(cli: Broker, store: Stor
     assert "somebody unknown  what a broker that keeps no revisions applied" in cli.run("history").stdout
 
 
-def test_a_stale_history_is_brought_up_by_whatever_writes_it(cli: Broker, store: Store, tmp_path: Path) -> None:
+def test_a_stale_history_is_brought_up_by_whatever_writes_it(cli: Broker, store: SqliteStore, tmp_path: Path) -> None:
     cli.run("apply", write(tmp_path / "a.yaml", persona("A"), policy("a"), policy("b", "bob")))
     with store.writing() as db:  # 0.1.0 applies them in another order: position by position
         for position, name in enumerate(("b", "a")):
@@ -264,7 +264,7 @@ def test_0_1_0_goes_on_with_a_database_of_this_version(cli: Broker, tmp_path: Pa
 
 
 def test_what_cannot_be_read_stays_and_holds_up_no_rollback_of_the_rest(
-    cli: Broker, store: Store, tmp_path: Path
+    cli: Broker, store: SqliteStore, tmp_path: Path
 ) -> None:
     cli.run("apply", write(tmp_path / "a.yaml", persona("A"), policy("a"), policy("A"), persona("B")))
     cli.run("apply", write(tmp_path / "a.yaml", persona("A", "cat"), persona("B", "cat")))
@@ -306,7 +306,7 @@ def test_a_persona_that_changed_with_its_command_set(cli: Broker, tmp_path: Path
 
 @pytest.mark.parametrize("tables", [("documents",), ("documents", "expansions")])
 def test_a_text_that_is_not_the_one_that_was_applied_is_not_taken_for_it(
-    cli: Broker, store: Store, tmp_path: Path, tables: tuple[str, ...]
+    cli: Broker, store: SqliteStore, tmp_path: Path, tables: tuple[str, ...]
 ) -> None:
     """It can be read, and says something else: nothing shows it as that version, and no rollback applies it."""
     uses = ("@git",) if len(tables) > 1 else ()
@@ -325,7 +325,7 @@ def test_a_text_that_is_not_the_one_that_was_applied_is_not_taken_for_it(
     assert cli.run("check").returncode == 1
 
 
-def test_a_damaged_order_is_an_error_and_no_order(cli: Broker, store: Store, tmp_path: Path) -> None:
+def test_a_damaged_order_is_an_error_and_no_order(cli: Broker, store: SqliteStore, tmp_path: Path) -> None:
     cli.run("apply", write(tmp_path / "a.yaml", persona("A"), policy("a")))
     with store.writing() as db:
         db.execute("UPDATE change_sets SET policies = '['")
@@ -342,7 +342,7 @@ def test_what_was_applied_before_there_were_revisions_is_the_first(tmp_path: Pat
         db.executemany(
             "INSERT INTO applied VALUES (?, ?, ?, 3)", [(2, "Policy", "a"), (1, "Policy", "b"), (0, "Persona", "A")]
         )
-    store = Store(tmp_path / "db")
+    store = SqliteStore(tmp_path / "db")
     (found,), ((order,),) = store.history(10), store.rows("SELECT policies FROM change_sets")
     store.close()
     assert json.loads(order) == ["b", "a"]

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from tests.broker.conftest import TOKEN, Broker
 
@@ -100,7 +100,7 @@ def test_a_slow_client_is_cut(broker: Broker) -> None:
 
 def test_streams_do_not_starve_decisions(broker: Broker, ask: Ask) -> None:
     with ExitStack() as stack:
-        store = Store(broker.directory / "db")
+        store = SqliteStore(broker.directory / "db")
         tokens = [store.add_guest(f"vm{number}") for number in range(64)]
         store.close()
         for token in tokens:
@@ -123,7 +123,7 @@ def test_a_guest_has_only_so_many_streams_the_newest(broker: Broker) -> None:
             responses.append(response)
         for ended in responses[:2]:
             assert b"hello" not in ended.read()  # to its end
-        store = Store(broker.directory / "db")
+        store = SqliteStore(broker.directory / "db")
         store.raise_generation()  # whatever other tests left open is noticed at the next line
         store.close()
         deadline = time.monotonic() + 5

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from persona_broker.policy.order import arrange
 from persona_broker.policy.unreadable import Unreadable
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from persona.canonical import digest
 from persona.documents import Document, parse_document
@@ -29,19 +29,19 @@ def documents(*policies: dict[str, Any]) -> list[Document]:
     return [parse_document(value) for value in (PERSONA, *policies)]
 
 
-def order(store: Store) -> list[str]:
+def order(store: SqliteStore) -> list[str]:
     """As the decision engine asks them."""
     return [policy.name for policy in store.snapshot().policies]
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "db")
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    store = SqliteStore(tmp_path / "db")
     yield store
     store.close()
 
 
-def test_order_is_that_of_the_documents(store: Store) -> None:
+def test_order_is_that_of_the_documents(store: SqliteStore) -> None:
     given = [policy("late", 9000), policy("y"), policy("b", 10), policy("at", 5000), policy("x"), policy("a", 10)]
     apply(store, documents(*given))
     assert order(store) == ["a", "b", "y", "x", "at", "late"]
@@ -57,13 +57,13 @@ def test_what_is_no_order_is_refused(wrong: object) -> None:
         parse_document(policy("a", wrong))
 
 
-def test_zero_is_an_order(store: Store) -> None:
+def test_zero_is_an_order(store: SqliteStore) -> None:
     apply(store, documents(policy("b"), policy("a", 0)))
     assert order(store) == ["a", "b"]
     assert store.documents()[1][0] == parse_document(policy("a", 0))
 
 
-def test_a_record_of_the_first_version_decides_as_it_did(store: Store, tmp_path: Path) -> None:
+def test_a_record_of_the_first_version_decides_as_it_did(store: SqliteStore, tmp_path: Path) -> None:
     """Its rows are in the order in which they were applied, personas in between."""
     rows = [policy("z"), PERSONA, policy("a"), policy("m")]
     with closing(sqlite3.connect(tmp_path / "db")) as db, db:
@@ -91,7 +91,9 @@ def test_a_record_of_the_first_version_decides_as_it_did(store: Store, tmp_path:
         ("{", ["a", "b", "c", "x"]),
     ],
 )
-def test_what_cannot_be_read_stays_where_it_was(store: Store, tmp_path: Path, body: str, place: list[str]) -> None:
+def test_what_cannot_be_read_stays_where_it_was(
+    store: SqliteStore, tmp_path: Path, body: str, place: list[str]
+) -> None:
     apply(store, documents(policy("a", 10), policy("b", 11), policy("x")))
     with closing(sqlite3.connect(tmp_path / "db")) as db, db:
         db.execute("UPDATE documents SET body = ? WHERE name = 'b'", (body,))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from persona_broker.policy.place import FILE_MAX, Place, place
 from persona_broker.policy_files.reader import load
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
 from persona import codec
@@ -21,8 +21,8 @@ from tests.broker.test_history import answer
 
 
 @pytest.fixture
-def store(cli: Broker) -> Iterator[Store]:
-    store = Store(cli.directory / "db")
+def store(cli: Broker) -> Iterator[SqliteStore]:
+    store = SqliteStore(cli.directory / "db")
     yield store
     store.close()
 
@@ -40,7 +40,7 @@ persona: A
 """
 
 
-def of_alice(store: Store) -> Callable[[str], Any]:
+def of_alice(store: SqliteStore) -> Callable[[str], Any]:
     state = State(store, 15)
 
     def decide(name: str) -> Any:
@@ -79,7 +79,9 @@ def test_a_document_is_named_with_its_file_and_line(cli: Broker, tmp_path: Path)
     assert of_files.stdout.startswith("granted under A, policy a (10-analysts.yaml:6)\n")  # a file by its name alone
 
 
-def test_moving_a_document_raises_nothing_and_is_told_all_the_same(cli: Broker, store: Store, tmp_path: Path) -> None:
+def test_moving_a_document_raises_nothing_and_is_told_all_the_same(
+    cli: Broker, store: SqliteStore, tmp_path: Path
+) -> None:
     (tmp_path / "a.yaml").write_text(FILES)
     cli.run("apply", str(tmp_path / "a.yaml"))
     decide, generation = of_alice(store), store.generation()
@@ -96,7 +98,7 @@ def test_moving_a_document_raises_nothing_and_is_told_all_the_same(cli: Broker, 
     assert store.rows("SELECT value FROM meta WHERE key = 'moved'") == before
 
 
-def test_places_are_those_of_the_revision(cli: Broker, store: Store, tmp_path: Path) -> None:
+def test_places_are_those_of_the_revision(cli: Broker, store: SqliteStore, tmp_path: Path) -> None:
     cli.run("apply", write(tmp_path / "one.yaml", persona("A"), policy("a")))
     cli.run("apply", write(tmp_path / "two.yaml", persona("A", "cat"), policy("a")))
     assert cli.run("diff", "1").stdout.startswith("Persona A: version 1 -> 2 (two.yaml:1)\n")

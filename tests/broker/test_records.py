@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from persona_broker.store.records import Wanted, later, query_of
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from persona.answers import iso, local
 from persona.codec import Record
@@ -25,7 +25,7 @@ WOULD = replace(NMAP, user="bob", reason=Reason.OUTSIDE_HOURS, complain=True)
 
 
 def keep(broker: Broker, *records: Record, vm: str = "vm-1") -> None:
-    with closing(Store(broker.directory / "db")) as store:
+    with closing(SqliteStore(broker.directory / "db")) as store:
         store.add_records(vm, records, 0)
 
 
@@ -160,14 +160,14 @@ def test_following_goes_by_the_filters(filled: Broker) -> None:
     ],
 )
 def test_what_is_rare_is_found_without_reading_all(cli: Broker, wanted: Wanted) -> None:
-    with closing(Store(cli.directory / "db")) as store:
+    with closing(SqliteStore(cli.directory / "db")) as store:
         query, values = query_of(wanted, None)
         plan = [row[-1] for row in store.rows(f"EXPLAIN QUERY PLAN {query}", *values, 20)]
     assert "SEARCH records USING INDEX records_" in plan[0]
 
 
 def test_what_comes_next_begins_after_all_that_was_looked_at(filled: Broker) -> None:
-    with closing(Store(filled.directory / "db")) as store:
+    with closing(SqliteStore(filled.directory / "db")) as store:
         found, after = later(store, Wanted(user="alice"), 0, 2)
         assert ([one.number for one in found], after) == ([1, 2], 2)
         found, after = later(store, Wanted(user="alice"), after, 2)

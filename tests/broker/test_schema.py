@@ -12,15 +12,21 @@ from pathlib import Path
 
 import pytest
 from persona_broker.store import schema
+from persona_broker.store.interface import StoreError
 from persona_broker.store.schema import MIGRATIONS, NewerSchemaError
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from tests.broker.conftest import ROOT, environment, here
 
 KILLS = 12
 RECORDS = 20_000
 BODY = '{"user": "alice", "decision": "denied", "reason": "no_matching_policy"}'
-OPEN = "import sys; from pathlib import Path; from persona_broker.store.sqlite import Store; Store(Path(sys.argv[1]))"
+OPEN = """
+import sys
+from pathlib import Path
+from persona_broker.store.sqlite import SqliteStore
+SqliteStore(Path(sys.argv[1]))
+"""
 
 
 def old(path: Path, records: int = 10) -> Path:
@@ -45,13 +51,13 @@ def version(path: Path) -> int:
 
 
 def test_a_new_database_has_the_newest_version(tmp_path: Path) -> None:
-    Store(tmp_path / "db").close()
+    SqliteStore(tmp_path / "db").close()
     assert version(tmp_path / "db") == len(MIGRATIONS)
 
 
 def test_one_of_0_1_0_keeps_everything(tmp_path: Path) -> None:
     before = content(old(tmp_path / "db"))
-    store = Store(tmp_path / "db")
+    store = SqliteStore(tmp_path / "db")
     assert (store.generation(), store.guests()) == (7, ["analytics-1"])
     store.close()
     assert version(tmp_path / "db") == len(MIGRATIONS)
@@ -60,13 +66,13 @@ def test_one_of_0_1_0_keeps_everything(tmp_path: Path) -> None:
 
 def test_a_newer_one_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "db"
-    Store(path).close()
+    SqliteStore(path).close()
     with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE moons (phase TEXT)")
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
     before = content(path)
     with pytest.raises(NewerSchemaError, match=f"{path} has schema version {len(MIGRATIONS) + 1}"):
-        Store(path)
+        SqliteStore(path)
     assert content(path) == before
     done = here([sys.executable, "-m", "persona_broker", "--db", str(path), "guest", "list"])
     assert done.returncode == 3
@@ -146,11 +152,11 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     before = content(old(tmp_path / "db"))
     broken = ("CREATE TABLE moons (phase TEXT)", "DELETE FROM records", "INSERT INTO moon VALUES (1)")
     monkeypatch.setattr(schema, "MIGRATIONS", (*MIGRATIONS, broken))
-    with pytest.raises(sqlite3.OperationalError, match="no such table: moon"):
-        Store(tmp_path / "db")
+    with pytest.raises(StoreError, match="no such table: moon"):
+        SqliteStore(tmp_path / "db")
     assert (content(tmp_path / "db"), version(tmp_path / "db")) == (before, 0)
     monkeypatch.undo()
-    Store(tmp_path / "db").close()
+    SqliteStore(tmp_path / "db").close()
     assert version(tmp_path / "db") == len(MIGRATIONS)
 
 
@@ -167,7 +173,7 @@ def test_on_a_full_disk_nothing_changes(tmp_path: Path) -> None:
 def test_of_many_at_once_one_migrates(tmp_path: Path) -> None:
     old(tmp_path / "db", 2000)
     with ThreadPoolExecutor(8) as pool:
-        for store in pool.map(lambda _: Store(tmp_path / "db"), range(8)):
+        for store in pool.map(lambda _: SqliteStore(tmp_path / "db"), range(8)):
             store.close()
     assert version(tmp_path / "db") == len(MIGRATIONS)
 
@@ -196,6 +202,6 @@ def test_a_kill_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path: Path) 
             assert db.execute("SELECT count(*) FROM records").fetchone()[0] == RECORDS
             added = db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'records_denied'").fetchone()[0]
         assert (versions[-1], added) in ((0, 0), (len(MIGRATIONS), 1))
-        Store(path).close()
+        SqliteStore(path).close()
         assert len(content(path)) > tables
     assert 0 in versions

@@ -12,7 +12,7 @@ import pytest
 from persona_broker.policy.merge import ADD, How
 from persona_broker.policy.unreadable import Unreadable
 from persona_broker.policy_files.reader import load
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from persona.canonical import digest, to_mapping
 from persona.decisions import Program
@@ -43,25 +43,25 @@ def write(file: Path, *documents: dict[str, Any]) -> str:
     return str(file)
 
 
-def stored(store: Store, name: str = "A") -> tuple[int, list[str]]:
+def stored(store: SqliteStore, name: str = "A") -> tuple[int, list[str]]:
     """Version and whitelist of a persona as decisions are made from them."""
     found = store.snapshot().personas[name]
     return found.version, [pattern.text for pattern in found.persona.command_whitelist.patterns]
 
 
-def may(store: Store, *argv: str) -> bool:
+def may(store: SqliteStore, *argv: str) -> bool:
     program = Program(f"/usr/bin/{argv[0]}", (argv[0],), (f"/usr/bin/{argv[0]}",))
     return store.snapshot().personas["A"].persona.command_whitelist.allows(program, argv)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "db")
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    store = SqliteStore(tmp_path / "db")
     yield store
     store.close()
 
 
-def test_a_persona_is_stored_with_what_its_sets_stand_for(store: Store, tmp_path: Path) -> None:
+def test_a_persona_is_stored_with_what_its_sets_stand_for(store: SqliteStore, tmp_path: Path) -> None:
     apply(store, parsed(persona("@core", "less", "@git", "!git push **", "!rm", "cat"), POLICY, GIT, CORE))
     whitelist = ["ls", "rm", "less", "git", "/usr/lib/git-core/*", "!git push **", "!rm", "cat"]
     assert stored(store) == (1, whitelist)
@@ -79,7 +79,7 @@ def test_a_persona_is_stored_with_what_its_sets_stand_for(store: Store, tmp_path
     }  # fmt: skip
 
 
-def test_a_change_of_a_set_is_a_new_version_of_who_uses_it(store: Store) -> None:
+def test_a_change_of_a_set_is_a_new_version_of_who_uses_it(store: SqliteStore) -> None:
     apply(store, parsed(persona("@git", "ls"), persona("ls", name="B"), POLICY, GIT, CORE))
     before = store.generation()
     assert not apply(store, parsed(persona("@git", "ls"), GIT), ADD)
@@ -98,7 +98,7 @@ def test_a_change_of_a_set_is_a_new_version_of_who_uses_it(store: Store) -> None
     assert stored(store) == (5, ["ls", "git", "/usr/lib/git-core/*"])
 
 
-def test_what_it_uses_is_remembered_also_where_it_comes_to_the_same(store: Store) -> None:
+def test_what_it_uses_is_remembered_also_where_it_comes_to_the_same(store: SqliteStore) -> None:
     apply(store, parsed(persona("git", "/usr/lib/git-core/*"), POLICY, GIT))
     assert apply(store, parsed(persona("@git")), ADD).changed == ("Persona A",)
     apply(store, parsed(GIT | {"commands": ["tig"]}), ADD)
@@ -178,7 +178,7 @@ def test_a_broken_set_is_one_problem(cli: Broker, tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "2 documents, 1 problem, 1 warning", done.stdout
 
 
-def test_a_set_that_is_applied_is_there_for_files(cli: Broker, store: Store, tmp_path: Path) -> None:
+def test_a_set_that_is_applied_is_there_for_files(cli: Broker, store: SqliteStore, tmp_path: Path) -> None:
     assert cli.run("apply", write(tmp_path / "sets.yaml", GIT, CORE)).returncode == 0
     file = write(tmp_path / "a.yaml", persona("@git"), POLICY)
     assert cli.run("check", file).returncode == 1
@@ -217,7 +217,7 @@ def test_a_set_that_grows_too_much_is_refused_for_who_uses_it(cli: Broker, tmp_p
                                   '{"written": ["@git", "rm"], "origins": ["git", "git"]}',
                                   '{"written": ["@git", 1], "origins": ["git", "git", 1]}'])  # fmt: skip
 def test_a_persona_whose_origin_cannot_be_read_grants_nothing_until_applied_anew(
-    store: Store, tmp_path: Path, text: str
+    store: SqliteStore, tmp_path: Path, text: str
 ) -> None:
     """It would not follow its sets any more, and nobody would see that."""
     documents = parsed(persona("@git"), POLICY, GIT)
@@ -231,7 +231,7 @@ def test_a_persona_whose_origin_cannot_be_read_grants_nothing_until_applied_anew
     assert stored(store) == (2, ["git", "/usr/lib/git-core/*"])
 
 
-def test_a_set_that_cannot_be_read_leaves_its_personas_as_they_are(store: Store, tmp_path: Path) -> None:
+def test_a_set_that_cannot_be_read_leaves_its_personas_as_they_are(store: SqliteStore, tmp_path: Path) -> None:
     apply(store, parsed(persona("@git"), POLICY, GIT, CORE))
     with closing(sqlite3.connect(tmp_path / "db")) as db, db:
         db.execute("UPDATE documents SET body = '{' WHERE name = 'git'")
@@ -297,7 +297,7 @@ python3 -B /usr/share/fish/tools/create_manpage_completions.py --manpath --clean
 """
 
 
-def test_a_login_shell_starts_what_its_set_allows_and_not_what_it_would(store: Store) -> None:
+def test_a_login_shell_starts_what_its_set_allows_and_not_what_it_would(store: SqliteStore) -> None:
     file = ROOT / "examples" / "sets" / "login-shell.yaml"
     apply(store, [*load([file]).documents, *parsed(persona("@login-shell"), POLICY)])
     for line in AT_LOGIN.splitlines():

@@ -13,7 +13,7 @@ import pytest
 from persona_broker.policy.conditions import ConditionState, Unmet
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.unreadable import PROBLEM_MAX, Unreadable
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
 from persona import wire
@@ -28,17 +28,17 @@ NIGHT = {"hours": "22:00-06:00 Europe/Berlin"}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(tmp_path / "db")
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    store = SqliteStore(tmp_path / "db")
     yield store
     store.close()
 
 
-def put(store: Store, *documents: dict[str, Any]) -> None:
+def put(store: SqliteStore, *documents: dict[str, Any]) -> None:
     apply(store, [parse_document(document) for document in documents])
 
 
-def damage(store: Store, kind: str, name: str, body: object) -> None:
+def damage(store: SqliteStore, kind: str, name: str, body: object) -> None:
     """As another version of the broker, or a bad disk, would have left it."""
     text = body if isinstance(body, (str, bytes)) or body is None else json.dumps(body)
     with store.writing() as db:
@@ -73,7 +73,9 @@ BODIES: list[object] = [
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: str(body)[:40])
 @pytest.mark.parametrize("kind", ["Persona", "Policy"])
-def test_whatever_is_stored_others_are_decided_and_it_grants_nothing(store: Store, kind: str, body: object) -> None:
+def test_whatever_is_stored_others_are_decided_and_it_grants_nothing(
+    store: SqliteStore, kind: str, body: object
+) -> None:
     put(
         store,
         persona("first", "ls"),
@@ -90,7 +92,7 @@ def test_whatever_is_stored_others_are_decided_and_it_grants_nothing(store: Stor
     assert found.unreadable[0].problem.isprintable()
 
 
-def test_a_persona_that_cannot_be_read_denies_and_does_not_let_a_wider_one_speak(store: Store) -> None:
+def test_a_persona_that_cannot_be_read_denies_and_does_not_let_a_wider_one_speak(store: SqliteStore) -> None:
     put(
         store,
         persona("Narrow", "ls"),
@@ -111,7 +113,7 @@ def test_a_persona_that_cannot_be_read_denies_and_does_not_let_a_wider_one_speak
     assert isinstance(decide(found, condition_state=off), Granted)  # its own words: now the next one speaks
 
 
-def test_one_that_comes_before_goes_on_granting(store: Store) -> None:
+def test_one_that_comes_before_goes_on_granting(store: SqliteStore) -> None:
     put(store, persona("A", "ls"), persona("B", "ls"), policy("a", "A"), policy("b", "B"))
     damage(store, "Persona", "B", "{")
     assert isinstance(decide(store.snapshot()), Granted)
@@ -132,7 +134,7 @@ def test_one_that_comes_before_goes_on_granting(store: Store) -> None:
     ],
 )
 def test_a_policy_that_cannot_be_read(
-    store: Store, changed: dict[str, Any], program: str, user: str, denied: bool
+    store: SqliteStore, changed: dict[str, Any], program: str, user: str, denied: bool
 ) -> None:
     first = policy("first", "A", commands=["ls"])
     put(store, persona("A", "ls"), persona("Wide", "**"), first, policy("wide", "Wide", subjects={"users": ["*"]}))
@@ -145,7 +147,7 @@ def test_a_policy_that_cannot_be_read(
         assert decision.policy == "wide"
 
 
-def test_conditions_that_can_be_read_count(store: Store) -> None:
+def test_conditions_that_can_be_read_count(store: SqliteStore) -> None:
     first = policy("first", "A", when=NIGHT)
     put(store, persona("A", "ls"), first, policy("wide", "A"))
     damage(store, "Policy", "first", {**first, "colour": "red"})
@@ -157,7 +159,7 @@ def test_conditions_that_can_be_read_count(store: Store) -> None:
     )
 
 
-def test_a_user_of_one_logs_in_and_is_under_no_later_persona(store: Store) -> None:
+def test_a_user_of_one_logs_in_and_is_under_no_later_persona(store: SqliteStore) -> None:
     first = policy("first", "A")
     put(store, persona("A", "ls"), first, policy("wide", "A", subjects={"users": ["*"]}))
     damage(store, "Policy", "first", {**first, "colour": "red"})
@@ -168,7 +170,7 @@ def test_a_user_of_one_logs_in_and_is_under_no_later_persona(store: Store) -> No
     assert bob.entry is not None and bob.entry.policy.name == "wide"
 
 
-def test_the_same_document_applied_again_mends_it(store: Store) -> None:
+def test_the_same_document_applied_again_mends_it(store: SqliteStore) -> None:
     documents = persona("A", "ls"), policy("a", "A")
     for body in ("{", None):
         put(store, *documents)
@@ -181,13 +183,13 @@ def test_the_same_document_applied_again_mends_it(store: Store) -> None:
         assert not apply(store, parsed)
 
 
-def test_a_row_written_otherwise_is_no_change(store: Store) -> None:
+def test_a_row_written_otherwise_is_no_change(store: SqliteStore) -> None:
     put(store, persona("A", "ls"), policy("a", "A"))
     damage(store, "Persona", "A", json.dumps(persona("A", "ls"), indent=1))  # readable, the same in other words
     assert not store.plan([parse_document(document) for document in (persona("A", "ls"), policy("a", "A"))]).changes
 
 
-def test_it_is_logged_once_and_when_it_is_over(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_logged_once_and_when_it_is_over(store: SqliteStore, caplog: pytest.LogCaptureFixture) -> None:
     put(store, persona("A", "ls"), policy("a", "A"))
     damage(store, "Persona", "A", "{")
     for _ in range(3):
@@ -207,7 +209,7 @@ def test_tzdata_may_go_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     shutil.copy("/usr/share/zoneinfo/Europe/Berlin", zones / "Our" / "Zone")
     zoneinfo.reset_tzpath([str(zones), "/usr/share/zoneinfo"])
     try:
-        store = Store(tmp_path / "db")
+        store = SqliteStore(tmp_path / "db")
         put(store, persona("A", "ls"), policy("a", "A", when={"hours": "00:00-24:00 Our/Zone"}))
         state = State(store, 15)
         shutil.rmtree(zones)
@@ -228,8 +230,8 @@ def test_a_zone_file_that_is_cut_is_unknown(tmp_path: Path, cut: int) -> None:
     (tmp_path / "Cut" / "Zone").write_bytes(Path("/usr/share/zoneinfo/Europe/Berlin").read_bytes()[:cut])
     zoneinfo.reset_tzpath([str(tmp_path)])
     try:
-        with Store(tmp_path / "db").reading():
-            store = Store(tmp_path / "db")
+        with SqliteStore(tmp_path / "db").reading():
+            store = SqliteStore(tmp_path / "db")
             put(store, persona("A", "ls"), policy("a", "A"))
             damage(store, "Policy", "a", policy("a", "A", when={"hours": "00:00-24:00 Cut/Zone"}))
             (item,) = (found for found, _ in store.documents() if isinstance(found, Unreadable))
@@ -240,7 +242,7 @@ def test_a_zone_file_that_is_cut_is_unknown(tmp_path: Path, cut: int) -> None:
 
 @pytest.mark.parametrize("key", ["sample", "latches", "load_set"])
 @pytest.mark.parametrize("value", ["{", "7", "[7]", '{"at": []}', "null"])
-def test_a_load_that_cannot_be_read_is_not_known(store: Store, key: str, value: str) -> None:
+def test_a_load_that_cannot_be_read_is_not_known(store: SqliteStore, key: str, value: str) -> None:
     loaded = policy("a", "A", when={"host_load": {"cpu": {"below": 70}}})
     put(store, persona("A", "ls"), loaded, policy("b", "A", subjects={"users": ["bob"]}))
     with store.writing() as db:
@@ -252,7 +254,7 @@ def test_a_load_that_cannot_be_read_is_not_known(store: Store, key: str, value: 
 
 
 def test_a_persona_that_an_older_agent_cannot_keep_grants_nothing_there(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "PERSONA_FIELDS", {"resource_limits.pids": NewField(2, Effect.RESTRICTS)})
     limited = {**persona("Limited", "ls"), "resource_limits": {"pids": 9}}

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from persona_broker.store.interface import SessionRow
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 from persona_guest.shell import trial
 from persona_guest.shell.client import Client
 
@@ -28,7 +28,7 @@ def until(holds: Callable[[], bool]) -> bool:
 def test_a_machine_that_was_installed_anew_or_let_go_leaves_no_session(documents: Path) -> None:
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="persona-")))
-        store = stack.enter_context(closing(Store(home / "db")))
+        store = stack.enter_context(closing(SqliteStore(home / "db")))
         for ident, guest in (("s-left", trial.VM), ("s-stray", "removed")):
             store.open_session(SessionRow(ident, guest, Subject("alice", (), guest), "sshd", "", 1.0, revoked=False))
         trial.start(stack, home, [str(documents)])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 
 from tests.guest_vm.bound import CGROUPS, DOCUMENTS, USER, apply, cgroup, persona, policy
 from tests.guest_vm.login import Terminal
@@ -182,7 +182,7 @@ def test_the_user_manager_follows(guest: Machine, broker: Broker) -> None:
 def test_it_follows_within_a_second(guest: Machine, broker: Broker) -> None:
     """Shorter than the benchmark's 200 changes: ``follow.p99_s`` has the numbers."""
     site(broker, "finish")
-    store = Store(broker.directory / "broker.db")
+    store = SqliteStore(broker.directory / "broker.db")
     seconds = []
     with guest.session(USER) as session:
         session.ask("exec 9<> <(:); ls /")  # the login is done; 9 is a pipe to wait at, which takes no CPU

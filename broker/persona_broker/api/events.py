@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sqlite3
 from collections import deque
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ from persona_broker import metrics
 from persona_broker.api.guests import guest
 from persona_broker.condition_watcher import Watcher
 from persona_broker.lasting import let_last
+from persona_broker.store.interface import StoreError
 from persona_broker.view import State
 
 log = logging.getLogger("persona.events")
@@ -75,7 +75,7 @@ class Streams:
     def _registered(self, guest: str) -> bool:
         try:
             return guest in self._state.current().guests.values()
-        except sqlite3.Error as error:
+        except StoreError as error:
             log.error("a stream ends, the database cannot be used: %s", error)
             return False
 

@@ -10,8 +10,8 @@ from persona import codec, wire
 from persona.codec import MAX_BODY
 from persona.problems import Fault, PersonaError
 from persona_broker.problems import GroupsChanged
+from persona_broker.store.interface import Store
 from persona_broker.store.sessions import hash_token
-from persona_broker.store.sqlite import Store
 from persona_broker.view import State, View
 
 

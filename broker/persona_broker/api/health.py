@@ -7,7 +7,6 @@ from flask import Blueprint
 from persona.health import decode_report
 from persona_broker.api.guests import body, guest, state, store
 from persona_broker.policy.vm_health import bounds_of
-from persona_broker.store.health import put_report
 
 blueprint = Blueprint("reports", __name__)
 
@@ -17,5 +16,5 @@ def health() -> tuple[str, int]:
     """Keeps the calling guest's report of its own health, as of now by the broker's clock."""
     name = guest()
     report = decode_report(body())
-    put_report(store(), name, report, bounds_of(state().current().snapshot.vm_conditions), time.time())
+    store().put_report(name, report, bounds_of(state().current().snapshot.vm_conditions), time.time())
     return "", 204

@@ -1,12 +1,11 @@
 """For monitors: alive, ready, and the numbers.  No token needed, nothing secret said."""
 
-import sqlite3
-
 from flask import Blueprint, Response, jsonify
 
 from persona.problems import Fault, PersonaError
 from persona_broker import metrics
 from persona_broker.api.guests import state, store
+from persona_broker.store.interface import StoreError
 
 blueprint = Blueprint("health", __name__)
 
@@ -22,7 +21,7 @@ def readyz() -> Response:
     """Says whether decisions can be made: the database can be read."""
     try:
         view = state().current()
-    except sqlite3.Error as error:
+    except StoreError as error:
         raise PersonaError(Fault.NOT_READY, f"the database cannot be read: {error}") from None
     counts = {"policies": len(view.snapshot.policies), "unreadable": len(view.snapshot.unreadable)}
     return jsonify(status="ready", generation=view.generation, **counts)

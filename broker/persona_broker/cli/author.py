@@ -3,7 +3,7 @@
 import os
 import pwd
 
-from persona_broker.store.change_sets import Author
+from persona_broker.store.interface import Author
 
 _NAME_MAX = 64
 

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from persona_broker.policy.field_diff import FieldChange
     from persona_broker.policy.losses import Losses
     from persona_broker.policy_files.reader import Loaded, Present
-    from persona_broker.store.interface import Plan, SessionRow
-    from persona_broker.store.sqlite import Store
+    from persona_broker.store.interface import Plan, SessionRow, Store
 
 _MISSING = ("there is no persona", "there is no command set")  # messages about a missing document begin so
 UNCONFIRMED = 4  # an exit code: nobody said yes to a removal
@@ -66,7 +65,7 @@ def _present(store: "Store") -> "Present":
 def add_files(paths: list[Path], store: "Store") -> None:
     """Adds and changes documents as ``apply`` does; removes none.  Raises ``PersonaError``."""
     from persona_broker.policy.merge import ADD
-    from persona_broker.store.change_sets import Author
+    from persona_broker.store.interface import Author
 
     loaded = _loaded(paths, _present(store))
     if not loaded.documents:
@@ -186,7 +185,7 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _to_apply(settings: Settings, *, dry_run: bool) -> "Store":
     """With everything that was applied as a change-set.  A dry run writes nothing, also where there is none yet."""
-    from persona_broker.store.sqlite import Store
+    from persona_broker.store.sqlite import SqliteStore
 
     if not dry_run:
         store = store_of(settings)
@@ -195,7 +194,7 @@ def _to_apply(settings: Settings, *, dry_run: bool) -> "Store":
     if Path(settings.db).exists():
         return with_history(settings)
     with tempfile.TemporaryDirectory() as folder:  # its files are open for as long as they are needed
-        return Store(Path(folder) / "db")
+        return SqliteStore(Path(folder) / "db")
 
 
 def carry_out(arguments: argparse.Namespace, store: "Store", plan: "Plan", message: str) -> int:

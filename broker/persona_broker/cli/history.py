@@ -18,8 +18,7 @@ from persona_broker.policy.merge import WHOLE, Stored, key_of
 from persona_broker.policy.place import NOWHERE, Place, named
 from persona_broker.policy.unreadable import Unreadable
 from persona_broker.settings import Settings
-from persona_broker.store.change_sets import ChangeSet, Item, Places
-from persona_broker.store.sqlite import Store
+from persona_broker.store.interface import ChangeSet, Item, Places, Store
 
 _KINDS = ("CommandSet", "Persona", "Policy")
 

@@ -11,32 +11,32 @@ from persona.answers import as_json
 from persona_broker.settings import Settings
 
 if TYPE_CHECKING:
-    from persona_broker.store.sqlite import Store
+    from persona_broker.store.sqlite import SqliteStore
 
 
-def store_of(settings: Settings) -> "Store":
-    """The database.  Raises ``sqlite3.Error``, ``OSError``."""
-    from persona_broker.store.sqlite import Store
+def store_of(settings: Settings) -> "SqliteStore":
+    """The database.  Raises ``StoreError``, ``OSError``."""
+    from persona_broker.store.sqlite import SqliteStore
 
-    return Store(Path(settings.db))
+    return SqliteStore(Path(settings.db))
 
 
-def existing(settings: Settings) -> "Store":
+def existing(settings: Settings) -> "SqliteStore":
     """The database, for what changes or ends something that must be there.  Raises ``OSError`` where there is none."""
     must_exist(settings)
     return store_of(settings)
 
 
-def for_reading(settings: Settings) -> "Store":
-    """The database, of which not a byte is written.  Raises ``sqlite3.Error``, ``OSError`` where there is none."""
+def for_reading(settings: Settings) -> "SqliteStore":
+    """The database, of which not a byte is written.  Raises ``StoreError``, ``OSError`` where there is none."""
     from persona_broker.store.database import Access
-    from persona_broker.store.sqlite import Store
+    from persona_broker.store.sqlite import SqliteStore
 
     must_exist(settings)
-    return Store(Path(settings.db), Access.READ)
+    return SqliteStore(Path(settings.db), Access.READ)
 
 
-def with_history(settings: Settings) -> "Store":
+def with_history(settings: Settings) -> "SqliteStore":
     """The same, with everything that was applied as a change-set.  Raises ``OlderSchemaError`` where it is not."""
     from persona_broker.store.schema import OlderSchemaError
 

@@ -14,7 +14,7 @@ from persona_broker.condition_watcher import Watcher
 from persona_broker.host.load import LoadSource, MachineSource, SetSource
 from persona_broker.serve.worker import at_exit
 from persona_broker.settings import Settings
-from persona_broker.store.sqlite import Store
+from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
 API = (decisions.blueprint, current.blueprint, health.blueprint, documents.blueprint, monitoring.blueprint)
@@ -29,7 +29,7 @@ def api(settings: Settings) -> Flask:
 def streams(settings: Settings) -> Flask:
     """The event streams, and the watcher that feeds them (with a connection to the database of its own)."""
     app = base(settings, STREAMS)
-    store = Store(Path(settings.db))
+    store = SqliteStore(Path(settings.db))
     source: LoadSource = MachineSource() if settings.load_source == "psutil" else SetSource(store.set_load)
     watcher = Watcher(store, source, settings.load_max_age_s, settings.health_max_age_s)
     watcher.look()  # the first sample before the first answer: until then no load is known
@@ -43,8 +43,8 @@ def base(settings: Settings, blueprints: Iterable[Blueprint]) -> Flask:
     """These routes over the database; the streams need more to be served."""
     app = Flask("persona_broker", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    app.extensions["state"] = State(Store(Path(settings.db)), settings.load_max_age_s, settings.health_max_age_s)
-    app.extensions["store"] = Store(Path(settings.db))
+    app.extensions["state"] = State(SqliteStore(Path(settings.db)), settings.load_max_age_s, settings.health_max_age_s)
+    app.extensions["store"] = SqliteStore(Path(settings.db))
     problems.register(app)
     app.after_request(_name_version)
     for blueprint in blueprints:

@@ -9,49 +9,13 @@ import json
 import sqlite3
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from persona.shown import line
 from persona_broker.policy.diff import in_another_order
 from persona_broker.policy.place import NOWHERE, Place
-
-Versions = dict[tuple[str, str], int]  # by kind and name
-Places = Mapping[tuple[str, str], Place]  # the same
+from persona_broker.store.interface import Author, ChangeSet, Item, Places, Versions
 
 _NAMED_MAX = 3  # of those who were faster
-
-
-@dataclass(frozen=True, slots=True)
-class Author:
-    """Who changes documents, as the broker's machine knows them, and why; an empty name = nobody knows."""
-
-    name: str
-    message: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One document in a change-set: its version before and after, ``None`` where it was not applied."""
-
-    kind: str
-    name: str
-    before: int | None
-    after: int | None
-    place: Place = NOWHERE  # where it is written since then
-
-
-@dataclass(frozen=True, slots=True)
-class ChangeSet:
-    """One entry of the history.
-
-    ``at`` is in Unix seconds; ``reordered`` where policies that stayed are asked in another order since then.
-    """
-
-    revision: int
-    at: float
-    author: Author
-    reordered: bool
-    items: tuple[Item, ...]
 
 
 def revision(db: sqlite3.Connection) -> int:

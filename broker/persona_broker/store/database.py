@@ -15,7 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from persona_broker.store.schema import check, migrate
+from persona_broker.store.interface import StoreError
+from persona_broker.store.schema import SqliteError, check, migrate
 
 log = logging.getLogger("persona.record")
 
@@ -31,14 +32,25 @@ class Access(Enum):
     WRITE = "write"  # made where there is none, and brought to this version
 
 
-def make_private(path: Path) -> None:
-    """Makes an empty file where there is none, which nobody else can read: it has every guest's commands."""
+@contextmanager
+def _as_store_error() -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        raise
+    except sqlite3.Error as error:
+        raise SqliteError(str(error)) from error
+
+
+def read_write(path: Path) -> sqlite3.Connection:
+    """A connection to the file, which is made where there is none.  Raises ``sqlite3.Error``, ``OSError``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():  # before SQLite makes it
+    if not path.exists():  # before SQLite makes it: who may read it knows every guest's commands
         path.touch(mode=0o600)
         if os.geteuid() == 0:  # 'sudo persona-broker apply' must not keep the service's user out
             owner = path.parent.stat()
             os.chown(path, owner.st_uid, owner.st_gid)
+    return sqlite3.connect(path, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -49,32 +61,27 @@ def read_only(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
 
 
-def _for_writing(db: sqlite3.Connection) -> None:
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = NORMAL")
-    migrate(db)
-
-
 class Database:
     """One connection behind a lock.
 
-    Raises ``sqlite3.Error`` where the file cannot be used, is a newer broker's, or an older one's and is only read.
+    Raises ``StoreError`` where the file cannot be used, is a newer broker's, or an older one's and is only read; every
+    method does, where it cannot be used any more.
     """
 
     def __init__(self, path: Path, access: Access = Access.WRITE) -> None:
         self._lock = threading.RLock()
-        if access is Access.READ:
-            self._db = read_only(path)
-            prepare = check
-        else:
-            make_private(path)
-            self._db = sqlite3.connect(path, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
-            prepare = _for_writing
-        try:
-            prepare(self._db)
-        except BaseException:
-            self._db.close()
-            raise
+        with _as_store_error():
+            self._db = read_only(path) if access is Access.READ else read_write(path)
+            try:
+                if access is Access.READ:
+                    check(self._db)
+                else:
+                    self._db.execute("PRAGMA journal_mode = WAL")
+                    self._db.execute("PRAGMA synchronous = NORMAL")
+                    migrate(self._db)
+            except BaseException:
+                self._db.close()
+                raise
         self._skipped: set[str] = set()  # each is logged once
 
     def close(self) -> None:
@@ -85,20 +92,20 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it, or nothing where it raises."""
-        with self._lock:
+        with self._lock, _as_store_error():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:  # with a full disk, SQLite has rolled it back itself
                     self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Everything that is read within is of one moment."""
-        with self._lock:
+        with self._lock, _as_store_error():
             if self._db.in_transaction:
                 yield
                 return
@@ -110,7 +117,7 @@ class Database:
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """What a query finds."""
-        with self._lock:
+        with self._lock, _as_store_error():
             return self._db.execute(query, values).fetchall()
 
     def data_version(self) -> int:

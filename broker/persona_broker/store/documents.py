@@ -16,9 +16,8 @@ from persona_broker.policy.place import NOWHERE, Place
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.unreadable import Unreadable
 from persona_broker.store import change_sets
-from persona_broker.store.change_sets import Author, ChangeSet, Places
 from persona_broker.store.database import Access, Database, raise_generation, read_only
-from persona_broker.store.interface import Changed, Plan, Text
+from persona_broker.store.interface import Author, Changed, ChangeSet, Places, Plan, Text
 from persona_broker.store.schema import version_of
 from persona_broker.store.stored_text import is_intact, make_snapshot, read, text_of
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from persona_broker.store.database import Database
 from persona_broker.store.schema import RECORD_FIELD
-from persona_broker.store.sqlite import Store
 
 _SAME_BUT_FOR = "json_remove(body, '$.at', '$.session', '$.leased')"
 
@@ -34,7 +34,7 @@ class Found:
     count: int = 1
 
 
-def newest(store: Store, wanted: Wanted, limit: int) -> tuple[list[Found], int]:
+def newest(store: Database, wanted: Wanted, limit: int) -> tuple[list[Found], int]:
     """The newest ``limit`` records, oldest first, and the number of the newest that there is of any kind.
 
     Raises ``sqlite3.Error``.
@@ -44,7 +44,7 @@ def newest(store: Store, wanted: Wanted, limit: int) -> tuple[list[Found], int]:
         return list(_find(store, wanted, None, limit))[::-1], last
 
 
-def later(store: Store, wanted: Wanted, after: int, limit: int) -> tuple[list[Found], int]:
+def later(store: Database, wanted: Wanted, after: int, limit: int) -> tuple[list[Found], int]:
     """The next ``limit`` records after a number, and the number after which the next are.  Raises ``sqlite3.Error``."""
     with store.reading():
         last = _last(store)
@@ -52,11 +52,11 @@ def later(store: Store, wanted: Wanted, after: int, limit: int) -> tuple[list[Fo
     return found, found[-1].number if len(found) == limit else max(last, after)
 
 
-def _last(store: Store) -> int:
+def _last(store: Database) -> int:
     return int(store.rows("SELECT ifnull(max(id), 0) FROM records")[0][0])
 
 
-def _find(store: Store, wanted: Wanted, after: int | None, limit: int) -> Iterator[Found]:
+def _find(store: Database, wanted: Wanted, after: int | None, limit: int) -> Iterator[Found]:
     query, values = query_of(wanted, after)
     for number, vm, body, count in store.rows(query, *values, limit):
         record = json.loads(body)

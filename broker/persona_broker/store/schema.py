@@ -8,6 +8,8 @@ since it looks at none of what was added, while no document is applied that it d
 
 import sqlite3
 
+from persona_broker.store.interface import StoreError
+
 # One field of a record, as the indexes have it; of a text that is no JSON there is none.
 RECORD_FIELD = "CASE WHEN json_valid(body) THEN json_extract(body, '$.{}') END"
 
@@ -60,15 +62,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 
-class NewerSchemaError(sqlite3.DatabaseError):
+class SqliteError(StoreError, sqlite3.DatabaseError):
+    """What SQLite says, as callers of any store expect it."""
+
+
+class NewerSchemaError(SqliteError):
     """The database is of a version that this broker does not know."""
 
 
-class OlderSchemaError(sqlite3.DatabaseError):
+class OlderSchemaError(SqliteError):
     """The database is of an older version, and whoever opened it only reads."""
 
 
-class NoSchemaError(sqlite3.DatabaseError):
+class NoSchemaError(SqliteError):
     """The database has tables of a version that it does not name."""
 
 

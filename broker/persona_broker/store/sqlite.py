@@ -1,4 +1,4 @@
-"""The database in one SQLite file: documents and versions, guests, sessions, decisions, what holds now."""
+"""The store in one SQLite file: documents and versions, guests, sessions, decisions, what holds now."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,13 +8,14 @@ from persona.conditions import Threshold
 from persona_broker.policy.conditions import Latches, Sample
 from persona_broker.store.database import put_meta
 from persona_broker.store.documents import Documents
+from persona_broker.store.health import Health
 from persona_broker.store.sessions import Sessions
 
 RECORDS_KEPT = 200_000  # about 100 MB; the audit issue will stream them on
 
 
-class Store(Documents, Sessions):
-    """All parts over one connection, and what is left: the host's load, and records."""
+class SqliteStore(Documents, Sessions, Health):
+    """The first implementation of ``interface.Store``: all parts over one connection, the host's load, and records."""
 
     def sample(self) -> Sample | None:
         """The host's last load sample; none where it cannot be read."""

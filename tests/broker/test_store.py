@@ -1,0 +1,174 @@
+"""What every implementation of the store promises (``persona_broker.store.interface``)."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from persona_broker.policy.conditions import Sample
+from persona_broker.policy.merge import ADD, WHOLE
+from persona_broker.store.interface import Author, SessionRow, Store, StoreError
+from persona_broker.store.sqlite import SqliteStore
+from persona_broker.view import State
+
+from persona.codec import Record
+from persona.decisions import Granted, Program, Request, Subject
+from persona.documents import Document, Persona, Policy, parse_document
+from persona.health import Report
+from persona.problems import Fault, PersonaError
+from tests.broker.test_apply import persona, policy
+
+IMPLEMENTATIONS: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "db")}
+ANN = Author("ann", "why")
+Open = Callable[[], Store]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    """Each call is another process's view of the same store."""
+    make = IMPLEMENTATIONS[request.param]
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(closing(make(tmp_path)))
+
+
+def documents(*values: dict[str, Any]) -> list[Document]:
+    return [parse_document(value) for value in values]
+
+
+def test_what_one_changes_the_others_see_and_within_one_reading_none_of_it(connect: Open) -> None:
+    writer, reader = connect(), connect()
+    seen = reader.data_version()
+    assert reader.data_version() == seen
+    with reader.reading():
+        before = reader.generation()
+        writer.change(documents(persona("A")), WHOLE, ANN)
+        assert (reader.generation(), reader.documents(), reader.revision()) == (before, [], 0)
+    assert reader.data_version() != seen
+    assert (reader.generation() > before, reader.count(), reader.revision()) == (True, 1, 1)
+
+
+def test_the_generation_rises_with_what_can_change_a_decision_and_with_nothing_else(connect: Open) -> None:
+    store = connect()
+    store.add_guest("vm", "token")
+    store.open_session(SessionRow("s", "vm", Subject("alice", (), "vm"), "", "", 1.0, False))
+    one = documents(persona("A"))
+    changes: list[Callable[[], object]] = [
+        lambda: store.change(one, WHOLE, ANN), store.raise_generation, lambda: store.revoke("alice"),
+        lambda: store.remove_guest("vm"),
+    ]  # fmt: skip
+    same: list[Callable[[], object]] = [
+        lambda: store.change(one, WHOLE, ANN), lambda: store.revoke("nobody"), lambda: store.remove_guest("nobody"),
+        lambda: store.put_sample(Sample(1.0, {"cpu": 1.0}, "set"), frozenset()), lambda: store.add_guest("other"),
+        lambda: store.put_report("other", Report(), (), 1.0), lambda: store.add_records("other", [], 1),
+    ]  # fmt: skip
+    for act, rises in [(act, 1) for act in changes] + [(act, 0) for act in same]:
+        before = store.generation()
+        act()
+        assert store.generation() == before + rises
+
+
+def test_of_those_who_planned_for_the_same_revision_one_gets_through(connect: Open) -> None:
+    together = threading.Barrier(6)
+
+    def change(number: int) -> str:
+        store = connect()
+        plan = store.plan(documents(persona("A", f"x{number}")), WHOLE)
+        together.wait()
+        try:
+            return str(store.carry_out(plan, Author(f"u{number}")).revision)
+        except PersonaError as error:
+            assert error.code is Fault.CONFLICT
+            return "refused"
+
+    with ThreadPoolExecutor(6) as pool:
+        assert sorted(pool.map(change, range(6))) == ["1", *["refused"] * 5]
+    (only,) = connect().history(10)
+    assert only.revision == 1
+
+
+def test_what_is_refused_or_fails_changes_nothing(connect: Open) -> None:
+    store = connect()
+    store.change(documents(persona("A"), policy("a")), WHOLE, ANN)
+    before = store.documents(), store.generation(), store.revision()
+    with pytest.raises(PersonaError):
+        store.change(documents(policy("b", persona="nobody")), ADD, ANN)
+    with pytest.raises(PersonaError) as caught:
+        store.documents_at(9)
+    assert caught.value.code is Fault.NOT_FOUND
+    assert (store.documents(), store.generation(), store.revision()) == before
+
+
+def test_who_is_revoked_stays_so_while_the_session_is_open(connect: Open) -> None:
+    store, other = connect(), connect()
+    row = SessionRow("s", "vm", Subject("alice", ("g",), "vm"), "sshd", "::1", 1.0, False)
+    assert store.open_session(row) and store.session("s") == row
+    assert [found.id for found in other.revoke("alice", end=True)] == ["s"]
+    assert store.open_session(row)  # an agent that restarts
+    assert store.revoked() == store.ending() == {"s"}
+    assert store.end_session("s", "vm") and not store.end_session("s", "vm")
+    assert store.revoked() == store.ending() == frozenset()
+
+
+def test_records_that_guests_lost_are_counted(connect: Open) -> None:
+    store = connect()
+    record = Record(1.0, "s", "alice", "/x", ("x",), "granted", None, "A", 1, "a", "exec", False, False)
+    store.add_records("vm", [record], 2)
+    store.add_records("vm", [record], 3)
+    assert store.records_lost() == 5
+
+
+def test_one_that_cannot_be_used_says_so_everywhere(connect: Open) -> None:
+    store = connect()
+    store.close()
+    calls: list[Callable[[], object]] = [
+        store.generation, store.stamp, store.data_version, store.snapshot, store.tokens, store.revision, store.sample,
+        store.raise_generation, lambda: store.change(documents(persona("A")), WHOLE, ANN), lambda: store.revoke("x"),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(StoreError):
+            call()
+
+
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(n, marks=pytest.mark.soak) for n in range(3, 60))])
+def test_the_versions_that_a_decision_names_can_be_looked_up_for_ever(connect: Open, seed: int) -> None:
+    """Over a random history of changes, moves, removals and rollbacks: each is what decided then."""
+    chance, store = random.Random(seed), connect()  # noqa: S311 - a history, no secret
+    state = State(connect(), 15)
+    named: dict[tuple[str, str, int], Document] = {}
+    revisions = 0
+    for _ in range(25):
+        if revisions and chance.random() < 0.3:
+            number = chance.randint(1, revisions)
+            store.change([item for item, _ in store.documents_at(number)], WHOLE, ANN)
+        else:
+            values = [persona(name, "ls", *chance.sample(["cat", "git", "vim"], 2)) for name in ("A", "B")]
+            users = [chance.choice(["alice", "bob"]) for _ in range(3)]
+            values += [
+                policy(f"p{n}", user, chance.choice("AB")) for n, user in enumerate(users) if chance.random() < 0.8
+            ]
+            store.change(documents(*values), WHOLE, ANN)
+        revisions = store.revision()
+        view = state.current(store.generation())
+        now = {(type(document).__name__, document.name): document for document, _ in store.documents()}
+        for user in ("alice", "bob"):
+            for name in ("ls", "vim", "nmap"):
+                program = Program(f"/usr/bin/{name}", (name,), (f"/usr/bin/{name}",))
+                request = Request(Subject(user, (), "vm"), "s", program, (name,), "/")
+                decision = view.snapshot.decide(request, view.condition_state)
+                if decision.policy is None:
+                    continue
+                assert decision.policy_version is not None
+                entry = now["Policy", decision.policy]
+                assert isinstance(entry, Policy)
+                named["Policy", decision.policy, decision.policy_version] = entry
+                held = now["Persona", entry.persona]
+                version = decision.persona.version if isinstance(decision, Granted) else decision.persona_version
+                assert isinstance(held, Persona) and version is not None
+                named["Persona", entry.persona, version] = held
+    assert len(named) > 10
+    for (kind, name, version), document in named.items():
+        assert store.version(kind, name, version) == (version, document)
