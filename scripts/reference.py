@@ -277,6 +277,7 @@ LABELS: Mapping[str, tuple[str, ...]] = {  # of those that have any
     "health_report_age_seconds": ("vm",),
     "vm_layer_active": ("vm", "layer"),
     "vm_conditions_unmet": ("vm",),
+    "denials_surge": ("reason",),
     "decisions_total": ("outcome",),
     "admissions_total": ("outcome",),
     "decision_seconds": ("le",),

@@ -141,6 +141,7 @@ def test_every_answer_of_the_broker_s_commands(record: Path, tmp_path: Path) -> 
         "diff": ("1",),
         "rollback": ("1", "--yes"),
         "migrate": (),
+        "rollout": (),
         "policies list": (),
         "sets list": (),
         "explain": ("--user", "alice", "--vm", "vm-1", "--", "ls"),

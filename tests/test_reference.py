@@ -272,7 +272,9 @@ def test_every_socket_is_there() -> None:
 
 def test_metrics_have_the_labels_that_the_page_names(tmp_path: Path) -> None:
     from persona_broker.policy.conditions import ConditionState, Sample, Unmet
+    from persona_broker.policy.rollout import Denials
     from persona_broker.policy.vm_health import Reported
+    from persona_broker.spread import Spread
 
     flask = app.base(broker_settings.Settings(db=str(tmp_path / "db")), ())
     lease = Lease(30.0, Width.ARGV)
@@ -286,8 +288,9 @@ def test_metrics_have_the_labels_that_the_page_names(tmp_path: Path) -> None:
         health={"vm-1": Reported(1.0, report, frozenset())},
         condition_state=ConditionState(1, {}, {"vm-1": {VmHealth(()): Unmet(Reason.VM_UNHEALTHY, "")}}),
     )
+    surging = Spread({}, {}, Denials(1.0, {}), Denials(1.0, {"outside_hours": 99}))
     found: dict[str, tuple[str, ...]] = {}
-    for line in metrics.render(view, 0).splitlines():
+    for line in metrics.render(view, 0, surging).splitlines():
         if not line.startswith("#"):
             name, labels = re.fullmatch(r"(\w+)(?:\{(.*)\})? \S+", line).groups()  # type: ignore[union-attr]
             family = re.sub("_(bucket|sum|count)$", "", name.removeprefix("persona_broker_"))

@@ -23,8 +23,8 @@ ORDER = {
         "dependencies", "health", "shell", "gate", "enforce", "login", "reassign", "agent", "standby", "__main__",
     ],
     "broker/persona_broker": [
-        "policy", "policy_files", "settings", "lasting", "pki", "host", "store", "problems", "condition_watcher",
-        "view", "metrics", "cli", "api", "serve", "__main__",
+        "policy", "policy_files", "settings", "lasting", "pki", "host", "store", "spread", "problems",
+        "condition_watcher", "view", "metrics", "cli", "api", "serve", "__main__",
     ],
 }  # fmt: skip
 

@@ -19,7 +19,19 @@ from persona.answers import refusal
 from persona.problems import Fault, PersonaError, Reason
 from persona.version import VERSION
 from persona_broker import settings as configuration
-from persona_broker.cli import database, documents, guests, history, load, records, sessions, tls, usage, vm_health
+from persona_broker.cli import (
+    database,
+    documents,
+    guests,
+    history,
+    load,
+    records,
+    rollout,
+    sessions,
+    tls,
+    usage,
+    vm_health,
+)
 from persona_broker.cli.store import store_of
 from persona_broker.settings import Settings
 from persona_broker.store.interface import StoreError
@@ -142,6 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     about_change(rollback)
 
     command("migrate", database.migrate, "bring the database of an older version to this one's, or change nothing")
+
+    spread = command("rollout", rollout.show, "which guests have taken a revision, and how denials moved since")
+    spread.add_argument("revision", nargs="?", type=usage.count, metavar="REV", help="default the newest")
 
     explain = command("explain", documents.explain, "say what would be decided, and why")
     explain.add_argument("--user", required=True, help="who asks")

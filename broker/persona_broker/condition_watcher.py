@@ -20,17 +20,22 @@ from persona_broker.store.interface import Store, StoreError
 log = logging.getLogger("persona.watcher")
 
 _SAMPLE_EVERY_S = 2.0
+_TELL_EVERY_S = 2.0  # what streams were told: a transaction for all of them
 _LOOK_EVERY_S = 0.02  # how soon a change made by another process is pushed
 
 
 class Watcher:
-    """``generation`` and ``changed`` are for the streams of the same process."""
+    """``generation``, ``told`` and ``changed``, their lock, are for the streams of the same process.
+
+    ``told`` is by guest what was written to its stream since the last time that this was written down.
+    """
 
     def __init__(
         self, store: Store, source: LoadSource, load_max_age_s: float, health_max_age_s: float = MAX_AGE_S
     ) -> None:
         self.changed = threading.Condition()
         self.generation = store.generation()
+        self.told: dict[str, int] = {}
         self._store = store
         self._source = source
         self._load_max_age_s = load_max_age_s
@@ -39,7 +44,7 @@ class Watcher:
         self._health_judge = HealthJudge(health_max_age_s)
         self._state: dict[object, str] | None = None
         self._seen: int | None = None
-        self._sample_at = time.monotonic()
+        self._sample_at = self._tell_at = time.monotonic()
 
     def run(self) -> None:
         """For ever; an error of the database is logged and the next round tries again."""
@@ -61,6 +66,8 @@ class Watcher:
         written, due = self._store.data_version(), time.monotonic() >= self._sample_at
         if written == self._seen and not due:
             return
+        if time.monotonic() >= self._tell_at:
+            self._write_down()
         generation = self._store.generation()
         if generation != self._loaded:
             self._snapshot, self._loaded = self._store.snapshot(), generation
@@ -86,6 +93,14 @@ class Watcher:
             with self.changed:
                 self.generation = generation
                 self.changed.notify_all()
+
+    def _write_down(self) -> None:
+        """Which generations guests were told, for ``rollout``."""
+        with self.changed:
+            told, self.told = self.told, {}
+        if told:
+            self._store.put_told(told, time.time())
+        self._tell_at = time.monotonic() + _TELL_EVERY_S
 
 
 def _state(condition_state: ConditionState) -> dict[object, str]:

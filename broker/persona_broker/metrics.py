@@ -5,6 +5,7 @@ worker answers it, and a worker that dies takes nothing along.
 """
 
 import mmap
+import re
 import threading
 import time
 from bisect import bisect_left
@@ -12,11 +13,13 @@ from collections.abc import Iterator
 
 from persona.decisions import Decision, Denied
 from persona.problems import Reason
+from persona_broker.spread import Spread
 from persona_broker.view import View
 
 API_ROWS = range(64)  # one a worker, more than there can be (settings.WORKERS_MAX)
 EVENTS_ROWS = range(64, 66)
 
+_REASON = re.compile(r"[a-z0-9_]{1,64}", re.ASCII)  # a guest's word: no other goes into a label
 _OUTCOMES = ("granted", *Reason)
 _ADMISSIONS = ("admitted", "refused")
 _BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0, float("inf"))
@@ -55,9 +58,9 @@ def streams(count: int) -> None:
     _memory[_begin + _cell["streams"]] = count
 
 
-def render(view: View, lost: int) -> str:
-    """All numbers of this broker as text."""
-    return "\n".join(_lines(view, lost)) + "\n"
+def render(view: View, lost: int, spread: Spread | None) -> str:
+    """All numbers of this broker as text; ``spread`` is that of the newest change-set."""
+    return "\n".join([*_lines(view, lost), *_spread(spread)]) + "\n"
 
 
 _PREFIX = "persona_broker_"
@@ -74,6 +77,8 @@ METRICS = {
     "health_report_age_seconds": ("gauge", "Seconds since a VM last reported its health."),
     "vm_layer_active": ("gauge", "Whether a layer of a VM's gate is active (1) or not (0)."),
     "vm_conditions_unmet": ("gauge", "Conditions of health that policies ask of a VM and it does not meet."),
+    "guests_behind": ("gauge", "Guests that do not have the newest change of documents; rollout names them."),
+    "denials_surge": ("gauge", "Denials beyond what is expected, by reason, since the newest change of documents."),
     "decisions_total": ("counter", "Decisions on program starts: granted, or the reason of the denial."),
     "admissions_total": ("counter", "Logins that guests asked about: admitted or refused."),
     "decision_seconds": ("histogram", "Time to answer one question about a program start."),
@@ -116,6 +121,17 @@ def _unreadable(view: View) -> Iterator[str]:
     for kind in ("Persona", "Policy", "other"):
         count = kinds.count(kind)
         yield f'{_PREFIX}documents_unreadable{{kind="{kind}"}} {count}'
+
+
+def _spread(spread: Spread | None) -> Iterator[str]:
+    """Nothing where it is not known; each reason of denials that surge."""
+    if spread is None:
+        return
+    yield from _one("guests_behind", len(spread.without))
+    yield from _head("denials_surge")
+    for item in spread.denials:
+        if item.surge and _REASON.fullmatch(item.reason):
+            yield f'{_PREFIX}denials_surge{{reason="{item.reason}"}} {item.since - item.expected:g}'
 
 
 def _health(view: View) -> Iterator[str]:

@@ -8,7 +8,7 @@ from flask import Blueprint, Response, jsonify
 from persona import codec, wire
 from persona.decisions import Subject
 from persona.problems import Fault, PersonaError
-from persona_broker.api.guests import body, chosen_by, guest, state, store, wire_version
+from persona_broker.api.guests import asked, body, chosen_by, guest, state, store, wire_version
 from persona_broker.view import View
 
 blueprint = Blueprint("current", __name__)
@@ -31,6 +31,7 @@ def current() -> Response:
     view = state().current(generation)
     if view.generation < generation:
         raise PersonaError(Fault.NOT_READY, f"generation {generation} is not here, the newest is {view.generation}")
+    asked().note(name, generation)
     chosen_by(value, view, name)
     by_subject: dict[Subject, dict[str, Any]] = {}
     found: dict[str, dict[str, Any]] = {}

@@ -15,7 +15,7 @@ from persona.decisions import Decision, Denied, Lease, Subject, Width
 from persona.problems import Fault, PersonaError, Reason
 from persona.sets import by_set
 from persona_broker import metrics
-from persona_broker.api.guests import body, chosen_by, guest, own, state, store, wire_version
+from persona_broker.api.guests import asked, body, chosen_by, guest, own, state, store, wire_version
 from persona_broker.policy.snapshot import Entry
 from persona_broker.store.interface import SessionRow
 from persona_broker.store.sessions import SESSIONS_KEPT
@@ -35,7 +35,7 @@ def decide() -> Response:
     request = codec.decode_request(value["request"])
     explain = codec.boolean(value.get("explain", False), "explain")
     own(request.subject.vm, name)
-    view = _current(value)
+    view = _current(value, name)
     chosen_by(value, view, name)
     decision: Decision
     if request.session in view.revoked:
@@ -51,10 +51,11 @@ def decide() -> Response:
 _RETRY = Lease(30.0, Width.ARGV)
 
 
-def _current(value: Mapping[str, Any]) -> View:
-    """What to answer from: nothing older than what the guest has been told.  Raises ``PersonaError``."""
+def _current(value: Mapping[str, Any], name: str) -> View:
+    """What to answer a guest from: nothing older than what it has been told.  Raises ``PersonaError``."""
     wanted = codec.integer(value.get("min_generation", 0), "min_generation")
     view = state().current(wanted)
+    asked().note(name, wanted)
     if view.generation < wanted:
         raise PersonaError(Fault.NOT_READY, f"generation {wanted} is not here, the newest is {view.generation}")
     return view
@@ -82,7 +83,7 @@ def _admission(*, opening: bool) -> Response:
     ident = codec.string(value["session"], "session", 64)
     service, remote = (codec.string(value[field], field) for field in ("service", "remote"))
     own(subject.vm, name)
-    view = _current(value)
+    view = _current(value, name)
     chosen_by(value, view, name)
     admission = view.snapshot.for_wire(version).admit(subject, view.condition_state)
     metrics.admitted(admission.admitted)
@@ -146,7 +147,7 @@ def entries_by_groups(ident: str) -> Response:
     name = guest()
     value = codec.mapping(body(), "", ("groups",), _OPTIONAL)
     groups = codec.groups(value["groups"], "groups")
-    view = _current(value)
+    view = _current(value, name)
     chosen_by(value, view, name)
     return _entries(replace(_session(ident, name).subject, groups=groups), view)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ log = logging.getLogger("persona.events")
 blueprint = Blueprint("events", __name__)
 
 BEAT_S = 5.0
+_TOLD_EVERY_S = 15.0  # that a stream is still open is written down
 STREAMS_MAX = 500  # each holds a thread of this process, which does nothing else
 STREAMS_OF_GUEST = 4  # an agent has one; after a cut its old one may not have ended yet
 
@@ -63,10 +65,13 @@ class Streams:
 
     def lines(self, guest: str, stream: object) -> Iterator[bytes]:
         """JSON lines for as long as the guest listens, is registered and has no newer streams."""
-        seen, why = self._watcher.generation, "hello"
+        seen, why, told, told_at = self._watcher.generation, "hello", -1, 0.0
         while not self._ending and stream in self._open.get(guest, ()) and self._registered(guest):
             yield json.dumps({"generation": seen, "why": why}).encode() + b"\n"
             with self._watcher.changed:
+                if told != seen or time.monotonic() - told_at >= _TOLD_EVERY_S:  # the line is on its way
+                    self._watcher.told[guest] = told = seen
+                    told_at = time.monotonic()
                 if self._watcher.generation == seen:
                     self._watcher.changed.wait(BEAT_S)
                 why = "beat" if self._watcher.generation == seen else "changed"

@@ -27,6 +27,30 @@ def store() -> Store:
     return found
 
 
+class Asked:
+    """The newest generation that each guest has told this process it knows; health reports write it down."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+        self._new: dict[str, int] = {}
+
+    def note(self, guest: str, generation: int) -> None:
+        """On the way of each decision: no lock, and nothing is written."""
+        if generation > self._known.get(guest, 0):
+            self._known[guest] = self._new[guest] = generation
+
+    def take(self) -> dict[str, int]:
+        """What is new since the last time."""
+        new, self._new = self._new, {}
+        return new
+
+
+def asked() -> Asked:
+    """What guests said to this process."""
+    found: Asked = current_app.extensions["asked"]
+    return found
+
+
 def guest() -> str:
     """The calling guest's name.  Raises ``PersonaError`` (unauthenticated)."""
     scheme, _, token = request.environ.get("HTTP_AUTHORIZATION", "").partition(" ")

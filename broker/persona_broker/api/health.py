@@ -5,7 +5,7 @@ import time
 from flask import Blueprint
 
 from persona.health import decode_report
-from persona_broker.api.guests import body, guest, state, store
+from persona_broker.api.guests import asked, body, guest, state, store
 from persona_broker.policy.vm_health import bounds_of
 
 blueprint = Blueprint("reports", __name__)
@@ -17,4 +17,6 @@ def health() -> tuple[str, int]:
     name = guest()
     report = decode_report(body())
     store().put_report(name, report, bounds_of(state().current().snapshot.vm_conditions), time.time())
+    if new := asked().take():
+        store().put_asked(new, time.time())
     return "", 204

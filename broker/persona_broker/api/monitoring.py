@@ -1,6 +1,8 @@
 """For monitors: alive, ready, and the numbers.  No token needed, nothing secret said."""
 
-from flask import Blueprint, Response, jsonify
+import time
+
+from flask import Blueprint, Response, current_app, jsonify
 
 from persona.problems import Fault, PersonaError
 from persona_broker import metrics
@@ -30,5 +32,5 @@ def readyz() -> Response:
 @blueprint.get("/metrics")
 def numbers() -> Response:
     """Shows the metrics as Prometheus text, of all workers of this broker whichever answers."""
-    view = state().current()
-    return Response(metrics.render(view, store().records_lost()), content_type="text/plain; version=0.0.4")
+    view, newest = state().current(), current_app.extensions["spread"].look(time.time())
+    return Response(metrics.render(view, store().records_lost(), newest), content_type="text/plain; version=0.0.4")

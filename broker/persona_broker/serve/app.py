@@ -10,10 +10,12 @@ from persona import wire
 from persona.codec import MAX_BODY
 from persona_broker import problems
 from persona_broker.api import current, decisions, documents, events, health, monitoring
+from persona_broker.api.guests import Asked
 from persona_broker.condition_watcher import Watcher
 from persona_broker.host.load import LoadSource, MachineSource, SetSource
 from persona_broker.serve.worker import at_exit
 from persona_broker.settings import Settings
+from persona_broker.spread import Newest
 from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
@@ -44,7 +46,9 @@ def base(settings: Settings, blueprints: Iterable[Blueprint]) -> Flask:
     app = Flask("persona_broker", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.extensions["state"] = State(SqliteStore(Path(settings.db)), settings.load_max_age_s, settings.health_max_age_s)
+    app.extensions["asked"] = Asked()
     app.extensions["store"] = SqliteStore(Path(settings.db))
+    app.extensions["spread"] = Newest(app.extensions["store"])
     problems.register(app)
     app.after_request(_name_version)
     for blueprint in blueprints:

@@ -15,6 +15,7 @@ from persona_broker.policy.diff import in_another_order
 from persona_broker.policy.place import NOWHERE, Place
 from persona_broker.store.interface import Author, ChangeSet, Item, Places, Versions
 
+_EVERY = "SELECT revision, at, author, message, policies IS NOT NULL, generation FROM change_sets"
 _NAMED_MAX = 3  # of those who were faster
 
 
@@ -28,12 +29,13 @@ def applied(db: sqlite3.Connection) -> Versions:
     return {(kind, name): version for kind, name, version in db.execute("SELECT kind, name, version FROM applied")}
 
 
-def add(db: sqlite3.Connection, before: Mapping[tuple[str, str], int], author: Author) -> None:
-    """Writes down what is applied now against the versions ``before``."""
+def add(db: sqlite3.Connection, before: Mapping[tuple[str, str], int], author: Author, generation: int) -> None:
+    """Writes down what is applied now, and holds since a generation, against the versions ``before``."""
     after, order, number = applied(db), _order(db), revision(db) + 1
     policies = None if order == policies_at(db, number - 1) else json.dumps(order)
-    row = (number, time.time(), author.name, author.message, policies)
-    db.execute("INSERT INTO change_sets VALUES (?, ?, ?, ?, ?)", row)
+    row = (number, time.time(), author.name, author.message, policies, generation)
+    columns = "revision, at, author, message, policies, generation"
+    db.execute(f"INSERT INTO change_sets ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)  # noqa: S608 - constants
     items = (
         (number, *key, before.get(key), after.get(key))
         for key in {**before, **after}
@@ -53,8 +55,12 @@ def catch_up(db: sqlite3.Connection) -> None:
     if is_behind(db):
         before, after = versions_at(db, revision(db)), applied(db)
         known = places_at(db, revision(db))
-        add(db, before, Author("", "what a broker that keeps no revisions applied"))
+        add(db, before, Author("", "what a broker that keeps no revisions applied"), _generation(db))
         put_places(db, {key: NOWHERE for key in known if before.get(key) != after.get(key)})
+
+
+def _generation(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT value FROM meta WHERE key = 'generation'").fetchone()[0])
 
 
 def _order(db: sqlite3.Connection) -> list[str]:
@@ -79,13 +85,18 @@ def overtaken(db: sqlite3.Connection, wanted: int) -> str:
 
 def newest(db: sqlite3.Connection, limit: int, name: str | None = None) -> list[ChangeSet]:
     """The newest ``limit`` first; with ``name`` those that changed a document of that name."""
-    every = "SELECT revision, at, author, message, policies IS NOT NULL FROM change_sets"
     if name is None:
-        rows = db.execute(f"{every} ORDER BY revision DESC LIMIT ?", (limit,))
+        rows = db.execute(f"{_EVERY} ORDER BY revision DESC LIMIT ?", (limit,))
     else:
         of = "revision IN (SELECT revision FROM change_items WHERE name = ?)"
-        rows = db.execute(f"{every} WHERE {of} ORDER BY revision DESC LIMIT ?", (name, limit))
+        rows = db.execute(f"{_EVERY} WHERE {of} ORDER BY revision DESC LIMIT ?", (name, limit))
     return [_read(db, row) for row in rows.fetchall()]
+
+
+def one(db: sqlite3.Connection, number: int) -> ChangeSet | None:
+    """The change-set of a revision."""
+    row = db.execute(f"{_EVERY} WHERE revision = ?", (number,)).fetchone()
+    return _read(db, row) if row is not None else None
 
 
 def versions_at(db: sqlite3.Connection, number: int) -> Versions:
@@ -128,15 +139,15 @@ def since(db: sqlite3.Connection, kind: str, name: str, version: int) -> int:
     return int(db.execute(query, (kind, name, version)).fetchone()[0] or 0)
 
 
-def _read(db: sqlite3.Connection, row: tuple[int, float, str, str, bool]) -> ChangeSet:
-    number, at, author, message, moved = row
+def _read(db: sqlite3.Connection, row: tuple[int, float, str, str, bool, int | None]) -> ChangeSet:
+    number, at, author, message, moved, generation = row
     query = "SELECT kind, name, before, after FROM change_items WHERE revision = ? ORDER BY kind, name"
     items = tuple(
         Item(kind, name, before, after, NOWHERE if after is None else place_of(db, kind, name, number))
         for kind, name, before, after in db.execute(query, (number,)).fetchall()
     )
     reordered = bool(moved) and in_another_order(policies_at(db, number - 1), policies_at(db, number))
-    return ChangeSet(number, at, Author(author, message), reordered, items)
+    return ChangeSet(number, at, Author(author, message), reordered, items, generation)
 
 
 def policies_at(db: sqlite3.Connection, number: int) -> list[str]:

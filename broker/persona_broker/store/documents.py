@@ -124,6 +124,11 @@ class Documents(Database):
         with self.reading():
             return change_sets.newest(self._db, limit, name)
 
+    def change_set(self, revision: int) -> ChangeSet | None:
+        """The one of a revision."""
+        with self.reading():
+            return change_sets.one(self._db, revision)
+
     def documents_at(self, revision: int) -> list[tuple[Document | Unreadable, int]]:
         """What was applied at a revision, policies last and in order, each with its version.
 
@@ -218,13 +223,12 @@ def applied_texts(path: Path) -> list[tuple[str, str, int, str | None]]:
 def _write(db: sqlite3.Connection, plan: Plan, author: Author) -> Changed:
     """The documents, what is applied, the change-set with the places, and the generation."""
     if plan.changes:
-        _write_documents(db, plan, author)
-        raise_generation(db)
+        _write_documents(db, plan, author, raise_generation(db))
     change_sets.put_places(db, plan.moved)
     return Changed(change_sets.revision(db), plan.changes)
 
 
-def _write_documents(db: sqlite3.Connection, plan: Plan, author: Author) -> None:
+def _write_documents(db: sqlite3.Connection, plan: Plan, author: Author, generation: int) -> None:
     used, now = change_sets.applied(db), time.time()
     old = {position: row for position, *row in db.execute("SELECT position, kind, name, version FROM applied")}
     new: list[list[str | int]] = []
@@ -235,7 +239,7 @@ def _write_documents(db: sqlite3.Connection, plan: Plan, author: Author) -> None
     moved = [(position, *row) for position, row in enumerate(new) if old.get(position) != row]
     db.executemany("INSERT OR REPLACE INTO applied VALUES (?, ?, ?, ?)", moved)
     db.execute("DELETE FROM applied WHERE position >= ?", (len(new),))
-    change_sets.add(db, used, author)
+    change_sets.add(db, used, author, generation)
 
 
 def _stored(db: sqlite3.Connection, key: tuple[str, str], text: Text, used: int, now: float) -> int:

@@ -28,6 +28,7 @@ from persona_broker.policy.conditions import Latches, Sample
 from persona_broker.policy.diff import Changes
 from persona_broker.policy.merge import How, Stored
 from persona_broker.policy.place import NOWHERE, Place
+from persona_broker.policy.rollout import Denials, Seen
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.unreadable import Unreadable
 
@@ -64,6 +65,7 @@ class ChangeSet:
     """One entry of the history.
 
     ``at`` is in Unix seconds; ``reordered`` where policies that stayed are asked in another order since then.
+    ``generation`` is the one that guests learn of it by; ``None`` = nobody wrote it down.
     """
 
     revision: int
@@ -71,6 +73,7 @@ class ChangeSet:
     author: Author
     reordered: bool
     items: tuple[Item, ...]
+    generation: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +224,9 @@ class Store(Protocol):
     def history(self, limit: int, name: str | None = None) -> list[ChangeSet]:
         """The newest change-sets first; with ``name`` those that changed a document of that name."""
 
+    def change_set(self, revision: int) -> ChangeSet | None:
+        """The one of a revision."""
+
     def documents_at(self, revision: int) -> list[tuple[Document | Unreadable, int]]:
         """What was applied at a revision, policies last and in order.  Raises ``PersonaError`` (not_found)."""
 
@@ -264,6 +270,20 @@ class Store(Protocol):
 
     def ending(self) -> frozenset[str]:
         """Those of them in which what runs is asked to end."""
+
+    # --- how far a change has come ------------------------------------------------------------------
+
+    def put_told(self, generations: Mapping[str, int], now: float) -> None:
+        """What was written to the event streams of these guests; each is open."""
+
+    def put_asked(self, generations: Mapping[str, int], now: float) -> None:
+        """What these guests said that they know."""
+
+    def seen(self) -> dict[str, Seen]:
+        """By guest, of those that were ever connected."""
+
+    def denials(self, begin: float, end: float) -> Denials:
+        """Of the newest records, by the clocks of the guests; less than the span where they do not go back so far."""
 
     # --- records ------------------------------------------------------------------------------------
 

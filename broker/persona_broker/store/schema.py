@@ -54,10 +54,15 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         " WHERE EXISTS (SELECT 1 FROM applied)",
         "INSERT INTO change_items SELECT 1, kind, name, NULL, version FROM applied",
     ),
-    (  # 4: where documents are written, as of a revision; a file without a name = nobody knows.  How often they moved
+    (  # 4: where documents are written, as of a revision; a file without a name = nobody knows; how often they moved
         "CREATE TABLE places (kind TEXT NOT NULL, name TEXT NOT NULL, revision INTEGER NOT NULL, file TEXT NOT NULL,"
         " line INTEGER NOT NULL, PRIMARY KEY (kind, name, revision)) WITHOUT ROWID",
         "INSERT INTO meta VALUES ('moved', '0')",
+        # the generation that guests learn of a change-set by; what each guest was told, and said that it knows
+        "ALTER TABLE change_sets ADD COLUMN generation INTEGER",
+        "CREATE TABLE seen (guest TEXT PRIMARY KEY, told INTEGER NOT NULL DEFAULT 0, told_at REAL,"
+        " asked INTEGER NOT NULL DEFAULT 0, asked_at REAL) WITHOUT ROWID",
+        "CREATE TRIGGER guest_over AFTER DELETE ON guests BEGIN DELETE FROM seen WHERE guest = OLD.name; END",
     ),
 )
 

@@ -9,12 +9,13 @@ from persona_broker.policy.conditions import Latches, Sample
 from persona_broker.store.database import put_meta
 from persona_broker.store.documents import Documents
 from persona_broker.store.health import Health
+from persona_broker.store.rollout import Rollout
 from persona_broker.store.sessions import Sessions
 
 RECORDS_KEPT = 200_000  # about 100 MB; the audit issue will stream them on
 
 
-class SqliteStore(Documents, Sessions, Health):
+class SqliteStore(Documents, Sessions, Health, Rollout):
     """The first implementation of ``interface.Store``: all parts over one connection, the host's load, and records."""
 
     def sample(self) -> Sample | None:
