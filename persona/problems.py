@@ -27,6 +27,7 @@ class Reason(StrEnum):
     AGENT_OVERLOADED = "agent_overloaded"
     SESSION_REVOKED = "session_revoked"
     SESSION_UNKNOWN = "session_unknown"
+    GUEST_QUARANTINED = "guest_quarantined"  # since the broker was restored from a backup
     NOT_APPROVED = "not_approved"
     OTHER_FILE = "other_file"
     OTHER_ARGUMENTS = "other_arguments"

@@ -54,6 +54,7 @@ def common(named: str | None) -> int:
 # that come with it.  Later versions show a reason that they do not know as it is.
 REASONS_OF_0_1_0: Mapping[Reason, Reason] = {
     Reason.INVALID_POLICY: Reason.INVALID_PERSONA,
+    Reason.GUEST_QUARANTINED: Reason.SESSION_REVOKED,
 }
 _OTHERWISE = Reason.NO_MATCHING_POLICY  # for a reason that this version does not know itself
 

@@ -1,7 +1,7 @@
 """``persona-broker``: serve decisions, and the operator's commands (``cli``).
 
 Exit codes: 0 done, 1 refused or problems found, 2 usage, 3 the database or a file cannot be used, 4 nobody said
-yes to a removal.
+yes to a removal or a restore.
 """
 
 import argparse
@@ -155,6 +155,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command("migrate", database.migrate, "bring the database of an older version to this one's, or change nothing")
 
+    copy = command("backup", database.backup, "copy the whole database to a file, while brokers go on")
+    copy.add_argument("file", type=Path, metavar="FILE", help="which is not there yet")
+    back = command("restore", database.restore, "go back to a backup; nothing that a guest has seen is undercut")
+    back.add_argument("file", type=Path, metavar="FILE", help="that 'backup' made")
+    back.add_argument("--message", "-m", type=usage.message, default="", metavar="TEXT", help="why, for the history")
+    back.add_argument("--yes", "-y", action="store_true", help="without being asked")
+
     spread = command("rollout", rollout.show, "which guests have taken a revision, and how denials moved since")
     spread.add_argument("revision", nargs="?", type=usage.count, metavar="REV", help="default the newest")
 
@@ -184,6 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     command("list", guests.show, "names of all guests", guest_parser)
     remove = command("remove", guests.remove, "its token is refused from now on", guest_parser)
     remove.add_argument("name", help="the VM's name")
+
+    again = command("readmit", guests.readmit, "end the quarantine that a restore put guests in", guest_parser)
+    again.add_argument("names", nargs="*", metavar="NAME", help="the VMs' names")
+    again.add_argument("--all", action="store_true", help="all of them")
 
     load_parser = top.add_parser("load", help="the host's load").add_subparsers(required=True)
     command("show", load.show, "the last sample", load_parser)

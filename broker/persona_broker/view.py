@@ -26,6 +26,7 @@ class View:
     condition_state: ConditionState
     revoked: frozenset[str]
     ending: frozenset[str]  # of the revoked
+    quarantined: frozenset[str]  # guests
     generation: int
     moved: int  # how often documents moved within their files, which raises no generation
     guests: Mapping[str, str]  # by the hash of their token
@@ -72,9 +73,11 @@ class State:
             generation, moved = self._store.stamp()
             if previous is not None and (previous.generation, previous.moved) == (generation, moved):
                 snapshot, revoked, ending = previous.snapshot, previous.revoked, previous.ending
+                quarantined = previous.quarantined
             else:
                 snapshot = self._store.snapshot()
                 revoked, ending = self._store.revoked(), self._store.ending()
+                quarantined = frozenset(self._store.quarantined())
             world = ConditionInputs(self._store.sample(), self._store.latches(), time.time(), self._load_max_age_s)
             guests = self._store.tokens()
             health = self._reports.look(guests.values())
@@ -84,5 +87,16 @@ class State:
             condition_state = previous.condition_state  # the same object: what was made for it stays good
         sample, judged_at = world.sample, time.monotonic()
         return View(
-            snapshot, condition_state, revoked, ending, generation, moved, guests, sample, health, written, judged_at
+            snapshot,
+            condition_state,
+            revoked,
+            ending,
+            quarantined,
+            generation,
+            moved,
+            guests,
+            sample,
+            health,
+            written,
+            judged_at,
         )

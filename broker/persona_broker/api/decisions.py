@@ -38,7 +38,9 @@ def decide() -> Response:
     view = _current(value, name)
     chosen_by(value, view, name)
     decision: Decision
-    if request.session in view.revoked:
+    if name in view.quarantined:
+        decision = _quarantined(name, view)
+    elif request.session in view.revoked:
         help_ = "an operator revoked this session"
         decision = Denied(Reason.SESSION_REVOKED, help=help_, lease=_RETRY, generation=view.generation)
     else:
@@ -49,6 +51,12 @@ def decide() -> Response:
 
 
 _RETRY = Lease(30.0, Width.ARGV)
+
+
+def _quarantined(vm: str, view: View) -> Denied:
+    """Who was removed or revoked since the backup may be among those that it brought back: nobody is let in."""
+    help_ = f"the broker was restored from a backup; an operator lets {vm} in again by 'persona-broker guest readmit'"
+    return Denied(Reason.GUEST_QUARANTINED, help=help_, lease=_RETRY, generation=view.generation)
 
 
 def _current(value: Mapping[str, Any], name: str) -> View:
@@ -85,6 +93,8 @@ def _admission(*, opening: bool) -> Response:
     own(subject.vm, name)
     view = _current(value, name)
     chosen_by(value, view, name)
+    if name in view.quarantined:
+        return jsonify(admitted=False, denied=codec.encode_decision(_quarantined(name, view), version))
     admission = view.snapshot.for_wire(version).admit(subject, view.condition_state)
     metrics.admitted(admission.admitted)
     if not admission.admitted:

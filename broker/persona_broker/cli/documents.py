@@ -13,10 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona.answers import as_json, refusal
+from persona.answers import as_json
 from persona.problems import Fault, PersonaError
 from persona.shown import line as printable
-from persona_broker.cli.store import for_reading, plural, say, store_of, with_history
+from persona_broker.cli.store import for_reading, plural, say, store_of, unconfirmed, with_history
 from persona_broker.settings import Settings
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from persona_broker.store.interface import Plan, SessionRow, Store
 
 _MISSING = ("there is no persona", "there is no command set")  # messages about a missing document begin so
-UNCONFIRMED = 4  # an exit code: nobody said yes to a removal
 
 
 def _usage(message: str) -> int:
@@ -215,11 +214,7 @@ def carry_out(arguments: argparse.Namespace, store: "Store", plan: "Plan", messa
     fields = _fields(plan)
     lines = _effects(plan.changes, fields, sessions, lost)
     if plan.changes.removed and not arguments.dry_run and not arguments.yes and (why := _unconfirmed(lines)):
-        if arguments.json:
-            print(refusal(Fault.BAD_REQUEST, why))
-        else:
-            print(f"persona-broker: {why}", file=sys.stderr)
-        return UNCONFIRMED
+        return unconfirmed(arguments, why)
     revision = plan.revision
     if not arguments.dry_run:
         revision = store.carry_out(plan, author(message)).revision

@@ -7,7 +7,9 @@ import argparse
 import os
 import re
 
+from persona.answers import iso, local
 from persona.problems import Fault, PersonaError
+from persona.shown import word
 from persona_broker.cli.store import existing, for_reading, say, store_of
 from persona_broker.settings import Settings
 
@@ -43,8 +45,25 @@ def add(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``guest list``."""
-    names = for_reading(settings).guests()
-    say(arguments, [{"vm": name} for name in names], "\n".join(names) or NO_GUESTS)
+    store = for_reading(settings)
+    names, quarantined = store.guests(), store.quarantined()
+    items = [{"vm": name, "quarantined_at": iso(quarantined[name]) if name in quarantined else None} for name in names]
+    lines = [name + (f"  quarantined {local(quarantined[name])}" if name in quarantined else "") for name in names]
+    say(arguments, items, "\n".join(lines) or NO_GUESTS)
+    return 0
+
+
+def readmit(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``guest readmit NAME...``: ends the quarantine that a restore put them in; ``--all`` of them."""
+    if bool(arguments.names) is arguments.all:
+        raise PersonaError(Fault.BAD_REQUEST, "name guests, or --all; 'persona-broker guest list' shows them")
+    store = existing(settings)
+    unknown = sorted(set(arguments.names) - store.quarantined().keys())
+    if unknown:
+        raise PersonaError(Fault.NOT_FOUND, f"not in quarantine: {', '.join(map(word, unknown))}; nothing was changed")
+    found = store.readmit(arguments.names or store.quarantined())
+    lines = [f"{name} readmitted" for name in found]
+    say(arguments, {"readmitted": found}, "\n".join(lines) or "no guest is in quarantine")
     return 0
 
 

@@ -4,14 +4,19 @@ Commands import what they need themselves, so that none waits for what only anot
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona.answers import as_json
+from persona.answers import as_json, refusal
+from persona.problems import Fault
 from persona_broker.settings import Settings
 
 if TYPE_CHECKING:
     from persona_broker.store.sqlite import SqliteStore
+
+
+UNCONFIRMED = 4  # an exit code: nobody said yes
 
 
 def store_of(settings: Settings) -> "SqliteStore":
@@ -51,6 +56,15 @@ def must_exist(settings: Settings) -> None:
     """Raises ``OSError`` where there is no database."""
     if not Path(settings.db).exists():
         raise FileNotFoundError(f"there is no database {settings.db}; 'persona-broker apply FILES' begins one")
+
+
+def unconfirmed(arguments: argparse.Namespace, why: str) -> int:
+    """Says that nothing was done, since nobody said yes; the exit code."""
+    if arguments.json:
+        print(refusal(Fault.BAD_REQUEST, why))
+    else:
+        print(f"persona-broker: {why}", file=sys.stderr)
+    return UNCONFIRMED
 
 
 def plural(count: int, what: str) -> str:

@@ -68,7 +68,7 @@ def read_stored(
         problem = f"it says {type(document).__name__} {document.name!r} of itself"
         if (type(document).__name__, document.name) == (kind, name):
             # by its text, as whichever version wrote it, and by its meaning, where the same is written otherwise
-            if digest is None or _digest(value, expansion) == digest or digest_of_document(document) == digest:
+            if digest is None or stored_digest(value, expansion) == digest or digest_of_document(document) == digest:
                 return document
             problem = "its text is not the one that was applied: that has another digest"
     except PersonaError as error:
@@ -81,8 +81,8 @@ def read_stored(
     return Unreadable(kind, name, version, problem, policy, unknown, *_order(value))
 
 
-def _digest(value: Any, expansion: Any) -> str:
-    """Raises ``TypeError``, ``LookupError`` for what is no document's."""
+def stored_digest(value: Any, expansion: Any) -> str:
+    """That of a stored text, however a version reads it.  Raises ``TypeError``, ``LookupError`` for another value."""
     return digest_of({**value}, None if expansion is None else (expansion["written"], expansion["origins"]))
 
 

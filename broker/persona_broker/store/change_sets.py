@@ -29,10 +29,16 @@ def applied(db: sqlite3.Connection) -> Versions:
     return {(kind, name): version for kind, name, version in db.execute("SELECT kind, name, version FROM applied")}
 
 
-def add(db: sqlite3.Connection, before: Mapping[tuple[str, str], int], author: Author, generation: int) -> None:
-    """Writes down what is applied now, and holds since a generation, against the versions ``before``."""
-    after, order, number = applied(db), _order(db), revision(db) + 1
-    policies = None if order == policies_at(db, number - 1) else json.dumps(order)
+def add(
+    db: sqlite3.Connection, before: Mapping[tuple[str, str], int], author: Author, generation: int, above: int = 0
+) -> None:
+    """Writes down what is applied now, and holds since a generation, against the versions ``before``.
+
+    The revision is the next one, and no lower than ``above``.
+    """
+    after, order, newest = applied(db), _order(db), revision(db)
+    number = max(newest, above) + 1
+    policies = None if order == policies_at(db, newest) else json.dumps(order)
     row = (number, time.time(), author.name, author.message, policies, generation)
     columns = "revision, at, author, message, policies, generation"
     db.execute(f"INSERT INTO change_sets ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)  # noqa: S608 - constants

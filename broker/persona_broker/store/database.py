@@ -33,7 +33,8 @@ class Access(Enum):
 
 
 @contextmanager
-def _as_store_error() -> Iterator[None]:
+def as_store_error() -> Iterator[None]:
+    """What SQLite says becomes a ``StoreError``."""
     try:
         yield
     except StoreError:
@@ -70,7 +71,7 @@ class Database:
 
     def __init__(self, path: Path, access: Access = Access.WRITE) -> None:
         self._lock = threading.RLock()
-        with _as_store_error():
+        with as_store_error():
             self._db = read_only(path) if access is Access.READ else read_write(path)
             try:
                 if access is Access.READ:
@@ -92,7 +93,7 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction: all of it, or nothing where it raises."""
-        with self._lock, _as_store_error():
+        with self._lock, as_store_error():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -105,7 +106,7 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Everything that is read within is of one moment."""
-        with self._lock, _as_store_error():
+        with self._lock, as_store_error():
             if self._db.in_transaction:
                 yield
                 return
@@ -117,7 +118,7 @@ class Database:
 
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """What a query finds."""
-        with self._lock, _as_store_error():
+        with self._lock, as_store_error():
             return self._db.execute(query, values).fetchall()
 
     def data_version(self) -> int:

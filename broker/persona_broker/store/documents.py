@@ -230,12 +230,15 @@ def _write(db: sqlite3.Connection, plan: Plan, author: Author) -> Changed:
 
 def _write_documents(db: sqlite3.Connection, plan: Plan, author: Author, generation: int) -> None:
     used, now = change_sets.applied(db), time.time()
+    floor = db.execute("SELECT coalesce(max(value), 0) FROM meta WHERE key = 'version_floor'").fetchone()[0]
     old = {position: row for position, *row in db.execute("SELECT position, kind, name, version FROM applied")}
     new: list[list[str | int]] = []
     for document in plan.after:
         key = key_of(document)
         text = plan.texts.get(key)
-        new.append([*key, used[key] if text is None else _stored(db, key, text, used.get(key, 0), now)])
+        new.append(
+            [*key, used[key] if text is None else _stored(db, key, text, max(used.get(key, 0), int(floor)), now)]
+        )
     moved = [(position, *row) for position, row in enumerate(new) if old.get(position) != row]
     db.executemany("INSERT OR REPLACE INTO applied VALUES (?, ?, ?, ?)", moved)
     db.execute("DELETE FROM applied WHERE position >= ?", (len(new),))
@@ -243,7 +246,7 @@ def _write_documents(db: sqlite3.Connection, plan: Plan, author: Author, generat
 
 
 def _stored(db: sqlite3.Connection, key: tuple[str, str], text: Text, used: int, now: float) -> int:
-    """The version of a text: the newest one where that is the same, else one that is stored now."""
+    """The version of a text: the newest one where that is the same, else one above ``used`` that is stored now."""
     version, *stored = db.execute(_NEWEST, key).fetchone() or (0, None, None, None)
     if is_intact(key, stored, text):
         return int(version)

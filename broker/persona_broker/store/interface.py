@@ -241,6 +241,12 @@ class Store(Protocol):
     def guests(self) -> list[str]:
         """The names of all guests."""
 
+    def quarantined(self) -> dict[str, float]:
+        """Guests that are denied everything since a restore, and since when."""
+
+    def readmit(self, names: Iterable[str]) -> list[str]:
+        """Ends the quarantine of these guests; of which it was one."""
+
     def tokens(self) -> dict[str, str]:
         """Guests by the hash of their token."""
 

@@ -62,7 +62,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE change_sets ADD COLUMN generation INTEGER",
         "CREATE TABLE seen (guest TEXT PRIMARY KEY, told INTEGER NOT NULL DEFAULT 0, told_at REAL,"
         " asked INTEGER NOT NULL DEFAULT 0, asked_at REAL) WITHOUT ROWID",
-        "CREATE TRIGGER guest_over AFTER DELETE ON guests BEGIN DELETE FROM seen WHERE guest = OLD.name; END",
+        # which database a backup is of; guests that a restore denies everything; versions that it may have lost
+        "INSERT INTO meta VALUES ('site', '\"' || lower(hex(randomblob(16))) || '\"')",
+        "CREATE TABLE quarantine (guest TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
+        "CREATE TRIGGER guest_over AFTER DELETE ON guests BEGIN DELETE FROM seen WHERE guest = OLD.name;"
+        " DELETE FROM quarantine WHERE guest = OLD.name; END",
     ),
 )
 

@@ -37,6 +37,20 @@ class Sessions(Database):
         """The names of all guests."""
         return [name for (name,) in self.rows("SELECT name FROM guests ORDER BY name")]
 
+    def quarantined(self) -> dict[str, float]:
+        """Guests that are denied everything since a restore, and since when."""
+        return dict(self.rows("SELECT guest, at FROM quarantine ORDER BY guest"))
+
+    def readmit(self, names: Iterable[str]) -> list[str]:
+        """Ends the quarantine of these guests; of which it was one."""
+        with self.writing() as db:
+            found = [
+                name for name in names if db.execute("DELETE FROM quarantine WHERE guest = ?", (name,)).rowcount > 0
+            ]
+            if found:
+                raise_generation(db)
+        return found
+
     def tokens(self) -> dict[str, str]:
         """Guests by the hash of their token."""
         return {key: name for name, key in self.rows("SELECT name, token_sha256 FROM guests")}

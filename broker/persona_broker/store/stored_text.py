@@ -10,7 +10,7 @@ from persona.documents import Document, Persona, Policy
 from persona_broker.policy.merge import key_of
 from persona_broker.policy.place import Place
 from persona_broker.policy.snapshot import Snapshot, Source, Versioned
-from persona_broker.policy.unreadable import Unreadable, expansion_mapping, read_stored
+from persona_broker.policy.unreadable import Unreadable, expansion_mapping, read_stored, stored_digest
 from persona_broker.store.interface import Text
 
 
@@ -32,6 +32,17 @@ def read(kind: str, name: str, version: int, key: Any, body: Any, expansion: Any
     return read_stored(
         kind, name, version, load, None if expansion is None else lambda: json.loads(expansion), str(key)
     )
+
+
+def is_damaged(key: tuple[str, str, int], stored: Sequence[Any]) -> bool:
+    """Whether a row's digest, body and expansion are not what was once applied, however a version may read that."""
+    digest, body, expansion = stored
+    try:
+        if stored_digest(json.loads(body), None if expansion is None else json.loads(expansion)) == digest:
+            return False
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return True
+    return isinstance(read(*key, *stored), Unreadable)
 
 
 def is_intact(key: tuple[str, str], stored: Sequence[Any], wanted: Text) -> bool:

@@ -1,0 +1,256 @@
+"""Going back to a backup, so that nothing that a guest has seen is undercut.
+
+**The epoch.**  A generation is ``epoch << 20`` and a count within.  Each restore begins an epoch, later than any before
+it: the moment, in seconds since 2026, or one more than the newest that is known.  So every generation after it is above
+every one before, also above those that the lost database had and no backup has, and guests need to know nothing of it.
+
+**Where the database is there still**, it is changed in one transaction: its history, its records and what was taken
+from anybody (guests that are gone, tokens that were renewed, sessions that were revoked) stay; documents, and which
+guests there are, become those of the backup.
+
+**Where it is gone**, the backup takes its place.  What was taken since is not known unless ``removals_since`` tells:
+without it every guest is quarantined.  Revisions and versions go on from the epoch's number, since nobody knows which
+ones were used.
+"""
+
+import os
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona.problems import Fault, PersonaError
+from persona_broker.policy.place import NOWHERE
+from persona_broker.store import change_sets
+from persona_broker.store.backup import Progress, copy, keep, meta_of, nobody, open_backup
+from persona_broker.store.database import as_store_error, put_meta, read_write
+from persona_broker.store.interface import Author
+from persona_broker.store.schema import check, migrate, version_of
+
+EPOCH_BITS = 20  # changes within an epoch; should there be more, the count goes on into the epoch, which rises as well
+_BEGIN = 1_767_225_600.0  # 2026-01-01T00:00:00Z
+_WITH_SITE = 4  # the first schema that has one
+_HISTORY = ("change_sets", "change_items", "places")
+
+
+@dataclass(frozen=True, slots=True)
+class Removals:
+    """What was taken since a backup: guests that were removed or given another token, and sessions revoked."""
+
+    guests: frozenset[str] = frozenset()
+    revoked: frozenset[str] = frozenset()
+    ending: frozenset[str] = frozenset()
+
+
+def removals_since(at: float) -> Removals | None:
+    """What was taken since a moment (Unix seconds), all of it, as the audit has it; ``None`` = nobody knows.
+
+    The audit's chain is kept apart from the database; where it is there, this is where it is asked.
+    """
+    del at
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore did: whose documents hold now, by which numbers, and which guests went or are quarantined."""
+
+    backup_at: float | None
+    backup_revision: int
+    revision: int
+    generation: int
+    gone: tuple[str, ...]
+    quarantined: tuple[str, ...]
+
+
+def epoch_of(generation: int) -> int:
+    """The restore epoch of a generation; 0 = none was ever begun."""
+    return generation >> EPOCH_BITS
+
+
+def restore(database: Path, file: Path, author: Author, progress: Progress = nobody) -> Restored:
+    """Checks everything before anything is changed, then changes all or nothing.
+
+    Raises ``PersonaError``, which names the file and the way out, ``StoreError``, ``OSError``.
+    """
+    with as_store_error(), closing(open_backup(file)) as source:
+        if os.path.lexists(database):
+            return _into(database, source, file, author)
+        for rest in (f"{database}-wal", f"{database}-journal"):
+            if os.path.lexists(rest):  # SQLite would play it into whatever database it finds there
+                raise PersonaError(
+                    Fault.CONFLICT, f"{rest} is left of the lost database; move it away. Nothing was changed"
+                )
+        at = meta_of(source, "backup_at")
+        known = removals_since(at) if isinstance(at, float) else None
+        return replace_lost(database, source, author, known, progress)
+
+
+# --- where the database is there ----------------------------------------------------------------------
+
+
+def _into(database: Path, source: sqlite3.Connection, file: Path, author: Author) -> Restored:
+    with tempfile.TemporaryDirectory(prefix=".restore-", dir=database.parent) as folder:
+        scratch = Path(folder) / "backup"
+        older = version_of(source) < _WITH_SITE
+        copy(source, scratch)
+        with closing(sqlite3.connect(scratch, isolation_level=None)) as copied:
+            migrate(copied)
+            site = None if older else meta_of(copied, "site")
+        with closing(_live(database)) as db:
+            if site is None or site != meta_of(db, "site"):
+                of = "says of no site that it is of" if site is None else "is of another site than"
+                fix = f"{_MOVE.format(database)}, where it is really to be replaced"
+                raise PersonaError(Fault.CONFLICT, f"{file} {of} {database}; {fix}. Nothing was changed")
+            db.execute("ATTACH ? AS backup", (str(scratch),))
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                restored = _change(db, file, author)
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+            return restored
+
+
+_MOVE = "stop the service, move {0}, {0}-wal and {0}-shm away, and restore again"
+
+
+def _live(database: Path) -> sqlite3.Connection:
+    """Raises ``PersonaError`` where it is broken: no restore overwrites what somebody may still want to save."""
+    db = read_write(database)
+    try:
+        db.execute("PRAGMA synchronous = FULL")
+        (said,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+        if said != "ok":
+            raise sqlite3.DatabaseError(said.splitlines()[-1])
+        check(db)
+    except sqlite3.DatabaseError as error:
+        db.close()
+        raise PersonaError(
+            Fault.CONFLICT, f"{database} cannot be used ({error}); {_MOVE.format(database)}. Nothing was changed"
+        ) from None
+    return db
+
+
+def _change(db: sqlite3.Connection, file: Path, author: Author) -> Restored:
+    """In a transaction, with the backup attached."""
+    _refuse_another_past(db, file)
+    change_sets.catch_up(db)
+    for table in ("documents", "expansions", *_HISTORY):
+        db.execute(f"INSERT OR IGNORE INTO main.{table} SELECT * FROM backup.{table}")  # noqa: S608 - constants
+    at, number = _of_backup(db)
+    before = change_sets.versions_at(db, change_sets.revision(db))
+    places = {**dict.fromkeys(change_sets.places_at(db, change_sets.revision(db)), NOWHERE)}
+    places |= change_sets.places_at(db, number)
+    db.execute("DELETE FROM main.applied")
+    db.execute("INSERT INTO main.applied SELECT * FROM backup.applied")
+    gone = [name for (name,) in db.execute("SELECT name FROM main.guests EXCEPT SELECT name FROM backup.guests")]
+    _remove(db, gone)
+    (theirs,) = db.execute("SELECT value FROM backup.meta WHERE key = 'generation'").fetchone()
+    generation = _begin_epoch(db, time.time(), int(theirs))
+    change_sets.add(db, before, _said(author, at, number), generation)
+    change_sets.put_places(db, places)
+    return Restored(at, number, change_sets.revision(db), generation, tuple(gone), ())
+
+
+def _refuse_another_past(db: sqlite3.Connection, file: Path) -> None:
+    """Where both tell the same version or revision otherwise, the two were never one database."""
+    differ = (
+        "SELECT 1 FROM backup.documents b JOIN main.documents m USING (kind, name, version) WHERE b.digest != m.digest"
+        " UNION SELECT 1 FROM backup.change_sets b JOIN main.change_sets m USING (revision)"
+        " WHERE b.at != m.at OR b.author != m.author"
+    )
+    if db.execute(differ).fetchone():
+        raise PersonaError(
+            Fault.CONFLICT, f"{file} has another history than the database, under the same numbers; nothing was changed"
+        )
+
+
+def _of_backup(db: sqlite3.Connection) -> tuple[float | None, int]:
+    (number,) = db.execute("SELECT coalesce(max(revision), 0) FROM backup.change_sets").fetchone()
+    row = db.execute("SELECT value FROM backup.meta WHERE key = 'backup_at'").fetchone()
+    return (float(row[0]) if row is not None else None), int(number)
+
+
+# --- where it is gone ---------------------------------------------------------------------------------
+
+
+def replace_lost(
+    database: Path, source: sqlite3.Connection, author: Author, known: Removals | None, progress: Progress = nobody
+) -> Restored:
+    """The backup becomes the database, which is there when it is whole, and not before."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".restore-", dir=database.parent))
+    try:
+        scratch = folder / database.name
+        scratch.touch(mode=0o600)
+        copy(source, scratch, progress)
+        with closing(sqlite3.connect(scratch, isolation_level=None)) as db:
+            migrate(db)
+            db.execute("PRAGMA journal_mode = DELETE")  # one file, that can be put in place as a whole
+            db.execute("BEGIN IMMEDIATE")
+            restored = _renumber(db, author, known)
+            db.execute("COMMIT")
+        if os.geteuid() == 0:  # as for a new one: it is the service's
+            owner = database.parent.stat()
+            os.chown(scratch, owner.st_uid, owner.st_gid)
+        keep(scratch)
+        try:
+            os.link(scratch, database)  # unlike a renaming, it overwrites nothing
+        except FileExistsError:
+            raise PersonaError(Fault.CONFLICT, f"{database} is there by now; nothing was changed") from None
+        keep(database.parent)
+        return restored
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _renumber(db: sqlite3.Connection, author: Author, known: Removals | None) -> Restored:
+    at, number = meta_of(db, "backup_at"), change_sets.revision(db)
+    at = at if isinstance(at, float) else None
+    change_sets.catch_up(db)
+    if known is not None:
+        _remove(db, known.guests)
+        for ident in sorted(known.revoked | known.ending):
+            db.execute("UPDATE sessions SET revoked = 1 WHERE id = ?", (ident,))
+        for ident in sorted(known.ending):
+            db.execute("INSERT OR IGNORE INTO ending SELECT id FROM sessions WHERE id = ?", (ident,))
+    else:
+        db.execute("INSERT OR IGNORE INTO quarantine SELECT name, ? FROM guests", (time.time(),))
+    generation = _begin_epoch(db, time.time())
+    epoch = epoch_of(generation)
+    put_meta(db, "version_floor", epoch)  # who knows which versions the lost one had given out
+    change_sets.add(db, change_sets.applied(db), _said(author, at, number), generation, above=epoch)
+    quarantined = tuple(name for (name,) in db.execute("SELECT guest FROM quarantine ORDER BY guest"))
+    gone = tuple(sorted(known.guests)) if known is not None else ()
+    return Restored(at, number, change_sets.revision(db), generation, gone, quarantined)
+
+
+# --- both ---------------------------------------------------------------------------------------------
+
+
+def _remove(db: sqlite3.Connection, guests: Iterable[str]) -> None:
+    for name in guests:
+        db.execute("DELETE FROM guests WHERE name = ?", (name,))
+        db.execute("DELETE FROM health WHERE guest = ?", (name,))
+        db.execute("DELETE FROM sessions WHERE guest = ?", (name,))
+
+
+def _begin_epoch(db: sqlite3.Connection, now: float, other: int = 0) -> int:
+    """The generation that the restore announces, above that of the database and an ``other`` one that is known."""
+    (known,) = db.execute("SELECT value FROM meta WHERE key = 'generation'").fetchone()
+    epoch = max(epoch_of(max(int(known), other)) + 1, int(now - _BEGIN))
+    put_meta(db, "generation", epoch << EPOCH_BITS)
+    return epoch << EPOCH_BITS
+
+
+def _said(author: Author, at: float | None, revision: int) -> Author:
+    made = time.strftime("of %Y-%m-%dT%H:%M:%SZ ", time.gmtime(at)) if at is not None else ""
+    why = f": {author.message}" if author.message else ""
+    return Author(author.name, f"restore of a backup {made}(revision {revision}){why}")
