@@ -38,6 +38,7 @@ PARTS = [
     ("persona_guest.kernel.inotify", "Inotify", "close"),
     ("persona_guest.enforce.network.egress_routes", "Routing", "hang_up"),
     ("persona_broker.store.sqlite", "SqliteStore", "close"),
+    ("persona_broker.audit.chain", "Chain", "close"),
 ]
 MAY_STAY = {"/run/netns"}  # ip-netns(8) mounts it once and for all
 

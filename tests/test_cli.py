@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.format import split
+from persona_broker.audit.delivery import Delivery
 from persona_broker.store.interface import SessionRow
 from persona_broker.store.sqlite import SqliteStore
 
-from persona.codec import Record
+from persona.codec import Record, encode_record
 from persona.decisions import Subject
 from persona.health import Report
 from persona.problems import Reason
@@ -123,9 +126,9 @@ def record(tmp_path: Path) -> Iterator[Path]:
         store.put_report("vm-1", Report(), (), 1e9)
         denied = Reason.NO_MATCHING_POLICY
         argv = ("ls", "\n")
-        store.add_records(
-            "vm-1", [Record(1e9, "s", "alice", "/x", argv, "denied", denied, "A", 1, "a", "exec", False, True)], 0
-        )
+    record = Record(1e9, "s", "alice", "/x", argv, "denied", denied, "A", 1, "a", "exec", False, True)
+    with closing(Chain(tmp_path / "audit")) as chain:
+        chain.deliver([Delivery("vm-1", [split(encode_record(record))])])
     yield path
 
 

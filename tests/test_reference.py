@@ -204,7 +204,7 @@ def test_the_example_of_the_broker_has_every_key(tmp_path: Path) -> None:
     path = tmp_path / "broker.toml"
     path.write_text(example)
     broker_settings.check(broker_settings.load(path))
-    named = re.findall(r"^(\w+) =", example, re.MULTILINE)
+    named = re.findall(r"^([\w.]+) =", example, re.MULTILINE)
     assert named == [key for key, *_ in keys_of(broker_settings.Settings)]
 
 

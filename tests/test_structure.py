@@ -11,6 +11,7 @@ IO = {"os", "subprocess", "socket", "flask", "gunicorn", "sqlite3", "psutil", "y
 PURE = {
     "persona": IO | {"persona_broker", "persona_guest", "time"},
     "broker/persona_broker/policy": IO | {"time", "persona_guest"},
+    "broker/persona_broker/audit/core": IO | {"time", "persona_guest", "cryptography"},
     # os.path's string functions and fsdecode touch nothing: the guest's core may import os
     "guest/persona_guest/core": IO - {"os"} | {"time", "persona_broker"},
 }
@@ -23,7 +24,7 @@ ORDER = {
         "dependencies", "health", "shell", "gate", "enforce", "login", "reassign", "agent", "standby", "__main__",
     ],
     "broker/persona_broker": [
-        "policy", "policy_files", "settings", "lasting", "pki", "host", "store", "spread", "problems",
+        "policy", "policy_files", "settings", "lasting", "pki", "host", "store", "audit", "spread", "problems",
         "condition_watcher", "view", "metrics", "cli", "api", "serve", "__main__",
     ],
 }  # fmt: skip

@@ -18,14 +18,17 @@ from persona_broker.view import View
 
 API_ROWS = range(64)  # one a worker, more than there can be (settings.WORKERS_MAX)
 EVENTS_ROWS = range(64, 66)
+AUDIT_ROW = 66
 
 _REASON = re.compile(r"[a-z0-9_]{1,64}", re.ASCII)  # a guest's word: no other goes into a label
 _OUTCOMES = ("granted", *Reason)
 _ADMISSIONS = ("admitted", "refused")
 _BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0, float("inf"))
-_names = (*_OUTCOMES, *_ADMISSIONS, *_BUCKETS_S, "nanoseconds", "streams")
+_AUDIT = ("audit kept", "audit conflicts", "audit refused", "audit dropped")
+_LEVELS = ("streams", "audit failing")  # which go with the process that said so
+_names = (*_OUTCOMES, *_ADMISSIONS, *_BUCKETS_S, "nanoseconds", *_AUDIT, *_LEVELS)
 _cell: dict[str | float, int] = {name: index for index, name in enumerate(_names)}
-_memory = memoryview(mmap.mmap(-1, EVENTS_ROWS.stop * len(_cell) * 8)).cast("Q")  # made before the workers fork
+_memory = memoryview(mmap.mmap(-1, (AUDIT_ROW + 1) * len(_cell) * 8)).cast("Q")  # made before the workers fork
 _lock = threading.Lock()  # threads of one worker; no worker waits for another
 _begin = 0
 
@@ -34,7 +37,8 @@ def use_row(row: int) -> None:
     """From now on this process counts there, on top of what a predecessor counted."""
     global _begin
     _begin = row * len(_cell)
-    _memory[_begin + _cell["streams"]] = 0  # a level, not a count: it went with the predecessor
+    for level in _LEVELS:
+        _memory[_begin + _cell[level]] = 0  # no count: it went with the predecessor
 
 
 def decided(decision: Decision, seconds: float) -> None:
@@ -58,6 +62,35 @@ def streams(count: int) -> None:
     _memory[_begin + _cell["streams"]] = count
 
 
+def audited(kept: int, conflicts: int) -> None:
+    """Counts records that are in the audit, and numbers of guests that came with two contents."""
+    with _lock:
+        _memory[_begin + _cell["audit kept"]] += kept
+        _memory[_begin + _cell["audit conflicts"]] += conflicts
+
+
+def audit_refused(count: int) -> None:
+    """Counts records that guests have to keep, because the audit cannot be written."""
+    with _lock:
+        _memory[_begin + _cell["audit refused"]] += count
+
+
+def audit_dropped(count: int) -> None:
+    """Counts records that were dropped for that."""
+    with _lock:
+        _memory[_begin + _cell["audit dropped"]] += count
+
+
+def audit_failing(failing: bool) -> None:
+    """Notes whether this process could write the audit when it last tried."""
+    _memory[_begin + _cell["audit failing"]] = int(failing)
+
+
+def is_audit_failing() -> bool:
+    """Whether a process of this broker could not write the audit when it last tried."""
+    return any(_memory[_cell["audit failing"] :: len(_cell)])
+
+
 def render(view: View, lost: int, spread: Spread | None) -> str:
     """All numbers of this broker as text; ``spread`` is that of the newest change-set."""
     return "\n".join([*_lines(view, lost), *_spread(spread)]) + "\n"
@@ -72,6 +105,11 @@ METRICS = {
     "documents_unreadable": ("gauge", "Applied documents that cannot be read and grant nothing; check names them."),
     "streams": ("gauge", "Open event streams; each running guest has one."),
     "records_lost_total": ("counter", "Records of decisions that guests could not keep until they were sent."),
+    "audit_records_total": ("counter", "Records of guests that are in the audit, each counted once."),
+    "audit_conflicts_total": ("counter", "Numbers of guests that came again with another content."),
+    "audit_refused_total": ("counter", "Records that guests had to keep, because the audit could not be written."),
+    "audit_dropped_total": ("counter", "Records that were dropped, because the audit could not be written."),
+    "audit_failing": ("gauge", "Whether the audit could not be written when it was last tried (1)."),
     "load_sample_age_seconds": ("gauge", "Seconds since the load of the host was sampled."),
     "load_percent": ("gauge", "Load of the host when it was last sampled."),
     "health_report_age_seconds": ("gauge", "Seconds since a VM last reported its health."),
@@ -93,6 +131,9 @@ def _lines(view: View, lost: int) -> Iterator[str]:
     yield from _unreadable(view)
     yield from _one("streams", sums["streams"])
     yield from _one("records_lost_total", lost)
+    for cell, name in zip(_AUDIT, ("records", "conflicts", "refused", "dropped"), strict=True):
+        yield from _one(f"audit_{name}_total", sums[cell])
+    yield from _one("audit_failing", int(is_audit_failing()))
     if view.sample is not None:
         yield from _one("load_sample_age_seconds", round(time.time() - view.sample.at, 3))
         yield from _head("load_percent")

@@ -4,14 +4,26 @@ import ipaddress
 import os
 import re
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from persona.problems import Fault, PersonaError
 
 WORKERS_MAX = 32
+T = TypeVar("T")
 _UNIX_PATH_MAX = 107  # bytes: unix(7), the kernel takes no longer one
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The table ``[audit]``."""
+
+    when_full: str = "refuse"  # guests keep what they cannot deliver; "drop" is for whom decisions' memory matters more
+    journald: bool = False
+    syslog: str = ""
+    syslog_ca: str = "/etc/ssl/certs/ca-certificates.crt"  # Debian's own, of every authority that it trusts
+    json_lines: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +40,7 @@ class Settings:
     health_max_age_s: int = 45  # three missed reports: the VM is out of reach, or its agent is gone
     workers: int = 2  # decisions are CPU: about one a core on a small host
     insecure_loopback: bool = False  # HTTP without TLS, on 127.0.0.1 only
+    audit: Audit = field(default_factory=Audit)
 
 
 def load(path: Path) -> Settings:
@@ -38,14 +51,24 @@ def load(path: Path) -> Settings:
         return Settings()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {error}") from error
-    known = {item.name: item.type for item in fields(Settings)}
+    return _read(Settings(), values, path, "")
+
+
+def _read(defaults: T, values: dict[str, Any], path: Path, table: str) -> T:
+    """``defaults`` (a dataclass) with the values of one table of the file."""
+    known = {item.name: getattr(defaults, item.name) for item in fields(defaults)}  # type: ignore[arg-type]
+    read: dict[str, Any] = {}
     for key, value in values.items():
         if key not in known:
-            raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {key}: unknown key; known: {', '.join(known)}")
-        if type(value) is not known[key]:
-            wanted = getattr(known[key], "__name__", known[key])
-            raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {key}: expected {wanted}, not {value!r}")
-    return replace(Settings(), **values)
+            raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {table}{key}: unknown key; known: {', '.join(known)}")
+        if is_dataclass(known[key]) and isinstance(value, dict):
+            read[key] = _read(known[key], value, path, f"{table}{key}.")
+        elif type(value) is not type(known[key]):
+            wanted = "a table" if is_dataclass(known[key]) else type(known[key]).__name__
+            raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {table}{key}: expected {wanted}, not {value!r}")
+        else:
+            read[key] = value
+    return replace(defaults, **read)  # type: ignore[type-var]
 
 
 def check(settings: Settings) -> None:
@@ -68,6 +91,18 @@ def check(settings: Settings) -> None:
             raise PersonaError(Fault.BAD_DOCUMENT, f"{key}: {bind!r}: expected HOST:PORT or unix:/PATH")
         if settings.insecure_loopback and not _is_loopback(host.strip("[]")):
             raise PersonaError(Fault.BAD_DOCUMENT, f"{key}: {bind!r}: without TLS only loopback is served")
+    _check_audit(settings.audit)
+
+
+def _check_audit(audit: Audit) -> None:
+    if audit.when_full not in ("refuse", "drop"):
+        raise PersonaError(Fault.BAD_DOCUMENT, "audit.when_full: expected 'refuse' or 'drop'")
+    if audit.syslog and not re.fullmatch(r"(tcp|tls)://([0-9A-Za-z.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}", audit.syslog):
+        raise PersonaError(
+            Fault.BAD_DOCUMENT, f"audit.syslog: {audit.syslog!r}: expected tcp://HOST:PORT or tls://HOST:PORT"
+        )
+    if audit.json_lines and not audit.json_lines.startswith("/"):
+        raise PersonaError(Fault.BAD_DOCUMENT, f"audit.json_lines: {audit.json_lines!r}: expected an absolute path")
 
 
 def _is_loopback(host: str) -> bool:

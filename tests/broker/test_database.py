@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 from persona_broker.store.interface import SessionRow, StoreError
-from persona_broker.store.records import Wanted, newest
 from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
-from persona.codec import Record
 from persona.decisions import Subject
 from persona.documents import parse_document
 from tests.broker.conftest import apply
@@ -55,14 +53,8 @@ def test_nobody_else_reads_it(store: SqliteStore, tmp_path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("db*")} == {0o600}
 
 
-def test_records_and_sessions_are_bounded(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persona_broker.store.sqlite.RECORDS_KEPT", 10)
+def test_sessions_are_bounded(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("persona_broker.store.sessions.SESSIONS_KEPT", 5)
-    record = Record(1.0, "s", "alice", "/x", ("x",), "granted", None, "A", 1, "a", "exec", False, False)
-    for _ in range(6):
-        store.add_records("vm", [record] * 4, lost=1)
-    assert len(newest(store, Wanted(), 100)[0]) == 10
-    assert store.records_lost() == 6
     for guest in ("vm", "other"):
         for number in range(8):
             ident = f"{guest}-{number}"

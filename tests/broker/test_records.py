@@ -8,11 +8,15 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from persona_broker.store.records import Wanted, later, query_of
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.format import split
+from persona_broker.audit.delivery import Delivery
+from persona_broker.audit.index import Index
+from persona_broker.audit.search import Wanted, later, query_of
 from persona_broker.store.sqlite import SqliteStore
 
 from persona.answers import iso, local
-from persona.codec import Record
+from persona.codec import Record, encode_record
 from persona.problems import Reason
 from tests.broker.conftest import Broker, environment
 
@@ -25,8 +29,9 @@ WOULD = replace(NMAP, user="bob", reason=Reason.OUTSIDE_HOURS, complain=True)
 
 
 def keep(broker: Broker, *records: Record, vm: str = "vm-1") -> None:
-    with closing(SqliteStore(broker.directory / "db")) as store:
-        store.add_records(vm, records, 0)
+    SqliteStore(broker.directory / "db").close()
+    with closing(Chain(broker.directory / "audit")) as chain:
+        chain.deliver([Delivery(vm, [split(encode_record(record)) for record in records])])
 
 
 @pytest.fixture
@@ -113,7 +118,8 @@ def test_a_record_that_cannot_be_read_hides_no_other(filled: Broker) -> None:
         record.execute("INSERT INTO records (guest, body) VALUES ('vm-1', '[]')")
         record.execute("INSERT INTO records (guest, body) VALUES ('vm-1', '{}')")
     done = filled.run("records", "tail", "--vm", "vm-1")
-    assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 4, "")
+    assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 6, "")
+    assert done.stdout.count("unreadable") == 4  # its kind, and what it is about
     assert len(programs(filled, "--user", "alice")) == 3
 
 
@@ -160,18 +166,21 @@ def test_following_goes_by_the_filters(filled: Broker) -> None:
     ],
 )
 def test_what_is_rare_is_found_without_reading_all(cli: Broker, wanted: Wanted) -> None:
-    with closing(SqliteStore(cli.directory / "db")) as store:
+    keep(cli, LS)
+    (segment,) = Chain(cli.directory / "audit").segments()
+    with closing(Index(segment)) as index:
         query, values = query_of(wanted, None)
-        plan = [row[-1] for row in store.rows(f"EXPLAIN QUERY PLAN {query}", *values, 20)]
-    assert "SEARCH records USING INDEX records_" in plan[0]
+        plan = [row[-1] for row in index.rows(f"EXPLAIN QUERY PLAN {query}", *values, 20)]
+    assert "SEARCH e USING INDEX entries_" in plan[0]
 
 
 def test_what_comes_next_begins_after_all_that_was_looked_at(filled: Broker) -> None:
-    with closing(SqliteStore(filled.directory / "db")) as store:
-        found, after = later(store, Wanted(user="alice"), 0, 2)
-        assert ([one.number for one in found], after) == ([1, 2], 2)
-        found, after = later(store, Wanted(user="alice"), after, 2)
-        assert ([one.number for one in found], after) == ([3], 5)
-        assert later(store, Wanted(user="alice"), after, 2) == ([], 5)
-        query, values = query_of(Wanted(), 3)
-        assert "INTEGER PRIMARY KEY (rowid>?)" in store.rows(f"EXPLAIN QUERY PLAN {query}", *values, 20)[0][-1]
+    chain = Chain(filled.directory / "audit")  # its first record is the broker's
+    found, after = later(chain, Wanted(user="alice"), 0, 2)
+    assert ([one.number for one in found], after) == ([2, 3], 3)
+    found, after = later(chain, Wanted(user="alice"), after, 2)
+    assert ([one.number for one in found], after) == ([4], 6)
+    assert later(chain, Wanted(user="alice"), after, 2) == ([], 6)
+    query, values = query_of(Wanted(), 3)
+    with closing(Index(chain.segments()[0])) as index:
+        assert "INTEGER PRIMARY KEY (rowid>?)" in index.rows(f"EXPLAIN QUERY PLAN {query}", *values, 20)[0][-1]

@@ -18,7 +18,6 @@ from persona_broker.store.restore import EPOCH_BITS, Removals, epoch_of, replace
 from persona_broker.store.schema import MIGRATIONS
 from persona_broker.store.sqlite import SqliteStore
 
-from persona.codec import Record
 from persona.decisions import Subject
 from persona.documents import parse_document
 from persona.problems import PersonaError
@@ -28,19 +27,17 @@ from tests.broker.test_history import answer
 from tests.broker.test_schema import content, old
 
 ANN = Author("ann")
-RECORD = Record(1.0, "s", "alice", "/x", ("x",), "granted", None, "A", 1, "a", "exec", False, False)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A database with a revision, guests, sessions and records; ``backup`` beside it is of this moment."""
+    """A database with a revision, guests, and sessions; ``backup`` beside it is of this moment."""
     path = tmp_path / "db"
     with closing(SqliteStore(path)) as store:
         for vm in ("vm-1", "vm-2", "vm-3"):
             store.add_guest(vm, f"token-of-{vm}")
             store.open_session(SessionRow(f"s-{vm}", vm, Subject("alice", (), vm), "sshd", "", 1.0, False))
         apply(store, [parse_document(item) for item in (persona("A", "ls"), policy("a"))])
-        store.add_records("vm-1", [RECORD], 0)
     backup(path, tmp_path / "backup")
     return path
 
@@ -54,7 +51,6 @@ def goes_on(path: Path) -> dict[str, Any]:
         store.add_guest("vm-3", "another token")
         store.add_guest("vm-4", "a new guest")
         store.revoke("s-vm-1", end=True)
-        store.add_records("vm-1", [RECORD] * 3, 1)
         version = store.version("Persona", "A")
         assert version is not None
         return {"generation": store.generation(), "revision": store.revision(), "version": version[0]}
@@ -77,7 +73,7 @@ def test_a_backup_is_of_one_moment_while_others_write(path: Path, tmp_path: Path
             count = 0
             while not stop.is_set():
                 count += 1
-                store.add_records(f"w{number}", [RECORD] * 50, 0)
+                store.add_lost(1)
                 store.change([parse_document(persona(f"N{number}", f"x{count}"))], ADD, ANN)
 
     threads = [threading.Thread(target=write_on, args=(number,)) for number in range(2)]
@@ -137,7 +133,6 @@ def test_what_is_there_still_goes_back_and_undercuts_nothing(path: Path, tmp_pat
         assert sorted(store.tokens().values()) == ["vm-1", "vm-3"]
         assert {row.id: row.ending for row in store.sessions()} == {"s-vm-1": True, "s-vm-3": False}
         assert (done.gone, done.quarantined, store.quarantined()) == (("vm-4",), (), {})
-        assert len(store.rows("SELECT 1 FROM records")) == 4
         assert store.change([parse_document(persona("A", "new"))], ADD, ANN).revision == done.revision + 1
         assert store.version("Persona", "A") == (4, parse_document(persona("A", "new")))  # no number is used twice
         again = restore(path, tmp_path / "backup", ANN)

@@ -5,16 +5,22 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.format import split
+from persona_broker.audit.delivery import Delivery
+from persona_broker.audit.denials import COUNT, denials
+from persona_broker.audit.index import Index
 from persona_broker.policy.rollout import Denials, Moved, Seen, Taken, moved, taken
 from persona_broker.spread import Newest
-from persona_broker.store import rollout
 from persona_broker.store.sqlite import SqliteStore
 
-from persona.codec import Record
+from persona.codec import Record, encode_record
 from persona.health import Report, encode_report
 from persona.problems import Reason
 from tests.broker.conftest import VM, Broker, apply
@@ -26,6 +32,16 @@ from tests.broker.test_database import documents
 def store(cli: Broker) -> Iterator[SqliteStore]:
     with closing(SqliteStore(cli.directory / "db")) as store:
         yield store
+
+
+@pytest.fixture
+def chain(cli: Broker) -> Iterator[Chain]:
+    with closing(Chain(cli.directory / "audit")) as chain:
+        yield chain
+
+
+def tell(chain: Chain, records: list[Record]) -> None:
+    chain.deliver([Delivery("vm", [split(encode_record(record)) for record in records])])
 
 
 def denied(at: float, reason: Reason = Reason.NO_MATCHING_POLICY) -> Record:
@@ -54,18 +70,17 @@ def test_what_is_expected_is_the_rate_of_before() -> None:
     assert moved(Denials(0, {}), Denials(50, {"a": 30}))[0].expected == 0
 
 
-def test_denials_since_a_change_against_those_before(cli: Broker, store: SqliteStore) -> None:
+def test_denials_since_a_change_against_those_before(cli: Broker, store: SqliteStore, chain: Chain) -> None:
     store.add_guest("vm")
     apply(store, documents("ls"))
     with store.writing() as db:
         db.execute("UPDATE change_sets SET at = at - 3600")
     (change,) = store.history(1)
     for offset in range(4):
-        store.add_records("vm", [denied(change.at - 100 - offset), denied(change.at + offset)] * 10, 0)
-    store.add_records("vm", [denied(change.at + 1, Reason.OUTSIDE_HOURS)] * 12, 0)
-    store.add_records("vm", [denied(change.at - 9000, Reason.OUTSIDE_HOURS)] * 500, 0)  # longer ago than is compared
-    with store.writing() as db:
-        db.execute("INSERT INTO records (guest, body) VALUES ('vm', '{torn')")
+        tell(chain, [denied(change.at - 100 - offset), denied(change.at + offset)] * 10)
+    tell(chain, [denied(change.at + 1, Reason.OUTSIDE_HOURS)] * 12)
+    tell(chain, [denied(change.at - 9000, Reason.OUTSIDE_HOURS)] * 500)  # longer ago than is compared
+    tell(chain, [replace(denied(change.at + 1), decision="granted", reason=None)] * 30)
     done = cli.run("rollout", "--json")
     value = json.loads(done.stdout)
     assert value["denials"] == [
@@ -78,25 +93,37 @@ def test_denials_since_a_change_against_those_before(cli: Broker, store: SqliteS
     assert "  vm  was never connected\nguests that have it: 0 of 1\n" in text
     assert "  outside_hours: 12, expected 0  ! a surge: 'persona-broker records tail --reason outside_hours'" in text
     assert cli.run("rollout", "2").returncode == 1
-    found = Newest(store).look(time.time())
+    found = Newest(store, partial(denials, chain)).look(time.time())
     assert found is not None and [item.reason for item in found.denials if item.surge] == ["outside_hours"]
 
 
-def test_records_that_do_not_go_back_so_far_say_how_far(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout, "RECORDS_MAX", 10)
-    store.add_records("vm", [denied(100.0 + number) for number in range(30)], 0)
-    assert store.denials(0, 200) == Denials(80, {"no_matching_policy": 10})
-    assert store.denials(0, 110) == Denials(0, {})
-    assert store.denials(125, 200) == Denials(75, {"no_matching_policy": 5})
+@pytest.mark.parametrize(("days", "count"), [(0, 1), (1, 1), (3, 0)])
+def test_denials_are_counted_by_the_clock_of_the_guest_in_the_days_when_they_can_come(
+    tmp_path: Path, days: int, count: int
+) -> None:
+    made, now = 1e9, [1e9 + days * 86400]
+    with closing(Chain(tmp_path / "audit", lambda: now[0])) as chain:
+        tell(chain, [denied(made)])
+        now[0] += 86400  # what is in later files is no matter of theirs
+        tell(chain, [denied(made + 86400 * 9)])
+        assert denials(chain, made, made + 1) == Denials(1, {"no_matching_policy": 1} if count else {})
+        assert denials(chain, made - 1, made) == Denials(1, {})
 
 
-def test_a_change_that_an_older_version_made_has_no_rollout(cli: Broker, store: SqliteStore) -> None:
-    assert Newest(store).look(1.0) is None
+def test_counting_denials_reads_an_index_alone(chain: Chain) -> None:
+    tell(chain, [denied(1e9)])
+    with closing(Index(chain.segments()[0])) as index:
+        plan = [row[-1] for row in index.rows(f"EXPLAIN QUERY PLAN {COUNT}", 0, 1)]
+    assert plan[0] == "SEARCH entries USING COVERING INDEX entries_denied (decision=? AND at>? AND at<?)"
+
+
+def test_a_change_that_an_older_version_made_has_no_rollout(cli: Broker, store: SqliteStore, chain: Chain) -> None:
+    assert Newest(store, partial(denials, chain)).look(1.0) is None
     apply(store, documents("ls"))
     with store.writing() as db:
         db.execute("UPDATE change_sets SET generation = NULL")
     assert "did not write down when it took effect" in cli.run("rollout").stderr
-    assert Newest(store).look(1.0) is None
+    assert Newest(store, partial(denials, chain)).look(1.0) is None
 
 
 def test_a_guest_that_is_removed_is_forgotten(store: SqliteStore) -> None:

@@ -83,7 +83,7 @@ READING: tuple[tuple[str, ...], ...] = (
     ("check",), ("check", "--merged", str(ROOT / "examples")), ("check", "--upgrade"),
     ("apply", "--dry-run", str(ROOT / "examples")), ("rollback", "1", "--dry-run"), ("history",), ("show", "A"),
     ("export",), ("diff", "1"), ("explain", "--user", "u", "--vm", "v", "--", "ls"), ("policies", "list"),
-    ("sets", "list"), ("guest", "list"), ("load", "show"), ("health",), ("sessions", "list"), ("records", "tail"),
+    ("sets", "list"), ("guest", "list"), ("load", "show"), ("health",), ("sessions", "list"),
 )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from persona_broker.store.interface import Author, SessionRow, Store, StoreError
 from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
-from persona.codec import Record
 from persona.decisions import Granted, Program, Request, Subject
 from persona.documents import Document, Persona, Policy, parse_document
 from persona.health import Report
@@ -63,7 +62,7 @@ def test_the_generation_rises_with_what_can_change_a_decision_and_with_nothing_e
     same: list[Callable[[], object]] = [
         lambda: store.change(one, WHOLE, ANN), lambda: store.revoke("nobody"), lambda: store.remove_guest("nobody"),
         lambda: store.put_sample(Sample(1.0, {"cpu": 1.0}, "set"), frozenset()), lambda: store.add_guest("other"),
-        lambda: store.put_report("other", Report(), (), 1.0), lambda: store.add_records("other", [], 1),
+        lambda: store.put_report("other", Report(), (), 1.0), lambda: store.add_lost(1),
     ]  # fmt: skip
     for act, rises in [(act, 1) for act in changes] + [(act, 0) for act in same]:
         before = store.generation()
@@ -115,9 +114,8 @@ def test_who_is_revoked_stays_so_while_the_session_is_open(connect: Open) -> Non
 
 def test_records_that_guests_lost_are_counted(connect: Open) -> None:
     store = connect()
-    record = Record(1.0, "s", "alice", "/x", ("x",), "granted", None, "A", 1, "a", "exec", False, False)
-    store.add_records("vm", [record], 2)
-    store.add_records("vm", [record], 3)
+    store.add_lost(2)
+    store.add_lost(3)
     assert store.records_lost() == 5
 
 

@@ -1,7 +1,6 @@
-"""Decisions, admissions, sessions and records: what guests ask and tell."""
+"""Decisions, admissions and sessions: what guests ask."""
 
 import json
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,8 +19,6 @@ from persona_broker.policy.snapshot import Entry
 from persona_broker.store.interface import SessionRow
 from persona_broker.store.sessions import SESSIONS_KEPT
 from persona_broker.view import View
-
-log = logging.getLogger("persona.api")
 
 blueprint = Blueprint("decisions", __name__)
 
@@ -188,27 +185,3 @@ def _entry(entry: Entry, version: int) -> dict[str, Any]:
         "detail": wrong.detail if wrong else "",
         **sets,  # 0.1.0 would refuse the whole answer
     }
-
-
-@blueprint.post("/v1/records")
-def records() -> Response:
-    """Keeps the records of what a guest decided and saw.  One that cannot be read keeps no other from being kept."""
-    name, version = guest(), wire_version()
-    value = codec.mapping(body(), "", ("records", "lost"))
-    items = value["records"]
-    if not isinstance(items, list) or len(items) > codec.MAX_RECORDS:
-        raise PersonaError(Fault.BAD_REQUEST, f"records: expected a list of at most {codec.MAX_RECORDS}")
-    lost = codec.integer(value["lost"], "lost")
-    parsed, refused = [], []
-    for index, item in enumerate(items):
-        try:
-            parsed.append(codec.decode_record(item, f"records[{index}]"))
-        except codec.CodecError as error:
-            refused.append({"index": index, "detail": error.message})
-    if refused:
-        first = refused[0]["detail"]
-        log.error("guest %s: %d of %d records are none and count as lost: %s", name, len(refused), len(items), first)
-    answers = version > wire.FIRST  # 0.1.0 takes anything but 204 for the refusal of all
-    # who is told counts it, and says so with the next records
-    store().add_records(name, parsed, lost if answers else lost + len(refused))
-    return jsonify(refused=refused) if refused and answers else Response(status=204)

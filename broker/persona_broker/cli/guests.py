@@ -10,6 +10,7 @@ import re
 from persona.answers import iso, local
 from persona.problems import Fault, PersonaError
 from persona.shown import word
+from persona_broker.cli.author import author
 from persona_broker.cli.store import existing, for_reading, say, store_of
 from persona_broker.settings import Settings
 
@@ -29,7 +30,7 @@ def add(arguments: argparse.Namespace, settings: Settings) -> int:
         fd = os.open(arguments.token_file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with open(fd, "w") as file:  # before there is a token: none that cannot be written
             os.fchmod(fd, 0o600)  # it may have been there before
-            token = store.add_guest(arguments.name)
+            token = store.add_guest(arguments.name, author=author(""))
             file.truncate()
             file.write(token + "\n")
         say(
@@ -38,7 +39,7 @@ def add(arguments: argparse.Namespace, settings: Settings) -> int:
             f"{arguments.name} added",
         )
     else:
-        token = store.add_guest(arguments.name)
+        token = store.add_guest(arguments.name, author=author(""))
         say(arguments, {"vm": arguments.name, "token": token}, token)
     return 0
 
@@ -61,7 +62,7 @@ def readmit(arguments: argparse.Namespace, settings: Settings) -> int:
     unknown = sorted(set(arguments.names) - store.quarantined().keys())
     if unknown:
         raise PersonaError(Fault.NOT_FOUND, f"not in quarantine: {', '.join(map(word, unknown))}; nothing was changed")
-    found = store.readmit(arguments.names or store.quarantined())
+    found = store.readmit(arguments.names or store.quarantined(), author(""))
     lines = [f"{name} readmitted" for name in found]
     say(arguments, {"readmitted": found}, "\n".join(lines) or "no guest is in quarantine")
     return 0
@@ -69,7 +70,7 @@ def readmit(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def remove(arguments: argparse.Namespace, settings: Settings) -> int:
     """``guest remove NAME``: its token and its event streams end."""
-    if not existing(settings).remove_guest(arguments.name):
+    if not existing(settings).remove_guest(arguments.name, author("")):
         raise PersonaError(Fault.NOT_FOUND, f"there is no guest {arguments.name!r}")
     say(arguments, {"removed": arguments.name}, f"{arguments.name} removed")
     return 0

@@ -6,6 +6,7 @@ import time
 
 from persona.answers import iso
 from persona.problems import Fault, PersonaError
+from persona_broker.cli.author import author
 from persona_broker.cli.store import for_reading, say, store_of
 from persona_broker.settings import Settings
 
@@ -14,7 +15,7 @@ def change(arguments: argparse.Namespace, settings: Settings) -> int:
     """``load set METRIC=PERCENT``: all that the settable source says; a metric left out is unknown."""
     load = dict(arguments.values)
     store = store_of(settings)
-    store.put_set_load(load)
+    store.put_set_load(load, author(""))
     sample = store.sample()
     source = sample.source if sample is not None else settings.load_source
     if source != "set":

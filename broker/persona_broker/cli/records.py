@@ -9,9 +9,9 @@ from typing import Any
 
 from persona.answers import iso, local
 from persona.shown import line, word
-from persona_broker.cli.store import for_reading
+from persona_broker.audit.search import Found, Wanted, later, newest
+from persona_broker.cli.chain import opened
 from persona_broker.settings import Settings
-from persona_broker.store.records import Found, Wanted, later, newest
 
 _LOOK_EVERY_S = 0.5
 _A_LOOK = 1000  # records
@@ -20,7 +20,7 @@ _SEEN_MAX = 100_000  # that --follow --distinct remembers
 
 def tail(arguments: argparse.Namespace, settings: Settings) -> int:
     """Oldest first; with ``--follow`` until interrupted."""
-    store = for_reading(settings)
+    chain = opened(settings)
     wanted = Wanted(
         user=arguments.user,
         vm=arguments.vm,
@@ -30,7 +30,7 @@ def tail(arguments: argparse.Namespace, settings: Settings) -> int:
         denied=arguments.denied,
         distinct=arguments.distinct,
     )
-    rows, last = newest(store, wanted, arguments.n)
+    rows, last = newest(chain, wanted, arguments.n)
     seen: dict[str, None] = {}
     while True:
         for found in _new(rows, seen) if wanted.distinct and arguments.follow else rows:
@@ -39,7 +39,7 @@ def tail(arguments: argparse.Namespace, settings: Settings) -> int:
             return 0
         sys.stdout.flush()
         time.sleep(_LOOK_EVERY_S)
-        rows, last = later(store, wanted, last, _A_LOOK)
+        rows, last = later(chain, wanted, last, _A_LOOK)
 
 
 def _new(rows: Iterable[Found], seen: dict[str, None]) -> Iterator[Found]:
@@ -70,7 +70,7 @@ def _line(found: Found, wanted: Wanted) -> str:
         decision = "would be denied (complain)"
     fields = [
         local(at) if isinstance(at, int | float) else "-",
-        word(found.vm),
+        word(found.vm or "-"),
         word(str(record.get("user") or "-")),
         decision,
         str(record.get("reason") or record.get("event")),

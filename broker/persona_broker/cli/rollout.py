@@ -3,11 +3,16 @@
 import argparse
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from persona.answers import iso, local
 from persona.problems import Fault, PersonaError
 from persona.shown import line, word
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.denials import denials
+from persona_broker.audit.files import beside
 from persona_broker.cli.store import say, with_history
 from persona_broker.policy.rollout import Seen, Taken
 from persona_broker.settings import Settings
@@ -32,7 +37,8 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
     if change.generation is None:
         why = "an older version of the broker made it, and did not write down when it took effect"
         raise PersonaError(Fault.NOT_FOUND, f"revision {number}: {why}; ask for a later one")
-    found = spread(store, change, change.generation, time.time())
+    counted = partial(denials, Chain(beside(Path(settings.db))))
+    found = spread(store, counted, change, change.generation, time.time())
     say(arguments, _value(change, found), "\n".join(_lines(change, found)))
     return 1 if found.without or any(item.surge for item in found.denials) else 0
 

@@ -6,6 +6,7 @@ from typing import Any
 from persona.answers import as_json, iso, local
 from persona.problems import Fault, PersonaError
 from persona.shown import word
+from persona_broker.cli.author import author
 from persona_broker.cli.store import existing, for_reading
 from persona_broker.settings import Settings
 from persona_broker.store.interface import SessionRow
@@ -26,7 +27,7 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def revoke(arguments: argparse.Namespace, settings: Settings) -> int:
     """``sessions revoke USER|ID``: guests hear of it at once, and tell their users."""
-    found = existing(settings).revoke(arguments.who, arguments.vm, end=arguments.end)
+    found = existing(settings).revoke(arguments.who, arguments.vm, end=arguments.end, author=author(""))
     if not found:
         where = f" on {arguments.vm}" if arguments.vm else ""
         fix = "'persona-broker sessions list' shows what is open"

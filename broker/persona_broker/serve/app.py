@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from flask import Blueprint, Flask, Response
@@ -9,8 +10,11 @@ from flask import Blueprint, Flask, Response
 from persona import wire
 from persona.codec import MAX_BODY
 from persona_broker import problems
-from persona_broker.api import current, decisions, documents, events, health, monitoring
+from persona_broker.api import current, decisions, documents, events, health, monitoring, records
 from persona_broker.api.guests import Asked
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.denials import denials
+from persona_broker.audit.files import beside
 from persona_broker.condition_watcher import Watcher
 from persona_broker.host.load import LoadSource, MachineSource, SetSource
 from persona_broker.serve.worker import at_exit
@@ -19,7 +23,14 @@ from persona_broker.spread import Newest
 from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
-API = (decisions.blueprint, current.blueprint, health.blueprint, documents.blueprint, monitoring.blueprint)
+API = (
+    decisions.blueprint,
+    current.blueprint,
+    health.blueprint,
+    documents.blueprint,
+    records.blueprint,
+    monitoring.blueprint,
+)
 STREAMS = (events.blueprint, monitoring.blueprint)
 
 
@@ -48,7 +59,9 @@ def base(settings: Settings, blueprints: Iterable[Blueprint]) -> Flask:
     app.extensions["state"] = State(SqliteStore(Path(settings.db)), settings.load_max_age_s, settings.health_max_age_s)
     app.extensions["asked"] = Asked()
     app.extensions["store"] = SqliteStore(Path(settings.db))
-    app.extensions["spread"] = Newest(app.extensions["store"])
+    chain = Chain(beside(Path(settings.db)))
+    app.extensions["keeper"] = records.Keeper(chain, settings.audit.when_full)
+    app.extensions["spread"] = Newest(app.extensions["store"], partial(denials, chain))
     problems.register(app)
     app.after_request(_name_version)
     for blueprint in blueprints:

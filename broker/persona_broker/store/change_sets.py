@@ -9,11 +9,13 @@ import json
 import sqlite3
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from persona.shown import line
 from persona_broker.policy.diff import in_another_order
 from persona_broker.policy.place import NOWHERE, Place
 from persona_broker.store.interface import Author, ChangeSet, Item, Places, Versions
+from persona_broker.store.pending import note
 
 _EVERY = "SELECT revision, at, author, message, policies IS NOT NULL, generation FROM change_sets"
 _NAMED_MAX = 3  # of those who were faster
@@ -34,7 +36,7 @@ def add(
 ) -> None:
     """Writes down what is applied now, and holds since a generation, against the versions ``before``.
 
-    The revision is the next one, and no lower than ``above``.
+    The revision is the next one, and no lower than ``above``.  The audit hears of it.
     """
     after, order, newest = applied(db), _order(db), revision(db)
     number = max(newest, above) + 1
@@ -48,6 +50,15 @@ def add(
         if before.get(key) != after.get(key)
     )
     db.executemany("INSERT INTO change_items VALUES (?, ?, ?, ?, ?)", items)
+    note(db, "change_set", **told(db))
+
+
+def told(db: sqlite3.Connection) -> dict[str, Any]:
+    """The newest change-set, for the audit."""
+    (last,) = newest(db, 1)
+    items = [{"kind": item.kind, "name": item.name, "before": item.before, "after": item.after} for item in last.items]
+    author = last.author
+    return {"author": author.name, "message": author.message, "revision": last.revision, "documents": items}
 
 
 def is_behind(db: sqlite3.Connection) -> bool:

@@ -9,10 +9,12 @@
 - **The revision** rises by one with each change-set.  ``carry_out`` compares it and writes in one step: of several who
   planned for the same one, one gets through.
 - **Versions** are never used twice and never change: what a decision names can be looked up for ever.
+- **What operators do** (a change-set, guests, revocations, the set load) is put on the record by the step that does it,
+  with its author: both or neither.
 - **Errors**: every method raises ``StoreError`` where the store cannot be used, and has changed nothing then.  What a
   caller asked for and is refused is a ``PersonaError``.  One row that cannot be read is logged and fails no other.
 
-Searching records is no part of it: that is about the audit, and not about what is decided from.
+The records of guests are no part of it: they are in the audit, and nothing is decided from them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +22,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from persona.codec import Record
 from persona.decisions import Subject
 from persona.documents import Document
 from persona.health import Bound, Report
@@ -28,7 +29,7 @@ from persona_broker.policy.conditions import Latches, Sample
 from persona_broker.policy.diff import Changes
 from persona_broker.policy.merge import How, Stored
 from persona_broker.policy.place import NOWHERE, Place
-from persona_broker.policy.rollout import Denials, Seen
+from persona_broker.policy.rollout import Seen
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.unreadable import Unreadable
 
@@ -47,6 +48,9 @@ class Author:
 
     name: str
     message: str = ""
+
+
+NOBODY = Author("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +173,7 @@ class Store(Protocol):
     def set_load(self) -> dict[str, float]:
         """What the operator set with ``load set``."""
 
-    def put_set_load(self, load: Mapping[str, float]) -> None:
+    def put_set_load(self, load: Mapping[str, float], author: Author = ...) -> None:
         """The load that the settable source will report."""
 
     def put_report(self, guest: str, report: Report, bounds: Iterable[Bound], now: float) -> None:
@@ -232,10 +236,10 @@ class Store(Protocol):
 
     # --- guests and sessions ------------------------------------------------------------------------
 
-    def add_guest(self, name: str, token: str | None = None) -> str:
+    def add_guest(self, name: str, token: str | None = None, author: Author = ...) -> str:
         """Registers a guest, or gives it a new token; returns the token, which is kept only as a hash."""
 
-    def remove_guest(self, name: str) -> bool:
+    def remove_guest(self, name: str, author: Author = ...) -> bool:
         """Whether there was one; its event streams end, and its sessions are over."""
 
     def guests(self) -> list[str]:
@@ -244,7 +248,7 @@ class Store(Protocol):
     def quarantined(self) -> dict[str, float]:
         """Guests that are denied everything since a restore, and since when."""
 
-    def readmit(self, names: Iterable[str]) -> list[str]:
+    def readmit(self, names: Iterable[str], author: Author = ...) -> list[str]:
         """Ends the quarantine of these guests; of which it was one."""
 
     def tokens(self) -> dict[str, str]:
@@ -268,7 +272,9 @@ class Store(Protocol):
     def end_strays(self) -> int:
         """Ends the sessions of guests that are not registered; how many those were."""
 
-    def revoke(self, who: str, guest: str | None = None, *, end: bool = False) -> list[SessionRow]:
+    def revoke(
+        self, who: str, guest: str | None = None, *, end: bool = False, author: Author = ...
+    ) -> list[SessionRow]:
         """Denies everything to the session of this id, and to all of a user of this name; which those are."""
 
     def revoked(self) -> frozenset[str]:
@@ -288,13 +294,10 @@ class Store(Protocol):
     def seen(self) -> dict[str, Seen]:
         """By guest, of those that were ever connected."""
 
-    def denials(self, begin: float, end: float) -> Denials:
-        """Of the newest records, by the clocks of the guests; less than the span where they do not go back so far."""
+    # --- the audit ------------------------------------------------------------------------------------
 
-    # --- records ------------------------------------------------------------------------------------
-
-    def add_records(self, guest: str, records: Iterable[Record], lost: int) -> None:
-        """Appends what a guest decided, and counts what it could not keep."""
+    def add_lost(self, count: int) -> None:
+        """Counts records that guests could not keep."""
 
     def records_lost(self) -> int:
         """How many records guests could not keep."""

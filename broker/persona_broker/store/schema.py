@@ -68,6 +68,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TRIGGER guest_over AFTER DELETE ON guests BEGIN DELETE FROM seen WHERE guest = OLD.name;"
         " DELETE FROM quarantine WHERE guest = OLD.name; END",
     ),
+    (  # 5: records go to the audit's chain; what waits for it, its checkpoints, and what is held in it
+        "CREATE TABLE audit_pending (id INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL)",
+        "CREATE TABLE audit_checkpoints (chain TEXT NOT NULL, number INTEGER NOT NULL, at_us INTEGER NOT NULL,"
+        " pruned_from INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (chain, number, at_us)) WITHOUT ROWID",
+        "CREATE TABLE audit_holds (kind TEXT NOT NULL, name TEXT NOT NULL, at REAL NOT NULL, author TEXT NOT NULL,"
+        " message TEXT NOT NULL, PRIMARY KEY (kind, name)) WITHOUT ROWID",
+    ),
 )
 
 
@@ -89,7 +96,7 @@ class NoSchemaError(SqliteError):
 
 _FIX = "'persona-broker migrate' brings it there, as a start of the service does"
 # What only a version from this one on has: SQLite's .dump keeps tables, and not the version.
-_FIRST_OF = ((4, "places"), (3, "change_sets"))
+_FIRST_OF = ((5, "audit_pending"), (4, "places"), (3, "change_sets"))
 
 
 def check(db: sqlite3.Connection) -> None:

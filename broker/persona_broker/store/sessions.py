@@ -8,7 +8,8 @@ from typing import Any
 
 from persona.decisions import Subject
 from persona_broker.store.database import Database, raise_generation
-from persona_broker.store.interface import SessionRow
+from persona_broker.store.interface import NOBODY, Author, SessionRow
+from persona_broker.store.pending import note
 
 SESSIONS_KEPT = 4096  # of one guest: far more than are open, so the oldest is one that the guest forgot to end
 
@@ -16,20 +17,24 @@ SESSIONS_KEPT = 4096  # of one guest: far more than are open, so the oldest is o
 class Sessions(Database):
     """The part of the database that says who may ask, and for whom."""
 
-    def add_guest(self, name: str, token: str | None = None) -> str:
+    def add_guest(self, name: str, token: str | None = None, author: Author = NOBODY) -> str:
         """Registers a guest, or gives it a new token; returns the token, which is kept only as a hash."""
         token = token or secrets.token_urlsafe(32)
         with self.writing() as db:
-            db.execute("INSERT OR REPLACE INTO guests VALUES (?, ?)", (name, hash_token(token)))
+            before = db.execute("SELECT token_sha256 FROM guests WHERE name = ?", (name,)).fetchone()
+            if before != (hash_token(token),):  # 'serve --guest' names the same at each start
+                db.execute("INSERT OR REPLACE INTO guests VALUES (?, ?)", (name, hash_token(token)))
+                note(db, "guest_added", author=author.name, vm=name, renewed=before is not None)
         return token
 
-    def remove_guest(self, name: str) -> bool:
+    def remove_guest(self, name: str, author: Author = NOBODY) -> bool:
         """Whether there was one; its event streams end."""
         with self.writing() as db:
             found = db.execute("DELETE FROM guests WHERE name = ?", (name,)).rowcount > 0
             if found:
                 db.execute("DELETE FROM health WHERE guest = ?", (name,))
                 db.execute("DELETE FROM sessions WHERE guest = ?", (name,))  # nobody is left to say that they ended
+                note(db, "guest_removed", author=author.name, vm=name)
                 raise_generation(db)
             return found
 
@@ -41,12 +46,14 @@ class Sessions(Database):
         """Guests that are denied everything since a restore, and since when."""
         return dict(self.rows("SELECT guest, at FROM quarantine ORDER BY guest"))
 
-    def readmit(self, names: Iterable[str]) -> list[str]:
+    def readmit(self, names: Iterable[str], author: Author = NOBODY) -> list[str]:
         """Ends the quarantine of these guests; of which it was one."""
         with self.writing() as db:
             found = [
                 name for name in names if db.execute("DELETE FROM quarantine WHERE guest = ?", (name,)).rowcount > 0
             ]
+            for name in found:
+                note(db, "guest_readmitted", author=author.name, vm=name)
             if found:
                 raise_generation(db)
         return found
@@ -119,7 +126,9 @@ class Sessions(Database):
         with self.writing() as db:
             return db.execute("DELETE FROM sessions WHERE guest NOT IN (SELECT name FROM guests)").rowcount
 
-    def revoke(self, who: str, guest: str | None = None, *, end: bool = False) -> list[SessionRow]:
+    def revoke(
+        self, who: str, guest: str | None = None, *, end: bool = False, author: Author = NOBODY
+    ) -> list[SessionRow]:
         """The session of this id, and all of a user of this name, are denied everything from now on; which those are.
 
         Only those of ``guest``, where it is given.  ``end``: what runs in them is asked to end, too.
@@ -133,6 +142,9 @@ class Sessions(Database):
             db.execute(f"UPDATE sessions SET revoked = 1 {where}", values)  # noqa: S608 - as above
             if end:
                 db.execute(f"INSERT OR IGNORE INTO ending SELECT id FROM sessions {where}", values)  # noqa: S608 - as above
+            for row in found:
+                said = {"session": row.id, "vm": row.guest, "user": row.subject.user}
+                note(db, "session_revoked", author=author.name, end=end, **said)
             if found:
                 raise_generation(db)
         return found

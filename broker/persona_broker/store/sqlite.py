@@ -1,22 +1,20 @@
-"""The store in one SQLite file: documents and versions, guests, sessions, decisions, what holds now."""
+"""The store in one SQLite file: documents and versions, guests, sessions, what holds now."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from persona.codec import Record, encode_record
 from persona.conditions import Threshold
 from persona_broker.policy.conditions import Latches, Sample
 from persona_broker.store.database import put_meta
 from persona_broker.store.documents import Documents
 from persona_broker.store.health import Health
+from persona_broker.store.interface import NOBODY, Author
+from persona_broker.store.pending import note
 from persona_broker.store.rollout import Rollout
 from persona_broker.store.sessions import Sessions
 
-RECORDS_KEPT = 200_000  # about 100 MB; the audit issue will stream them on
-
 
 class SqliteStore(Documents, Sessions, Health, Rollout):
-    """The first implementation of ``interface.Store``: all parts over one connection, the host's load, and records."""
+    """The first implementation of ``interface.Store``: all parts over one connection, and the host's load."""
 
     def sample(self) -> Sample | None:
         """The host's last load sample; none where it cannot be read."""
@@ -39,19 +37,16 @@ class SqliteStore(Documents, Sessions, Health, Rollout):
         """What the operator set with ``load set``."""
         return self.meta("load_set", lambda value: {str(key): value[key] + 0.0 for key in value}, {}) or {}
 
-    def put_set_load(self, load: Mapping[str, float]) -> None:
+    def put_set_load(self, load: Mapping[str, float], author: Author = NOBODY) -> None:
         """The load that the settable source will report."""
         with self.writing() as db:
             put_meta(db, "load_set", dict(load))
+            note(db, "load_set", author=author.name, load=dict(load))
 
-    def add_records(self, guest: str, records: Iterable[Record], lost: int) -> None:
-        """Appends; the oldest beyond RECORDS_KEPT go."""
-        rows = [(guest, json.dumps(encode_record(record))) for record in records]
+    def add_lost(self, count: int) -> None:
+        """Counts records that guests could not keep."""
         with self.writing() as db:
-            db.executemany("INSERT INTO records (guest, body) VALUES (?, ?)", rows)
-            db.execute("DELETE FROM records WHERE id <= (SELECT max(id) FROM records) - ?", (RECORDS_KEPT,))
-            if lost:
-                db.execute("UPDATE meta SET value = value + ? WHERE key = 'records_lost'", (lost,))
+            db.execute("UPDATE meta SET value = value + ? WHERE key = 'records_lost'", (count,))
 
     def records_lost(self) -> int:
         """How many records guests could not keep."""

@@ -1,0 +1,197 @@
+"""The chain of all records: a directory with a file a day, and how several processes append to it.
+
+A segment ends with a sealing record that names the next; the next begins with its number and hash.  So one file's write
+lock (SQLite's) makes the order, and from whatever a process leaves behind that dies in between, any other goes on.
+"""
+
+import logging
+import os
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from persona_broker.audit.core.events import event
+from persona_broker.audit.core.format import Entry, Row, Stream
+from persona_broker.audit.delivery import Delivery, Kept, deliver
+from persona_broker.audit.files import private_directory
+from persona_broker.audit.segment import Segment, Start, Writer, create
+
+log = logging.getLogger("persona.audit")
+
+T = TypeVar("T")
+
+_NAME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.db")
+_EARLIER_MAX = 30  # segments in which a number that came again is looked for: nobody can make an append wait for more
+_TRIES = 8  # to find the open segment while others roll over
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What a thread wants appended, and what became of it."""
+
+    work: Callable[[Writer, int], object]
+    done: threading.Event = field(default_factory=threading.Event)
+    result: object = None
+    error: BaseException | None = None
+
+
+class Chain:
+    """One per process; any thread may call.  Nothing is opened before it is needed.
+
+    Threads that append at the same moment share one transaction: the disk is waited for once.
+    """
+
+    def __init__(self, directory: Path, clock: Callable[[], float] = time.time) -> None:
+        self.directory = directory
+        self._clock = clock
+        self._current: Segment | None = None
+        self._inode = 0
+        self._earlier_ones: dict[Path, Segment] = {}  # that are open while something is appended
+        self._lock = threading.Lock()
+        self._queue: list[_Waiting] = []
+        self._queue_lock = threading.Lock()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        with self._lock:
+            self._leave()
+
+    def segments(self) -> list[Path]:
+        """The files of the chain, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
+
+    def head(self) -> tuple[int, bytes]:
+        """Number and hash of the newest record; 0 and nothing where there is none yet.  Raises ``sqlite3.Error``."""
+        for path in self.segments()[:-2:-1]:
+            with closing(Segment(path)) as segment:
+                return segment.head()
+        return 0, b""
+
+    def deliver(self, deliveries: Sequence[Delivery]) -> list[Kept]:
+        """Appends what guests told; it is on the disk when this returns.  Raises ``sqlite3.Error``, ``OSError``."""
+
+        def work(writer: Writer, at_us: int) -> list[Kept]:
+            return [deliver(writer, delivery, at_us, self._earlier) for delivery in deliveries]
+
+        return self._append(work)
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Appends what the broker says itself.  Raises as ``deliver``."""
+
+        def work(writer: Writer, at_us: int) -> None:
+            for entry in entries:
+                writer.add(entry, at_us)
+
+        self._append(work)
+
+    def change(self, work: Callable[[Writer, int], object]) -> None:
+        """Has something done in a transaction of its own.  Raises as ``deliver``, and what ``work`` does."""
+        with self._lock:
+            mine = _Waiting(work)
+            self._commit([mine])
+        if mine.error is not None:
+            raise mine.error
+
+    def _append(self, work: Callable[[Writer, int], T]) -> T:
+        mine = _Waiting(work)
+        with self._queue_lock:
+            self._queue.append(mine)
+        with self._lock:  # whoever comes first does what all others wait for
+            if not mine.done.is_set():
+                with self._queue_lock:
+                    taken, self._queue = self._queue, []
+                self._commit(taken)
+        if mine.error is not None:
+            raise mine.error
+        return mine.result  # type: ignore[return-value]  # the commit put it there
+
+    def _commit(self, taken: list[_Waiting]) -> None:
+        try:
+            self._transact(taken)
+        except BaseException as error:
+            self._leave()  # whatever it was: the next one looks at the files anew
+            for waiting in taken:
+                waiting.error = error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            for segment in self._earlier_ones.values():
+                segment.close()
+            self._earlier_ones.clear()
+            for waiting in taken:
+                waiting.done.set()
+
+    def _transact(self, taken: list[_Waiting]) -> None:
+        for _ in range(_TRIES):
+            segment = self._open()
+            day = self._day()
+            with segment.writing() as writer:
+                if not segment.sealed():
+                    if day <= segment.name:  # a clock that went back reopens nothing
+                        at_us = int(self._clock() * 1e6)
+                        for waiting in taken:
+                            waiting.result = waiting.work(writer, at_us)
+                        return
+                    writer.add(event("segment_sealed", self._clock(), next=day), int(self._clock() * 1e6))
+                    writer.put("sealed", day)
+            self._leave()
+        raise sqlite3.OperationalError(f"{self.directory}: its newest segment is sealed, and no next one can be begun")
+
+    def _open(self) -> Segment:
+        """The segment to append to; begins the chain, or the segment that a sealed one names."""
+        if self._current is not None and _is_there(self._current.path, self._inode):
+            return self._current
+        self._leave()
+        private_directory(self.directory)
+        paths = self.segments()
+        if not paths:
+            self._begin(self._day(), Start(os.urandom(16).hex(), None, 0, b""))
+            paths = self.segments()
+        segment = Segment(paths[-1], writable=True)
+        if following := segment.sealed():
+            with closing(segment):
+                start = Start(segment.chain, segment.name, *segment.head(), segment.carried(), segment.meta("moved"))
+            self._begin(following, start)
+            segment = Segment(self.directory / f"{following}.db", writable=True)
+        self._current, self._inode = segment, segment.path.stat().st_ino
+        return segment
+
+    def _begin(self, day: str, start: Start) -> None:
+        try:
+            create(self.directory / f"{day}.db", start, int(self._clock() * 1e6))
+        except FileExistsError:  # another process was faster
+            return
+        log.info("the audit goes on in %s/%s.db", self.directory, day)
+
+    def _leave(self) -> None:
+        if self._current is not None:
+            self._current.close()
+            self._current = None
+
+    def _day(self) -> str:
+        now = datetime.fromtimestamp(self._clock(), UTC)
+        return now.strftime("%Y-%m-%d")
+
+    def _earlier(self, guest: str, stream: Stream, counter: int) -> Iterator[Row]:
+        """What segments before the open one have under a number of a stream, the newest first."""
+        paths = self.segments()
+        for path in paths[-2 : -2 - _EARLIER_MAX : -1]:
+            if path not in self._earlier_ones:
+                self._earlier_ones[path] = Segment(path)
+            yield from self._earlier_ones[path].of_counter(guest, stream, counter)
+
+
+def _is_there(path: Path, inode: int) -> bool:
+    try:
+        return path.stat().st_ino == inode
+    except FileNotFoundError:
+        return False

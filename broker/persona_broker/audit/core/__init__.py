@@ -1,0 +1,1 @@
+"""The audit's rules, pure: what is hashed, what a stream of numbers lacks, what a checkpoint says."""

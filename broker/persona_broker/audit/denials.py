@@ -1,0 +1,29 @@
+"""How often guests denied what, in a span of time: what ``rollout`` compares."""
+
+from collections import Counter
+from contextlib import closing
+from datetime import UTC, datetime
+
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.index import Index
+from persona_broker.policy.rollout import Denials
+
+_LATE_S = 86_400.0  # records that come later than this after they were made do not count
+COUNT = (
+    "SELECT reason, count(*) FROM entries INDEXED BY entries_denied"
+    " WHERE decision = 'denied' AND at >= ? AND at < ? GROUP BY reason"
+)
+
+
+def denials(chain: Chain, begin: float, end: float) -> Denials:
+    """By reason, by the clocks of the guests (Unix seconds).  Raises ``sqlite3.Error``, ``OSError``.
+
+    Only the files of the days in which such records can have come are looked at, and only their indexes.
+    """
+    first, last = (datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d") for at in (begin, end + _LATE_S))
+    found: Counter[str] = Counter()
+    for path in chain.segments():
+        if first <= path.stem <= last:
+            with closing(Index(path)) as index:
+                found.update({str(reason): count for reason, count in index.rows(COUNT, begin, end)})
+    return Denials(end - begin, dict(found))

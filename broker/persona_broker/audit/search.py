@@ -1,0 +1,186 @@
+"""Which records an operator asks for: the newest, or those after a number, over all segments."""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.format import joined
+from persona_broker.audit.index import Index
+
+Progress = Callable[[int, int], None]
+_BLOCK = 2000  # records that are in memory at once
+_QUIET: Progress = lambda _done, _all: None  # noqa: E731
+
+# records that differ in these only are alike; they are all among the facts
+_SAME_BUT_FOR = "json_remove(facts, '$.at', '$.session', '$.leased')"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which records; ``None`` = whichever.  ``program`` is a path, or the last part of one."""
+
+    user: str | None = None
+    vm: str | None = None
+    session: str | None = None
+    program: str | None = None
+    event: str | None = None
+    decision: str | None = None
+    reason: str | None = None
+    persona: str | None = None
+    since: float | None = None  # Unix seconds, by the guest's clock
+    received_since: float | None = None  # the same by the broker's
+    received_until: float | None = None
+    denied: bool = False  # those of complain mode too, which stopped nothing
+    distinct: bool = False  # of those that differ in time and session only, the newest
+    guests_only: bool = True  # not what the broker says itself
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One record; ``count`` is how many there are like it, itself included."""
+
+    number: int
+    vm: str | None
+    record: dict[str, Any]
+    count: int = 1
+    at_us: int = 0
+    erased: bool = False
+
+
+def newest(chain: Chain, wanted: Wanted, limit: int, progress: Progress = _QUIET) -> tuple[list[Found], int]:
+    """The newest ``limit`` records, oldest first, and the number of the newest that there is of any kind.
+
+    Raises ``sqlite3.Error``.
+    """
+    last = 0
+    found: list[Found] = []
+    alike: dict[str, Found] = {}
+    for path in chain.segments()[::-1]:
+        with closing(Index(path, progress)) as index:
+            last = last or _last(index)
+            if not wanted.distinct:
+                found += _find(index, wanted, None, limit - len(found))
+                if len(found) >= limit:
+                    break
+                continue
+            for one in _find(index, wanted, None, -1):
+                _count(alike, one)
+    if wanted.distinct:
+        found = sorted(alike.values(), key=lambda one: -one.number)[:limit]
+    return found[::-1], last
+
+
+def later(chain: Chain, wanted: Wanted, after: int, limit: int) -> tuple[list[Found], int]:
+    """The next ``limit`` records after a number, and the number after which the next are.  Raises ``sqlite3.Error``."""
+    found: list[Found] = []
+    last = after
+    for path in _from(chain, after):
+        with closing(Index(path)) as index:
+            found += _find(index, wanted, after, limit - len(found))
+            if len(found) >= limit:
+                return found, found[-1].number
+            last = max(last, _last(index))
+    return found, last
+
+
+def each(chain: Chain, wanted: Wanted, progress: Progress = _QUIET) -> Iterator[Found]:
+    """All records, oldest first.  Raises ``sqlite3.Error``."""
+    for path in chain.segments():
+        with closing(Index(path, progress)) as index:
+            after = 0
+            while block := list(_find(index, wanted, after, _BLOCK)):
+                yield from block
+                after = block[-1].number
+
+
+def _from(chain: Chain, after: int) -> list[Path]:
+    """The segments that can hold a record after a number."""
+    paths = chain.segments()
+    for index in range(len(paths) - 1, -1, -1):
+        with closing(sqlite3.connect(f"{paths[index].absolute().as_uri()}?mode=ro", uri=True)) as db:
+            (first,) = db.execute("SELECT min(number) FROM records").fetchone()
+        if first is not None and first <= after + 1:
+            return paths[index:]
+    return paths
+
+
+def _last(index: Index) -> int:
+    return int(index.rows("SELECT ifnull(max(number), 0) FROM entries")[0][0])
+
+
+def _count(alike: dict[str, Found], one: Found) -> None:
+    """Adds up those that are alike in several segments; the newest comes first."""
+    key = json.dumps(
+        [one.vm, {name: value for name, value in one.record.items() if name not in ("at", "session", "leased")}],
+        sort_keys=True,
+    )
+    before = alike.get(key)
+    alike[key] = one if before is None else Found(
+        before.number, before.vm, before.record, before.count + one.count, before.at_us, before.erased
+    )  # fmt: skip
+
+
+def _find(index: Index, wanted: Wanted, after: int | None, limit: int) -> Iterator[Found]:
+    query, values = query_of(wanted, after)
+    for number, vm, at_us, facts, person, count in index.rows(query, *values, limit):
+        try:
+            record = joined(facts, person)
+        except (ValueError, TypeError, RecursionError):
+            continue  # 'audit verify' finds it
+        yield Found(number, vm, record, count, at_us, person is None)
+
+
+def query_of(wanted: Wanted, after: int | None) -> tuple[str, list[Any]]:
+    """The query and all of its values but the last, how many are wanted: the first after a number, or the newest."""
+    order = "DESC" if after is None else "ASC"
+    terms: list[tuple[str, Any]] = []
+    if wanted.guests_only:
+        terms.append(("e.guest IS NOT NULL", None))
+    if after is not None:  # and only then: a condition on the number would be preferred to every other index
+        terms.append(("e.number > ?", after))
+    for column, text in (("user", wanted.user), ("guest", wanted.vm), ("session", wanted.session)):
+        if text is not None:
+            terms.append((f"e.{column} = +CAST(? AS TEXT)", _bytes(text)))
+    for column, text in (
+        ("reason", wanted.reason),
+        ("persona", wanted.persona),
+        ("event", wanted.event),
+        ("decision", wanted.decision),
+    ):
+        if text is not None:
+            terms.append((f"e.{column} = ?", text))
+    if wanted.since is not None:
+        terms.append(("e.at >= ?", wanted.since))
+    if wanted.received_since is not None:
+        terms.append(("e.at_us >= ?", int(wanted.received_since * 1e6)))
+    if wanted.received_until is not None:
+        terms.append(("e.at_us < ?", int(wanted.received_until * 1e6)))
+    if wanted.denied or wanted.reason is not None:
+        terms.append(("e.decision = 'denied'", None))
+    if wanted.program is not None and "/" in wanted.program:
+        terms.append(("e.program = +CAST(? AS TEXT)", _bytes(wanted.program)))
+    elif wanted.program is not None:
+        name = _bytes("/" + wanted.program)
+        end = f"substr(CAST(e.program AS BLOB), {-len(name)}) = ?"  # bytes: they may be no UTF-8
+        terms.append((end, name))
+    values = [value for _, value in terms if value is not None]
+    where = " AND ".join(term for term, _ in terms) or "1"
+    said = "e.number AS number, e.guest AS guest, e.at_us AS at_us, facts, person"
+    tables = "entries e CROSS JOIN segment.records r ON r.number = e.number"
+    if wanted.distinct:
+        like = f"max(e.number) AS number, e.guest AS guest, e.at_us AS at_us, facts, person, count(*) FROM {tables}"
+        grouped = f"{like} WHERE {where} GROUP BY e.guest, {_SAME_BUT_FOR}, person"
+        query = f"SELECT {grouped} ORDER BY 1 {order} LIMIT ?"  # the body is that of the newest: it goes with max()
+    else:
+        query = f"SELECT {said}, 1 FROM {tables} WHERE {where} ORDER BY e.number {order} LIMIT ?"  # noqa: S608 - constants; values are bound
+    return query, values
+
+
+def _bytes(text: str) -> bytes:
+    """As SQLite has the strings of JSON, those that are not UTF-8 included."""
+    return text.encode("utf-8", "surrogatepass")

@@ -1,0 +1,317 @@
+"""One day of the chain: an SQLite file (WAL) with the records, and what is known of the streams of guests.
+
+Whoever appends holds SQLite's own write lock, so several processes make one order.  A commit is on the disk when it
+returns (``synchronous = FULL``).
+"""
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_broker.audit.core.events import event
+from persona_broker.audit.core.format import (
+    HASH_BYTES,
+    SALT_BYTES,
+    Entry,
+    Row,
+    Stream,
+    genesis,
+    link,
+    message,
+    person_digest,
+    to_json,
+)
+from persona_broker.audit.core.streams import Gap, Received
+from persona_broker.audit.files import give, sync_directory
+
+FORMAT = 1  # PRAGMA user_version
+BUSY_S = 5.0
+STREAMS_MAX = 1000  # of one guest that are remembered: as many boots
+GAPS_MAX = 10_000  # of one stream that are remembered; 'audit verify' counts all
+
+_TABLES = (
+    "CREATE TABLE records (number INTEGER PRIMARY KEY, at_us INTEGER NOT NULL, guest TEXT, stream INTEGER,"
+    " counter INTEGER, facts TEXT NOT NULL, person TEXT, salt BLOB, digest BLOB, hash BLOB NOT NULL)",
+    "CREATE INDEX records_counter ON records (stream, counter) WHERE stream IS NOT NULL",
+    "CREATE TABLE streams (id INTEGER PRIMARY KEY, guest TEXT NOT NULL, machine TEXT NOT NULL, boot TEXT NOT NULL,"
+    " last INTEGER NOT NULL, conflicts INTEGER NOT NULL DEFAULT 0, UNIQUE (guest, machine, boot))",
+    "CREATE TABLE gaps (stream INTEGER NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, why TEXT NOT NULL,"
+    " PRIMARY KEY (stream, first)) WITHOUT ROWID",
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+)
+_COLUMNS = (
+    "number, at_us, guest, (SELECT machine || ' ' || boot FROM streams WHERE id = stream), counter, facts, person, hash"
+)
+
+
+class SegmentError(sqlite3.DatabaseError):
+    """A file of the chain that cannot be used; the message names it and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a segment begins with: the state of the chain at the end of the one before."""
+
+    chain: str
+    previous: str | None  # the segment before
+    number: int  # of the last record there
+    hash: bytes
+    carried: str = "[]"  # streams and their gaps, JSON
+    moved: str = "[]"  # what was taken over from the database last, JSON
+
+
+class Segment:
+    """An open file of the chain.  Not for several threads at once."""
+
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
+        """Raises ``SegmentError`` where it is none, ``FileNotFoundError`` where there is nothing."""
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}")
+        self.path = path
+        uri = f"{path.absolute().as_uri()}?mode={'rw' if writable else 'ro'}"
+        self._db = sqlite3.connect(uri, timeout=BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
+        try:
+            found = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+            if found != FORMAT:
+                raise SegmentError(_broken(path, f"its format is {found}, and this persona-broker knows {FORMAT}"))
+            if writable:
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._db.execute("PRAGMA secure_delete = ON")  # what is erased is gone from the file, too
+            self.chain = self.meta("chain")
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            if isinstance(error, SegmentError | sqlite3.OperationalError):
+                raise
+            raise SegmentError(_broken(path, str(error))) from error
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._db.close()
+
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """What a query finds."""
+        return self._db.execute(query, values).fetchall()
+
+    def cursor(self, query: str, *values: Any) -> sqlite3.Cursor:
+        """The same row by row, for what is large."""
+        return self._db.execute(query, values)
+
+    def meta(self, key: str) -> str:
+        """What is noted under a key; empty where nothing is."""
+        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return str(found[0]) if found is not None else ""
+
+    @property
+    def name(self) -> str:
+        """The day, as the file is called."""
+        return self.path.stem
+
+    def sealed(self) -> str:
+        """The segment that goes on where this one ended; empty where it did not end."""
+        return self.meta("sealed")
+
+    def head(self) -> tuple[int, bytes]:
+        """Number and hash of the newest record."""
+        found = self._db.execute("SELECT number, hash FROM records ORDER BY number DESC LIMIT 1").fetchone()
+        if found is None or not isinstance(found[1], bytes) or len(found[1]) != HASH_BYTES:
+            raise SegmentError(_broken(self.path, "its newest record has no hash"))
+        return int(found[0]), found[1]
+
+    def read(self, after: int, limit: int = -1) -> list[Row]:
+        """The records after a number, in order."""
+        query = f"SELECT {_COLUMNS} FROM records WHERE number > ? ORDER BY number LIMIT ?"  # noqa: S608 - constants
+        return [_row(*found) for found in self._db.execute(query, (after, limit))]
+
+    def of_counter(self, guest: str, stream: Stream, counter: int) -> list[Row]:
+        """What came under a number of a stream."""
+        query = (
+            f"SELECT {_COLUMNS} FROM records WHERE counter = ? AND stream ="  # noqa: S608 - constants
+            " (SELECT id FROM streams WHERE guest = ? AND machine = ? AND boot = ?)"
+        )
+        return [_row(*found) for found in self._db.execute(query, (counter, guest, stream.machine, stream.boot))]
+
+    def carried(self) -> str:
+        """What is known of the streams, as JSON."""
+        streams = self.rows("SELECT id, guest, machine, boot, last, conflicts FROM streams ORDER BY id")
+        return to_json([[*rest, self.gaps(ident)] for ident, *rest in streams])
+
+    def gaps(self, stream: int) -> list[list[Any]]:
+        """The gaps of a stream: first, last, why."""
+        return [
+            list(gap) for gap in self.rows("SELECT first, last, why FROM gaps WHERE stream = ? ORDER BY first", stream)
+        ]
+
+    @contextmanager
+    def writing(self) -> Iterator["Writer"]:
+        """One transaction: all of it is on the disk afterwards, or nothing where it raises."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            writer = Writer(self, self._db)
+            yield writer
+            writer.flush()
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # with a full disk, SQLite has rolled it back itself
+                self._db.execute("ROLLBACK")
+            raise
+
+
+class Writer:
+    """Appends within one transaction."""
+
+    def __init__(self, segment: Segment, db: sqlite3.Connection) -> None:
+        self._segment = segment
+        self._db = db
+        self.number, self.hash = segment.head()
+        self._rows: list[tuple[Any, ...]] = []
+        self._salts = memoryview(b"")
+        self._received: dict[tuple[str, Stream], tuple[int, Received, list[Gap]]] = {}
+
+    def add(self, entry: Entry, at_us: int, guest: str | None = None, stream: Stream | None = None) -> int:
+        """Appends one record; its number."""
+        if len(self._salts) < SALT_BYTES:
+            self._salts = memoryview(os.urandom(SALT_BYTES * 256))
+        salt, self._salts = bytes(self._salts[:SALT_BYTES]), self._salts[SALT_BYTES:]
+        number = self.number + 1
+        said = message(number, at_us, guest, stream, entry.counter, entry.facts)
+        self.hash = link(self.hash, person_digest(salt, entry.person), said)
+        ident = self._stream(guest, stream)[0] if guest is not None and stream is not None else None
+        self._rows.append(
+            (number, at_us, guest, ident, entry.counter, entry.facts, entry.person, salt, None, self.hash)
+        )
+        self.number = number
+        return number
+
+    def received(self, guest: str, stream: Stream) -> Received:
+        """The numbers of a stream that came; what is changed in it is written with the rest."""
+        return self._stream(guest, stream)[1]
+
+    def put(self, key: str, value: str) -> None:
+        """Notes something under a key."""
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def conflict(self, guest: str, stream: Stream) -> None:
+        """Counts a number that came with two contents."""
+        ident = self._stream(guest, stream)[0]
+        self._db.execute("UPDATE streams SET conflicts = conflicts + 1 WHERE id = ?", (ident,))
+
+    def find(self, guest: str, stream: Stream, counter: int) -> list[Row]:
+        """What this segment has under a number of a stream, what this transaction appended included."""
+        self.flush()
+        return self._segment.of_counter(guest, stream, counter)
+
+    def moved(self) -> set[str]:
+        """What the last batch took over from the broker's database."""
+        return set(json.loads(self._segment.meta("moved") or "[]"))
+
+    def move(self, uids: list[str]) -> None:
+        """The same, of this batch."""
+        self.put("moved", to_json(uids))
+
+    def flush(self) -> None:
+        """Writes what was added."""
+        if self._rows:
+            self._db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows)
+            self._rows.clear()
+        for ident, received, gaps in self._received.values():
+            self._db.execute(
+                "UPDATE streams SET last = ? WHERE id = ? AND last != ?", (received.last, ident, received.last)
+            )
+            if received.gaps != gaps:
+                self._db.execute("DELETE FROM gaps WHERE stream = ?", (ident,))
+                rows = [(ident, gap.first, gap.last, gap.why) for gap in received.gaps[:GAPS_MAX]]
+                self._db.executemany("INSERT INTO gaps VALUES (?, ?, ?, ?)", rows)
+                gaps[:] = received.gaps
+
+    def _stream(self, guest: str, stream: Stream) -> tuple[int, Received, list[Gap]]:
+        known = self._received.get((guest, stream))
+        if known is not None:
+            return known
+        query = "SELECT id, last FROM streams WHERE guest = ? AND machine = ? AND boot = ?"
+        found = self._db.execute(query, (guest, stream.machine, stream.boot)).fetchone()
+        if found is None:
+            self._db.execute(
+                "DELETE FROM streams WHERE id IN (SELECT id FROM streams WHERE guest = ? ORDER BY id DESC"
+                " LIMIT -1 OFFSET ?)",
+                (guest, STREAMS_MAX - 1),
+            )
+            insert = "INSERT INTO streams (guest, machine, boot, last) VALUES (?, ?, ?, 0) RETURNING id"
+            found = (self._db.execute(insert, (guest, stream.machine, stream.boot)).fetchone()[0], 0)
+        gaps = [Gap(*gap) for gap in self._segment.gaps(found[0])]
+        known = self._received[guest, stream] = (found[0], Received(found[1], list(gaps)), gaps)
+        return known
+
+
+def create(path: Path, start: Start, at_us: int) -> None:
+    """Makes a segment with its first record, whole or not at all.
+
+    Raises ``FileExistsError`` where another process was faster, ``OSError``, ``sqlite3.Error``.
+    """
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}.{os.urandom(4).hex()}")
+    scratch.touch(mode=0o600)
+    give(scratch)
+    try:
+        with closing(sqlite3.connect(scratch, isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("BEGIN IMMEDIATE")
+            for table in _TABLES:
+                db.execute(table)
+            db.execute(f"PRAGMA user_version = {FORMAT}")
+            _fill(db, path, start, at_us)
+            db.execute("COMMIT")
+        with closing(sqlite3.connect(scratch)) as db:  # closing the last connection left nothing beside the file
+            db.execute("SELECT count(*) FROM records")
+        os.link(scratch, path)
+        sync_directory(path.parent)
+    finally:
+        for left in path.parent.iterdir():
+            if left.name.startswith(scratch.name):
+                left.unlink(missing_ok=True)
+
+
+def _fill(db: sqlite3.Connection, path: Path, start: Start, at_us: int) -> None:
+    streams = json.loads(start.carried)
+    for ident, (guest, machine, boot, last, conflicts, gaps) in enumerate(streams, 1):
+        db.execute("INSERT INTO streams VALUES (?, ?, ?, ?, ?, ?)", (ident, guest, machine, boot, last, conflicts))
+        db.executemany("INSERT INTO gaps VALUES (?, ?, ?, ?)", [(ident, *gap) for gap in gaps])
+    said = event(
+        "segment_opened",
+        at_us / 1e6,
+        segment=path.stem,
+        chain=start.chain,
+        previous=start.previous,
+        carried=hashlib.sha256(start.carried.encode()).hexdigest(),
+    )
+    salt = os.urandom(SALT_BYTES)
+    number, previous = start.number + 1, start.hash if start.number else genesis(start.chain)
+    hashed = link(previous, person_digest(salt, said.person), message(number, at_us, None, None, None, said.facts))
+    row = (number, at_us, None, None, None, said.facts, said.person, salt, None, hashed)
+    db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    meta = {
+        "chain": start.chain,
+        "previous": previous.hex(),
+        "carried": start.carried,
+        "moved": start.moved,
+        "sealed": "",
+    }
+    db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+
+
+def _row(
+    number: int, at_us: int, guest: str | None, stream: str | None, counter: int | None, facts: str, person: str | None,
+    hashed: bytes,
+) -> Row:  # fmt: skip
+    machine, _, boot = stream.partition(" ") if stream is not None else ("", "", "")
+    return Row(number, at_us, guest, Stream(machine, boot) if stream else None, counter, facts, person, hashed)
+
+
+def _broken(path: Path, why: str) -> str:
+    fix = "move it away, with the files of its name, and keep it: the chain goes on in a new one"
+    return f"{path}: {why}; nothing was changed in it; {fix}, and 'audit verify' says what is missing"
