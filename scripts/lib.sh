@@ -2,7 +2,7 @@
 # Shared by the scripts: what they need from apt and pip, installed only where it is missing.
 
 # What the demo needs: builds the packages, makes and boots the guest, runs the broker.
-DEMO_PACKAGES="python3 python3-flask gunicorn python3-yaml python3-psutil openssl openssh-client \
+DEMO_PACKAGES="python3 python3-cryptography python3-flask gunicorn python3-yaml python3-psutil openssl openssh-client \
 mmdebstrap e2fsprogs qemu-utils qemu-system-x86 build-essential dpkg-dev debhelper dh-python \
 libpam0g-dev clang libbpf-dev fakeroot git ca-certificates tzdata"
 
@@ -76,10 +76,10 @@ need_venv() {
 need_newest_venv() {
     newest=build/venv-newest
     if [ ! -e "$newest/.complete" ]; then
-        say "making a virtual environment of the newest Flask, gunicorn, PyYAML and psutil"
+        say "making a virtual environment of the newest cryptography, Flask, gunicorn, PyYAML and psutil"
         rm -rf "$newest"
         /usr/bin/python3 -m venv "$newest"
-        quietly "$newest/bin/pip" install --disable-pip-version-check flask gunicorn pyyaml psutil \
+        quietly "$newest/bin/pip" install --disable-pip-version-check cryptography flask gunicorn pyyaml psutil \
             pytest pytest-timeout hypothesis jsonschema
         touch "$newest/.complete"
     fi

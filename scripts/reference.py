@@ -278,6 +278,8 @@ LABELS: Mapping[str, tuple[str, ...]] = {  # of those that have any
     "vm_layer_active": ("vm", "layer"),
     "vm_conditions_unmet": ("vm",),
     "denials_surge": ("reason",),
+    "audit_sink_failing": ("sink",),
+    "audit_sink_waiting": ("sink",),
     "decisions_total": ("outcome",),
     "admissions_total": ("outcome",),
     "decision_seconds": ("le",),

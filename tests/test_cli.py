@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_broker.audit import keys
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.format import split
 from persona_broker.audit.delivery import Delivery
@@ -129,6 +130,7 @@ def record(tmp_path: Path) -> Iterator[Path]:
     record = Record(1e9, "s", "alice", "/x", argv, "denied", denied, "A", 1, "a", "exec", False, True)
     with closing(Chain(tmp_path / "audit")) as chain:
         chain.deliver([Delivery("vm-1", [split(encode_record(record))])])
+    keys.load_or_make(tmp_path / "audit.key")
     yield path
 
 
@@ -160,6 +162,17 @@ def test_every_answer_of_the_broker_s_commands(record: Path, tmp_path: Path) -> 
         "sessions list": (),
         "sessions revoke": ("alice",),
         "records tail": ("--distinct",),
+        "audit verify": (),
+        "audit search": ("--event", "exec"),
+        "audit tail": ("-n", "1"),
+        "audit export": ("--event", "exec"),
+        "audit gaps": (),
+        "audit key": (),
+        "audit hold add": ("--user", "carol"),
+        "audit hold list": (),
+        "audit hold remove": ("--user", "carol"),
+        "audit prune": ("--before", "2001-01-01"),
+        "audit erase": ("--user", "alice", "--yes"),
         "tls init": ("--dir", tls, "--host", "b.example"),
     }
     page = (ROOT / "docs" / "cli.md").read_text()
@@ -172,6 +185,9 @@ def test_every_answer_of_the_broker_s_commands(record: Path, tmp_path: Path) -> 
         value = answer(done.stdout)
         if name == "records tail":
             assert (value["vm"], value["at"], value["count"]) == ("vm-1", "2001-09-09T01:46:40.000Z", 1)
+            continue
+        if name in ("audit search", "audit tail", "audit export"):
+            assert {"number", "received_at", "vm", "record"} <= set(value), name
             continue
         assert value.pop("ok") is True, name
         row = next(line for line in page.splitlines() if line.startswith(f"| `persona-broker {name}` |"))

@@ -281,6 +281,8 @@ def test_metrics_have_the_labels_that_the_page_names(tmp_path: Path) -> None:
     metrics.decided(Granted(PersonaRef("P", 1), "p", lease, 1), 0.001)
     metrics.decided(Denied(Reason.NO_MATCHING_POLICY, None, None, "", lease, 1), 0.001)
     metrics.admitted(True)
+    metrics.sink("syslog", False, 1)
+    metrics.checkpoint_made(1.0)
     report = Report({}, None, {}, None, None, None, None, {"seccomp": True})
     view = replace(
         flask.extensions["state"].current(),

@@ -25,7 +25,10 @@ _OUTCOMES = ("granted", *Reason)
 _ADMISSIONS = ("admitted", "refused")
 _BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.25, 1.0, float("inf"))
 _AUDIT = ("audit kept", "audit conflicts", "audit refused", "audit dropped")
-_LEVELS = ("streams", "audit failing")  # which go with the process that said so
+SINKS = ("journald", "syslog", "json_lines")
+_OF_SINKS = tuple(f"{sink} {what}" for sink in SINKS for what in ("in use", "failing", "number"))
+# which go with the process that said so
+_LEVELS = ("streams", "audit failing", "audit number", "checkpoint seconds", *_OF_SINKS)
 _names = (*_OUTCOMES, *_ADMISSIONS, *_BUCKETS_S, "nanoseconds", *_AUDIT, *_LEVELS)
 _cell: dict[str | float, int] = {name: index for index, name in enumerate(_names)}
 _memory = memoryview(mmap.mmap(-1, (AUDIT_ROW + 1) * len(_cell) * 8)).cast("Q")  # made before the workers fork
@@ -86,6 +89,29 @@ def audit_failing(failing: bool) -> None:
     _memory[_begin + _cell["audit failing"]] = int(failing)
 
 
+def audit_number(number: int) -> None:
+    """The number of the newest record, as the audit's own process last saw it."""
+    _memory[_begin + _cell["audit number"]] = number
+
+
+def checkpoint_made(at: float) -> None:
+    """When the newest checkpoint was made (Unix seconds)."""
+    _memory[_begin + _cell["checkpoint seconds"]] = int(at)
+
+
+def sink(name: str, failing: bool, number: int) -> None:
+    """How a sink does; ``number`` is the newest record that arrived there, -1 = as before."""
+    _memory[_begin + _cell[f"{name} in use"]] = 1
+    _memory[_begin + _cell[f"{name} failing"]] = int(failing)
+    if number >= 0:
+        _memory[_begin + _cell[f"{name} number"]] = number
+
+
+def failing_sinks() -> list[str]:
+    """The sinks that did not work when they were last tried."""
+    return [name for name in SINKS if any(_memory[_cell[f"{name} failing"] :: len(_cell)])]
+
+
 def is_audit_failing() -> bool:
     """Whether a process of this broker could not write the audit when it last tried."""
     return any(_memory[_cell["audit failing"] :: len(_cell)])
@@ -110,6 +136,9 @@ METRICS = {
     "audit_refused_total": ("counter", "Records that guests had to keep, because the audit could not be written."),
     "audit_dropped_total": ("counter", "Records that were dropped, because the audit could not be written."),
     "audit_failing": ("gauge", "Whether the audit could not be written when it was last tried (1)."),
+    "audit_checkpoint_age_seconds": ("gauge", "Seconds since a checkpoint was made; without new records none is."),
+    "audit_sink_failing": ("gauge", "Whether a sink did not work when it was last tried (1)."),
+    "audit_sink_waiting": ("gauge", "Records that a sink did not get yet."),
     "load_sample_age_seconds": ("gauge", "Seconds since the load of the host was sampled."),
     "load_percent": ("gauge", "Load of the host when it was last sampled."),
     "health_report_age_seconds": ("gauge", "Seconds since a VM last reported its health."),
@@ -134,6 +163,17 @@ def _lines(view: View, lost: int) -> Iterator[str]:
     for cell, name in zip(_AUDIT, ("records", "conflicts", "refused", "dropped"), strict=True):
         yield from _one(f"audit_{name}_total", sums[cell])
     yield from _one("audit_failing", int(is_audit_failing()))
+    yield from _head("audit_checkpoint_age_seconds")
+    if sums["checkpoint seconds"]:
+        yield f"{_PREFIX}audit_checkpoint_age_seconds {time.time() - sums['checkpoint seconds']:.3f}"
+    used = [name for name in SINKS if sums[f"{name} in use"]]
+    yield from _head("audit_sink_failing")
+    for name in used:
+        yield f'{_PREFIX}audit_sink_failing{{sink="{name}"}} {sums[f"{name} failing"]}'
+    yield from _head("audit_sink_waiting")
+    for name in used:
+        waiting = max(0, sums["audit number"] - sums[f"{name} number"])
+        yield f'{_PREFIX}audit_sink_waiting{{sink="{name}"}} {waiting}'
     if view.sample is not None:
         yield from _one("load_sample_age_seconds", round(time.time() - view.sample.at, 3))
         yield from _head("load_percent")

@@ -20,13 +20,15 @@ def healthz() -> Response:
 
 @blueprint.get("/readyz")
 def readyz() -> Response:
-    """Says whether decisions can be made: the database can be read."""
+    """Says whether decisions can be made: the database can be read.  ``failing`` names what else does not work."""
     try:
         view = state().current()
     except StoreError as error:
         raise PersonaError(Fault.NOT_READY, f"the database cannot be read: {error}") from None
+    wrong = (["audit"] if metrics.is_audit_failing() else []) + [f"sink {name}" for name in metrics.failing_sinks()]
     counts = {"policies": len(view.snapshot.policies), "unreadable": len(view.snapshot.unreadable)}
-    return jsonify(status="ready", generation=view.generation, **counts)
+    # 200 all the same: whoever asks decides whether to send guests here, and decisions can be made
+    return jsonify(status="degraded" if wrong else "ready", failing=wrong, generation=view.generation, **counts)
 
 
 @blueprint.get("/metrics")

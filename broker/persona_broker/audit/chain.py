@@ -76,6 +76,26 @@ class Chain:
                 return segment.head()
         return 0, b""
 
+    def read(self, after: int, limit: int) -> list[Row]:
+        """The records after a number, in order, at most so many.  Raises ``sqlite3.Error``."""
+        found: list[Row] = []
+        for path in self.after(after):
+            with closing(Segment(path)) as segment:
+                found += segment.read(after, limit - len(found))
+            if len(found) >= limit:
+                break
+        return found
+
+    def after(self, number: int) -> list[Path]:
+        """The segments that can hold a record after a number, oldest first.  Raises ``sqlite3.Error``."""
+        paths = self.segments()
+        for index in range(len(paths) - 1, -1, -1):
+            with closing(Segment(paths[index])) as segment:
+                (first,) = segment.rows("SELECT min(number) FROM records")[0]
+            if first is not None and first <= number + 1:
+                return paths[index:]
+        return paths
+
     def deliver(self, deliveries: Sequence[Delivery]) -> list[Kept]:
         """Appends what guests told; it is on the disk when this returns.  Raises ``sqlite3.Error``, ``OSError``."""
 

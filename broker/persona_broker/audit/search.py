@@ -1,15 +1,13 @@
 """Which records an operator asks for: the newest, or those after a number, over all segments."""
 
 import json
-import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from persona_broker.audit.chain import Chain
-from persona_broker.audit.core.format import joined
+from persona_broker.audit.core.format import Row, Stream, joined
 from persona_broker.audit.index import Index
 
 Progress = Callable[[int, int], None]
@@ -44,12 +42,19 @@ class Wanted:
 class Found:
     """One record; ``count`` is how many there are like it, itself included."""
 
-    number: int
-    vm: str | None
+    row: Row
     record: dict[str, Any]
     count: int = 1
-    at_us: int = 0
-    erased: bool = False
+
+    @property
+    def number(self) -> int:
+        """Of the record."""
+        return self.row.number
+
+    @property
+    def vm(self) -> str | None:
+        """Whose record it is; ``None`` = the broker's own."""
+        return self.row.guest
 
 
 def newest(chain: Chain, wanted: Wanted, limit: int, progress: Progress = _QUIET) -> tuple[list[Found], int]:
@@ -79,7 +84,7 @@ def later(chain: Chain, wanted: Wanted, after: int, limit: int) -> tuple[list[Fo
     """The next ``limit`` records after a number, and the number after which the next are.  Raises ``sqlite3.Error``."""
     found: list[Found] = []
     last = after
-    for path in _from(chain, after):
+    for path in chain.after(after):
         with closing(Index(path)) as index:
             found += _find(index, wanted, after, limit - len(found))
             if len(found) >= limit:
@@ -98,17 +103,6 @@ def each(chain: Chain, wanted: Wanted, progress: Progress = _QUIET) -> Iterator[
                 after = block[-1].number
 
 
-def _from(chain: Chain, after: int) -> list[Path]:
-    """The segments that can hold a record after a number."""
-    paths = chain.segments()
-    for index in range(len(paths) - 1, -1, -1):
-        with closing(sqlite3.connect(f"{paths[index].absolute().as_uri()}?mode=ro", uri=True)) as db:
-            (first,) = db.execute("SELECT min(number) FROM records").fetchone()
-        if first is not None and first <= after + 1:
-            return paths[index:]
-    return paths
-
-
 def _last(index: Index) -> int:
     return int(index.rows("SELECT ifnull(max(number), 0) FROM entries")[0][0])
 
@@ -120,19 +114,19 @@ def _count(alike: dict[str, Found], one: Found) -> None:
         sort_keys=True,
     )
     before = alike.get(key)
-    alike[key] = one if before is None else Found(
-        before.number, before.vm, before.record, before.count + one.count, before.at_us, before.erased
-    )  # fmt: skip
+    alike[key] = one if before is None else Found(before.row, before.record, before.count + one.count)
 
 
 def _find(index: Index, wanted: Wanted, after: int | None, limit: int) -> Iterator[Found]:
     query, values = query_of(wanted, after)
-    for number, vm, at_us, facts, person, count in index.rows(query, *values, limit):
+    for number, vm, at_us, facts, person, stream, counter, hashed, count in index.rows(query, *values, limit):
         try:
             record = joined(facts, person)
         except (ValueError, TypeError, RecursionError):
             continue  # 'audit verify' finds it
-        yield Found(number, vm, record, count, at_us, person is None)
+        machine, _, boot = (stream or "").partition(" ")
+        key = Stream(machine, boot) if stream else None
+        yield Found(Row(number, at_us, vm, key, counter, facts, person, hashed), record, count)
 
 
 def query_of(wanted: Wanted, after: int | None) -> tuple[str, list[Any]]:
@@ -170,14 +164,15 @@ def query_of(wanted: Wanted, after: int | None) -> tuple[str, list[Any]]:
         terms.append((end, name))
     values = [value for _, value in terms if value is not None]
     where = " AND ".join(term for term, _ in terms) or "1"
-    said = "e.number AS number, e.guest AS guest, e.at_us AS at_us, facts, person"
+    of = "(SELECT machine || ' ' || boot FROM segment.streams s WHERE s.id = r.stream)"
+    rest = f"e.guest AS guest, e.at_us AS at_us, facts, person, {of}, counter, hash"
     tables = "entries e CROSS JOIN segment.records r ON r.number = e.number"
     if wanted.distinct:
-        like = f"max(e.number) AS number, e.guest AS guest, e.at_us AS at_us, facts, person, count(*) FROM {tables}"
+        like = f"max(e.number) AS number, {rest}, count(*) FROM {tables}"
         grouped = f"{like} WHERE {where} GROUP BY e.guest, {_SAME_BUT_FOR}, person"
         query = f"SELECT {grouped} ORDER BY 1 {order} LIMIT ?"  # the body is that of the newest: it goes with max()
     else:
-        query = f"SELECT {said}, 1 FROM {tables} WHERE {where} ORDER BY e.number {order} LIMIT ?"  # noqa: S608 - constants; values are bound
+        query = f"SELECT e.number AS number, {rest}, 1 FROM {tables} WHERE {where} ORDER BY e.number {order} LIMIT ?"  # noqa: S608 - constants; values are bound
     return query, values
 
 

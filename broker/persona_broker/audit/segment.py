@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from persona_broker.audit.files import give, sync_directory
 FORMAT = 1  # PRAGMA user_version
 BUSY_S = 5.0
 STREAMS_MAX = 1000  # of one guest that are remembered: as many boots
+_TRUNCATE_TRIES, _TRUNCATE_PAUSE_S = 20, 0.1
 GAPS_MAX = 10_000  # of one stream that are remembered; 'audit verify' counts all
 
 _TABLES = (
@@ -146,6 +148,32 @@ class Segment:
         return [
             list(gap) for gap in self.rows("SELECT first, last, why FROM gaps WHERE stream = ? ORDER BY first", stream)
         ]
+
+    def erase(self, numbers: list[int]) -> None:
+        """Replaces the person's part of these records by its digest, in one transaction."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for number in numbers:
+                found = self._db.execute(
+                    "SELECT salt, person FROM records WHERE number = ? AND person IS NOT NULL", (number,)
+                ).fetchone()
+                if found is not None:
+                    row = (person_digest(*found), number)
+                    self._db.execute("UPDATE records SET person = NULL, salt = NULL, digest = ? WHERE number = ?", row)
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def truncate_log(self) -> None:
+        """Leaves nothing of what was erased in the write-ahead log.  Raises ``sqlite3.Error`` where others hold it."""
+        for _ in range(_TRUNCATE_TRIES):
+            busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not busy:
+                return
+            time.sleep(_TRUNCATE_PAUSE_S)
+        raise sqlite3.OperationalError(f"{self.path}-wal: others read it; the same command again erases it there too")
 
     @contextmanager
     def writing(self) -> Iterator["Writer"]:

@@ -1,5 +1,8 @@
-"""The audit that a command works on."""
+"""The audit that a command works on, and how far it is with what takes a while."""
 
+import sqlite3
+import sys
+import time
 from pathlib import Path
 
 from persona_broker.audit.chain import Chain
@@ -7,12 +10,50 @@ from persona_broker.audit.files import beside
 from persona_broker.audit.inbox import take_over
 from persona_broker.cli.store import existing
 from persona_broker.settings import Settings
+from persona_broker.store.sqlite import SqliteStore
+
+_QUIET_S = 1.0  # what is done sooner says nothing
+_EVERY_S = 0.2
+
+
+class Bar:
+    """One line on the terminal that is written over, for what takes more than a second; nothing elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._next_at = time.monotonic() + _QUIET_S
+        self._shown = False
+
+    def show(self, done: int, where: object = "") -> None:
+        """So much is done."""
+        if time.monotonic() < self._next_at or not sys.stderr.isatty():
+            return
+        self._next_at = time.monotonic() + _EVERY_S
+        self._shown = True
+        of = f" of {where:,}" if isinstance(where, int) else f" {where}"
+        print(f"\r\x1b[K{self._what} {done:,}{of}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Takes the line away."""
+        if self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def opened(settings: Settings) -> Chain:
-    """The chain, with everything in it that waited for it.  Raises ``sqlite3.Error``, ``OSError``."""
-    store = existing(settings)
-    chain = Chain(beside(Path(settings.db)))
-    take_over(store, chain)
+    """The chain, with everything in it that waited for it where that can be.  Raises ``sqlite3.Error``, ``OSError``."""
+    store, chain = opened_both(settings)
     store.close()
     return chain
+
+
+def opened_both(settings: Settings) -> tuple[SqliteStore, Chain]:
+    """The same, and the database."""
+    store = existing(settings)
+    chain = Chain(beside(Path(settings.db)))
+    bar = Bar("moved into the audit")
+    try:
+        take_over(store, chain, bar.show)
+    except (sqlite3.Error, OSError) as error:
+        print(f"persona-broker: what waits in the database does not get into the audit: {error}", file=sys.stderr)
+    bar.end()
+    return store, chain

@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from persona.answers import iso, local
 from persona.shown import line, word
+from persona_broker.audit.chain import Chain
 from persona_broker.audit.search import Found, Wanted, later, newest
-from persona_broker.cli.chain import opened
+from persona_broker.cli.chain import Bar, opened
 from persona_broker.settings import Settings
 
 _LOOK_EVERY_S = 0.5
@@ -20,7 +21,6 @@ _SEEN_MAX = 100_000  # that --follow --distinct remembers
 
 def tail(arguments: argparse.Namespace, settings: Settings) -> int:
     """Oldest first; with ``--follow`` until interrupted."""
-    chain = opened(settings)
     wanted = Wanted(
         user=arguments.user,
         vm=arguments.vm,
@@ -30,11 +30,18 @@ def tail(arguments: argparse.Namespace, settings: Settings) -> int:
         denied=arguments.denied,
         distinct=arguments.distinct,
     )
-    rows, last = newest(chain, wanted, arguments.n)
+    return follow(arguments, opened(settings), wanted, _value)
+
+
+def follow(
+    arguments: argparse.Namespace, chain: Chain, wanted: Wanted, value: Callable[[Found, Wanted], dict[str, Any]]
+) -> int:
+    """Prints the newest ``-n`` records, and with ``--follow`` those to come; ``value`` is what ``--json`` shows."""
+    rows, last = newest(chain, wanted, arguments.n, Bar("indexed").show)
     seen: dict[str, None] = {}
     while True:
         for found in _new(rows, seen) if wanted.distinct and arguments.follow else rows:
-            print(json.dumps(_value(found, wanted)) if arguments.json else _line(found, wanted))
+            print(json.dumps(value(found, wanted)) if arguments.json else shown(found))
         if not arguments.follow:
             return 0
         sys.stdout.flush()
@@ -62,8 +69,11 @@ def _value(found: Found, wanted: Wanted) -> dict[str, Any]:
     return {**value, "count": found.count} if wanted.distinct else value
 
 
-def _line(found: Found, wanted: Wanted) -> str:
+def shown(found: Found) -> str:
+    """A record on one line."""
     record = found.record
+    if found.vm is None:
+        return _own(found)
     at = record.get("at")
     decision = str(record.get("decision"))
     if record.get("complain") is True and decision == "denied":
@@ -78,6 +88,14 @@ def _line(found: Found, wanted: Wanted) -> str:
     ]
     count = f"  ({found.count} times)" if found.count > 1 else ""
     return "  ".join(map(line, fields)) + f"  {_what(record)}{count}"
+
+
+def _own(found: Found) -> str:
+    """What the broker says itself: its event, who did it, and the rest as JSON."""
+    at, record = found.row.at_us / 1e6, found.record
+    rest = {name: value for name, value in record.items() if name not in ("at", "event", "author")}
+    fields = [local(at), "broker", word(str(record.get("author") or "-")), str(record.get("event"))]
+    return "  ".join(map(line, fields)) + f"  {line(json.dumps(rest, ensure_ascii=False))}"
 
 
 def _what(record: dict[str, Any]) -> str:

@@ -72,6 +72,16 @@ def count(text: str) -> int:
     return int(text)
 
 
+def day(text: str) -> str:
+    """A day in UTC, as segments of the audit are called."""
+    try:
+        if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+            raise ValueError
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).strftime("%Y-%m-%d")
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r}: expected a day, YYYY-MM-DD") from None
+
+
 def message(text: str) -> str:
     """Why documents change, for the history: one line."""
     if len(text) > MESSAGE_MAX or not text.isprintable():

@@ -9,7 +9,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from persona_broker.serve.gunicorn_server import Endpoint
 
@@ -18,10 +18,12 @@ FILES_MAX = 16_384  # a connection is one
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-def supervise(parts: dict[str, Callable[[], None]], ready: Callable[[], bool], announce: Callable[[], None]) -> int:
+def supervise(
+    parts: dict[str, Callable[[], None]], ready: Callable[[], bool], announce: Callable[[], None], last: str = ""
+) -> int:
     """Runs the parts until one ends or a signal comes; the exit code.
 
-    ``announce`` is called once, when ``ready`` first says so.
+    ``announce`` is called once, when ``ready`` first says so.  The part ``last`` is ended after all others.
     """
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -36,11 +38,16 @@ def supervise(parts: dict[str, Callable[[], None]], ready: Callable[[], bool], a
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             print(f"persona-broker: its {children.pop(pid)} process ended; stopping", file=sys.stderr)
-            _end(children)
+            _end_all(children, last)
             return os.waitstatus_to_exitcode(status) or 1
         time.sleep(0.1 if announced else 0.01)
-    _end(children)
+    _end_all(children, last)
     return 0
+
+
+def _end_all(children: Mapping[int, str], last: str) -> None:
+    _end([pid for pid, name in children.items() if name != last])
+    _end([pid for pid, name in children.items() if name == last])
 
 
 def _start(part: Callable[[], None]) -> int:

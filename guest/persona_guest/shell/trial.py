@@ -32,7 +32,7 @@ from persona_guest.shell.login import become
 VM = "trial"
 READY_S = 15.0
 _SHEBANG_MAX = 200  # characters of an interpreter's path; the kernel reads 256 bytes of the line
-_NEEDS = ("persona_broker", "flask", "gunicorn", "yaml", "psutil")
+_NEEDS = ("persona_broker", "cryptography", "flask", "gunicorn", "yaml", "psutil")
 
 
 def run(files: list[str], command: list[str], *, quiet: bool) -> int:
@@ -41,7 +41,8 @@ def run(files: list[str], command: list[str], *, quiet: bool) -> int:
     if missing:
         print(
             f"persona: 'persona try' runs a broker too, and {sys.executable} has no {', '.join(missing)}: apt install "
-            "persona-broker (or, from a checkout, python3-flask gunicorn python3-yaml python3-psutil)",
+            "persona-broker (or, from a checkout, python3-cryptography python3-flask gunicorn python3-yaml "
+            "python3-psutil)",
             file=sys.stderr,
         )
         return 4

@@ -34,7 +34,7 @@ EVENTS: Mapping[str, str] = {
 _OF_A_PERSON = ("user", "message", "detail", "name")
 
 
-def event(name: str, at: float, **members: Any) -> Entry:
+def event(name: str, at: float, /, **members: Any) -> Entry:
     """One of ``EVENTS`` as it is kept.  Raises ``KeyError`` for any other."""
     EVENTS[name]
     facts = {"event": name, "at": at, **{key: members[key] for key in members if key not in _OF_A_PERSON}}

@@ -91,7 +91,7 @@ class Verification:
                 self.note("changed", "it does not follow the record before it", name, first)
         else:
             self._skip(opening, first, pruned, name)
-        self._carry(opening)
+        self._carry(opening, follows)
         self.number, self.hash = first - 1, opening.previous
         self._before, self._last = opening.name, b""
 
@@ -112,13 +112,13 @@ class Verification:
             text = f"records {needed} to {first - 1} are not there, {where}; {fact}"
             self.note("cut", text, name, first)
 
-    def _carry(self, opening: Opening) -> None:
+    def _carry(self, opening: Opening, follows: bool) -> None:
         """What the file says that is known of streams counts where the chain before it is not there to tell."""
         try:
             known = json.loads(opening.carried)
             for guest, machine, boot, last, _conflicts, gaps in known:
                 key = (str(guest), Stream(str(machine), str(boot)))
-                if key not in self.received:
+                if key not in self.received or not follows:
                     self.received[key] = Received(int(last), [Gap(int(a), int(b), str(why)) for a, b, why in gaps])
         except (ValueError, TypeError, RecursionError):
             self.note("changed", "what it says of streams cannot be read", f"{opening.name}.db")

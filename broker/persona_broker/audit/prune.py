@@ -1,0 +1,92 @@
+"""Deletes old days of the chain, each against a signed checkpoint that stays and says which records those were.
+
+Only whole days go, and none with a record of a user or session that is held.  The checkpoints are kept, and the deed
+is on the record, before the first file is deleted: where it is interrupted, the same command finishes it.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona_broker.audit import checkpoints, index
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.checkpoint import Checkpoint
+from persona_broker.audit.core.events import event
+from persona_broker.audit.core.verify import Verification
+from persona_broker.audit.files import sync_directory
+from persona_broker.audit.holds import Hold
+from persona_broker.audit.keys import SigningKey
+from persona_broker.audit.segment import Segment
+from persona_broker.audit.verify import verify_segments
+from persona_broker.store.interface import Author
+from persona_broker.store.sqlite import SqliteStore
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """A segment that may go, or why it stays."""
+
+    path: Path
+    first: int
+    last: int
+    hash: str
+    stays: str = ""
+
+
+def plan(chain: Chain, before: str, held: Sequence[Hold], verified: int) -> list[Day]:
+    """The days before a date, ``YYYY-MM-DD``; ``verified``: up to which record a signed checkpoint of before reaches.
+
+    Raises ``sqlite3.Error``.
+    """
+    found = []
+    for path in chain.segments():
+        if path.stem >= before:
+            continue
+        with closing(Segment(path)) as segment:
+            (first,) = segment.rows("SELECT min(number) FROM records")[0]
+            last, hashed = segment.head()
+            sealed = segment.sealed()
+        if not sealed:
+            stays = "it is the newest"
+        elif last > verified:
+            stays = "no signed checkpoint reaches its end yet"
+        else:
+            stays = _held(path, held)
+        found.append(Day(path, first, last, hashed.hex(), stays))
+    return found
+
+
+def _held(path: Path, held: Sequence[Hold]) -> str:
+    if not held:
+        return ""
+    with closing(index.Index(path)) as entries:
+        for hold in held:
+            query = f"SELECT 1 FROM entries WHERE {hold.kind} = +CAST(? AS TEXT) LIMIT 1"  # noqa: S608 - one of KINDS
+            if entries.rows(query, hold.name.encode("utf-8", "surrogatepass")):
+                return f"it has records of the {hold.kind} {hold.name}, who is held"
+    return ""
+
+
+def check(chain: Chain, days: Sequence[Day]) -> Verification:
+    """Whether what goes is whole: what was tampered with is evidence, and stays."""
+    return verify_segments(chain, [day.path for day in days])
+
+
+def prune(store: SqliteStore, chain: Chain, key: SigningKey, days: Sequence[Day], before: str, author: Author) -> None:
+    """Deletes the days.  Raises ``sqlite3.Error``, ``OSError``."""
+    with closing(Segment(chain.segments()[-1])) as segment:
+        name = segment.chain
+    now = int(time.time() * 1e6)
+    signed = [key.sign(Checkpoint(name, day.last, day.hash, now, day.first, key.public.id)) for day in days]
+    checkpoints.put(store, signed)
+    said = [{"segment": day.path.stem, "first": day.first, "last": day.last, "hash": day.hash} for day in days]
+    chain.add(
+        [event("audit_pruned", time.time(), author=author.name, message=author.message, before=before, days=said)]
+    )
+    for day in days:
+        index.remove(day.path)
+        for end in ("-shm", "-wal", ""):
+            day.path.with_name(day.path.name + end).unlink(missing_ok=True)
+    sync_directory(chain.directory)

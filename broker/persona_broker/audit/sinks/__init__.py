@@ -1,0 +1,1 @@
+"""Where records go besides the chain: the journal, a syslog server, a file."""

@@ -1,0 +1,113 @@
+"""``audit prune``, ``hold`` and ``erase``: what an operator may take out of the record, and what stays for ever."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from persona.problems import Fault, PersonaError
+from persona.shown import word
+from persona_broker.audit import checkpoints, holds, keys
+from persona_broker.audit.erase import erase as erase_user
+from persona_broker.audit.inbox import take_over
+from persona_broker.audit.keys import SigningKey
+from persona_broker.audit.prune import check, plan
+from persona_broker.audit.prune import prune as prune_days
+from persona_broker.cli.audit import known_holds
+from persona_broker.cli.author import author
+from persona_broker.cli.chain import opened_both
+from persona_broker.cli.store import plural, say
+from persona_broker.settings import Settings
+from persona_broker.store.sqlite import SqliteStore
+
+UNCONFIRMED = 4
+_TAMPERED = ("changed", "cut", "reordered", "broken")
+
+
+def prune(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``audit prune --before DATE``: whole days, each against a signed checkpoint that stays."""
+    store, chain = opened_both(settings)
+    key = _key(keys.key_file(chain.directory))
+    here, _ = checkpoints.kept(store)
+    right, _ = checkpoints.sorted_out(here, [key.public], "the database")
+    reached = max((item.number for item in right if not item.pruned_from), default=0)
+    days = plan(chain, arguments.before, known_holds(store), reached)
+    goes, stays = [day for day in days if not day.stays], [day for day in days if day.stays]
+    wrong = [item for item in check(chain, goes).findings if item.kind in _TAMPERED]
+    if wrong:
+        first = wrong[0]
+        fix = "nothing was deleted; 'audit verify' names everything, and what was tampered with is evidence"
+        raise PersonaError(Fault.CONFLICT, f"{first.segment}: {first.text}; {fix}")
+    value = {
+        "pruned": [{"segment": day.path.stem, "first": day.first, "last": day.last} for day in goes],
+        "kept": [{"segment": day.path.stem, "why": day.stays} for day in stays],
+        "dry_run": arguments.dry_run,
+    }
+    lines = [f"{day.path.stem}: records {day.first} to {day.last}" for day in goes]
+    lines += [f"{day.path.stem} stays: {day.stays}" for day in stays]
+    if goes and not arguments.dry_run:
+        if not _confirmed(arguments, lines, "Delete these days?"):
+            return UNCONFIRMED
+        prune_days(store, chain, key, goes, arguments.before, author(arguments.message))
+    done = "would be deleted" if arguments.dry_run else "deleted"
+    say(arguments, value, "\n".join([*lines, f"{plural(len(goes), 'day')} {done}"]))
+    return 0
+
+
+def _key(file: Path) -> SigningKey:
+    found = keys.load(file)
+    if found is None:
+        raise PersonaError(Fault.NOT_FOUND, f"there is no key {file}, so nothing can be signed; nothing was deleted")
+    return found
+
+
+def hold_add(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``audit hold add``."""
+    return _hold(arguments, settings, holds.add, "held", "is held from now on")
+
+
+def hold_remove(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``audit hold remove``."""
+    return _hold(arguments, settings, holds.remove, "released", "is not held any more")
+
+
+def _hold(arguments: argparse.Namespace, settings: Settings, change: Any, member: str, text: str) -> int:
+    store, chain = opened_both(settings)
+    kind = "user" if arguments.user is not None else "session"
+    name = arguments.user if arguments.user is not None else arguments.session
+    change(store, kind, name, author(arguments.message))
+    take_over(store, chain)
+    say(arguments, {member: {"kind": kind, "name": name}}, f"the {kind} {word(name)} {text}")
+    return 0
+
+
+def erase(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``audit erase --user U``: their text and arguments; that something was decided stays."""
+    store, chain = opened_both(settings)
+    _refuse_held(store, arguments.user)
+    lines = [f"the text of all records of {word(arguments.user)} is erased from the audit, for ever"]
+    if not _confirmed(arguments, lines, "Erase it?"):
+        return UNCONFIRMED
+    sessions = [item.name for item in known_holds(store) if item.kind == "session"]
+    erased = erase_user(chain, arguments.user, author(arguments.message), sessions)
+    count = sum(erased.values())
+    note = "what sinks got of it, and what users' journals have, is theirs to erase"
+    say(arguments, {"erased": count, "segments": erased}, f"{plural(count, 'record')} erased; {note}")
+    return 0
+
+
+def _refuse_held(store: SqliteStore, user: str) -> None:
+    if any((item.kind, item.name) == ("user", user) for item in known_holds(store)):
+        fix = "'audit hold remove --user' ends that"
+        raise PersonaError(Fault.CONFLICT, f"the user {user!r} is held, so nothing was erased; {fix}")
+
+
+def _confirmed(arguments: argparse.Namespace, lines: Sequence[str], question: str) -> bool:
+    if arguments.yes:
+        return True
+    print("\n".join(lines), file=sys.stderr)
+    if not sys.stdin.isatty():
+        raise PersonaError(Fault.CONFLICT, "refused: there is no terminal on which to ask you; --yes does it unasked")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")

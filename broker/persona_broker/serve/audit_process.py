@@ -1,0 +1,149 @@
+"""The audit's own process: takes over what waits in the database, makes checkpoints, and feeds the sinks.
+
+It is ended after those that append, so that its last checkpoint is of the last record.  Whatever fails here is told and
+tried again; no decision and no append waits for it.
+"""
+
+import logging
+import signal
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from persona.problems import PersonaError
+from persona.version import VERSION
+from persona_broker import metrics
+from persona_broker.audit import checkpoints, keys
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.events import event
+from persona_broker.audit.files import beside
+from persona_broker.audit.inbox import take_over
+from persona_broker.audit.sinks.interface import Sink
+from persona_broker.audit.sinks.journald import Journald
+from persona_broker.audit.sinks.json_lines import JsonLines
+from persona_broker.audit.sinks.runner import Runner
+from persona_broker.audit.sinks.syslog import Syslog
+from persona_broker.settings import Audit, Settings
+from persona_broker.store.sqlite import SqliteStore
+
+log = logging.getLogger("persona.audit")
+
+CHECKPOINT_EVERY_S = 60.0
+_LOOK_EVERY_S = 0.5
+_SAY_EVERY_S = 60.0
+_SINKS_END_S = 2.0  # of the 5 s that a part has to end
+
+
+def run(settings: Settings) -> None:
+    """Until SIGTERM; its last act is a checkpoint."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    metrics.use_row(metrics.AUDIT_ROW)
+    worker = Worker(settings)
+    worker.begin()
+    while not stop.wait(_LOOK_EVERY_S):
+        worker.look()
+    worker.end()
+
+
+class Worker:
+    """What the process does, step by step."""
+
+    def __init__(self, settings: Settings) -> None:
+        db = Path(settings.db)
+        self._store = SqliteStore(db)
+        self._chain = Chain(beside(db))
+        self._key: keys.SigningKey | None = None
+        self._seen = -1  # the database's data_version
+        self._checkpointed = 0  # number of the record of the last checkpoint
+        self._checkpoint_at = 0.0  # monotonic: when the next is due
+        self._said_at = 0.0  # monotonic; 0: all works
+        self._runners = [
+            Runner(sink, self._chain, SqliteStore(db), partial(metrics.sink, sink.name))
+            for sink in sinks_of(settings.audit)
+        ]
+
+    def begin(self) -> None:
+        """The first look, which says that the broker started."""
+        self._try(self._started)
+        for runner in self._runners:
+            runner.start()
+
+    def look(self) -> None:
+        """Takes over what waits, and makes a checkpoint where one is due."""
+        self._try(self._take_over)
+        if time.monotonic() >= self._checkpoint_at:
+            self._try(self._checkpoint)
+
+    def end(self) -> None:
+        """Takes over what waits still, and makes the last checkpoint; the sinks get it where they are quick."""
+        self._try(self._take_over)
+        self._try(lambda: self._chain.add([event("broker_stopped", time.time())]))
+        self._try(self._checkpoint)
+        for runner in self._runners:
+            runner.stop(_SINKS_END_S)
+
+    def _started(self) -> None:
+        entries = [event("broker_started", time.time(), version=VERSION)]
+        self._key, made = keys.load_or_make(keys.key_file(self._chain.directory))
+        if made:
+            entries.append(event("audit_key_made", time.time(), key=self._key.public.id))
+        self._chain.add(entries)
+        self._take_over()
+        self._checkpoint()
+
+    def _take_over(self) -> None:
+        written = self._store.data_version()
+        if written != self._seen:
+            take_over(self._store, self._chain)
+            self._seen = written
+
+    def _checkpoint(self) -> None:
+        if self._key is None:
+            self._key, _ = keys.load_or_make(keys.key_file(self._chain.directory))
+        self._checkpoint_at = time.monotonic() + CHECKPOINT_EVERY_S
+        made = checkpoints.make(self._chain, self._key)
+        if made is None or made.number == self._checkpointed:
+            return
+        checkpoints.put(self._store, [made])
+        self._checkpointed = made.number
+        metrics.checkpoint_made(made.at_us / 1e6)
+
+    def _try(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+            metrics.audit_number(self._chain.head()[0])
+        except (sqlite3.Error, OSError, PersonaError) as error:
+            metrics.audit_failing(True)
+            if not self._said_at or time.monotonic() - self._said_at > _SAY_EVERY_S:
+                self._said_at = time.monotonic()
+                log.critical("the audit does not work: %s", error)
+            return
+        metrics.audit_failing(False)
+        self._said_at = 0.0
+
+
+def sinks_of(audit: Audit) -> list[Sink]:
+    """What the settings name."""
+    found: list[Sink] = []
+    if audit.journald:
+        found.append(Journald())
+    if audit.syslog:
+        scheme, _, address = audit.syslog.partition("://")
+        host, _, port = address.rpartition(":")
+        ca_file = audit.syslog_ca if scheme == "tls" else None
+        found.append(Syslog(host.strip("[]"), int(port), ca_file, _hostname()))
+    if audit.json_lines:
+        found.append(JsonLines(Path(audit.json_lines)))
+    return found
+
+
+def _hostname() -> str:
+    """This machine's name as a syslog message may have it."""
+    name = "".join(char for char in socket.gethostname() if 33 <= ord(char) <= 126)
+    return name[:255] or "-"
