@@ -12,17 +12,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from persona_broker.audit import checkpoints
 from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.check import Finding
 from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.format import Stream, split
-from persona_broker.audit.core.verify import Finding
 from persona_broker.audit.delivery import Delivery
 from persona_broker.audit.keys import SigningKey
 from persona_broker.audit.segment import Segment
 from persona_broker.audit.verify import verify
 
 from tests.broker.test_audit_chain import BEGAN, DAY_S, STREAM, Clock, said
-
-EDITS = 60  # of each kind and run
 
 Edit = Callable[[Path, random.Random], None]
 Found = list[tuple[str, str | None]]
@@ -188,14 +186,22 @@ def test_what_is_whole_is_called_whole(whole: tuple[Path, list[Checkpoint]], key
     assert findings(whole[0], [], key) == []
 
 
+@pytest.mark.parametrize("count", [15, pytest.param(500, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("edit", EDITS_OF_FILES, ids=lambda edit: edit.__name__)
 def test_every_edit_of_the_chain_is_found(
-    edit: Edit, copied: Callable[[], Path], whole: tuple[Path, list[Checkpoint]], key: SigningKey
+    edit: Edit,
+    count: int,
+    copied: Callable[[], Path],
+    whole: tuple[Path, list[Checkpoint]],
+    key: SigningKey,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("persona_broker.audit.verify._PART", 7)  # a change may be where two parts meet
+    monkeypatch.setattr("persona_broker.audit.verify._BLOCK", 5)
     seed = random.randrange(1 << 32)  # noqa: S311 - no secret
     rng = random.Random(seed)  # noqa: S311
     missed = []
-    for number in range(EDITS // 4):
+    for number in range(count):
         directory = copied()
         before = [list(sqlite_rows(path)) for path in files(directory)]
         edit(directory, rng)
@@ -209,6 +215,24 @@ def test_every_edit_of_the_chain_is_found(
 def sqlite_rows(path: Path) -> Iterator[object]:
     with closing(sqlite3.connect(path)) as db:
         yield from db.execute("SELECT * FROM records")
+
+
+def test_several_processes_find_the_same(
+    copied: Callable[[], Path],
+    whole: tuple[Path, list[Checkpoint]],
+    key: SigningKey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("persona_broker.audit.verify._PART", 7)
+    directory = copied()
+    for path in files(directory):
+        sql(path, ("UPDATE records SET facts = facts || ' ' WHERE number % 9 = 0", ()))
+        sql(path, ("DELETE FROM records WHERE number % 17 = 0", ()))
+    alone = findings(directory, whole[1], key)
+    assert {item.kind for item in alone} >= {"changed", "cut"}
+    monkeypatch.setattr("persona_broker.audit.verify._ALONE_MAX", 0)
+    assert findings(directory, whole[1], key) == alone
+    assert findings(*whole, key) == []
 
 
 def test_one_change_is_one_finding_that_says_where(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 
 from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.check import Finding
 from persona_broker.audit.core.checkpoint import Checkpoint, parse
 from persona_broker.audit.core.format import to_json
-from persona_broker.audit.core.verify import Finding
 from persona_broker.audit.keys import PublicKey, SigningKey
 from persona_broker.audit.segment import Segment
 from persona_broker.store.sqlite import SqliteStore

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -43,27 +43,28 @@ def deliver(writer: Writer, delivery: Delivery, at_us: int, earlier: Earlier) ->
     """Appends what is new.  A number that came with the same content counts once; another is kept and marked."""
     kept = again = 0
     conflicts: list[int] = []
+    state = writer.state(delivery.guest, delivery.stream) if delivery.stream is not None else None
     for entry in delivery.entries:
-        if delivery.stream is None or entry.counter is None:
-            writer.add(replace(entry, counter=None), at_us, delivery.guest)
+        if state is None or entry.counter is None:
+            writer.add(entry._replace(counter=None), at_us, delivery.guest)
             kept += 1
             continue
         counter: int = entry.counter
-        received = writer.received(delivery.guest, delivery.stream)
+        received = state.received
         if received.has(counter):
-            key = (delivery.guest, delivery.stream, counter)
-            contradicted = _contradicted(entry, chain(writer.find(*key), earlier(*key)))
+            before = chain(writer.find(state, counter), earlier(state.guest, state.stream, counter))
+            contradicted = _contradicted(entry, before)
             if contradicted is None:
                 again += 1
                 continue
             conflicts.append(counter)
-            writer.conflict(delivery.guest, delivery.stream)
-            entry = replace(entry, facts=_marked(entry.facts, contradicted))
+            writer.conflict(state)
+            entry = entry._replace(facts=_marked(entry.facts, contradicted))
         else:
             received.add(counter)
         if entry.marker is not None:
             received.explain(entry.marker.first, entry.marker.last, entry.marker.why)
-        writer.add(entry, at_us, delivery.guest, delivery.stream)
+        writer.add(entry, at_us, delivery.guest, state)
         kept += 1
     at = at_us / 1e6
     if delivery.lost:

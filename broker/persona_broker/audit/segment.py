@@ -33,7 +33,7 @@ from persona_broker.audit.files import give, sync_directory
 
 FORMAT = 1  # PRAGMA user_version
 BUSY_S = 5.0
-STREAMS_MAX = 1000  # of one guest that are remembered: as many boots
+STREAMS_MAX = 1000  # of one guest that are remembered from one segment to the next: as many boots
 _TRUNCATE_TRIES, _TRUNCATE_PAUSE_S = 20, 0.1
 GAPS_MAX = 10_000  # of one stream that are remembered; 'audit verify' counts all
 
@@ -139,8 +139,11 @@ class Segment:
         return [_row(*found) for found in self._db.execute(query, (counter, guest, stream.machine, stream.boot))]
 
     def carried(self) -> str:
-        """What is known of the streams, as JSON."""
-        streams = self.rows("SELECT id, guest, machine, boot, last, conflicts FROM streams ORDER BY id")
+        """What is known of the streams, as JSON; of each guest the newest STREAMS_MAX."""
+        newest = "row_number() OVER (PARTITION BY guest ORDER BY id DESC) AS place"
+        columns = "id, guest, machine, boot, last, conflicts"
+        query = f"SELECT {columns} FROM (SELECT *, {newest} FROM streams) WHERE place <= ? ORDER BY id"  # noqa: S608 - constants
+        streams = self.rows(query, STREAMS_MAX)
         return to_json([[*rest, self.gaps(ident)] for ident, *rest in streams])
 
     def gaps(self, stream: int) -> list[list[Any]]:
@@ -190,6 +193,17 @@ class Segment:
             raise
 
 
+@dataclass(slots=True)
+class StreamState:
+    """What a segment knows of a stream; what is changed in ``received`` is written with the transaction."""
+
+    id: int
+    guest: str
+    stream: Stream
+    received: Received
+    gaps: list[Gap]  # as they are written
+
+
 class Writer:
     """Appends within one transaction."""
 
@@ -198,41 +212,37 @@ class Writer:
         self._db = db
         self.number, self.hash = segment.head()
         self._rows: list[tuple[Any, ...]] = []
-        self._salts = memoryview(b"")
-        self._received: dict[tuple[str, Stream], tuple[int, Received, list[Gap]]] = {}
+        self._salts, self._salted = b"", 0  # random bytes, and how many of them are used
+        self._states: dict[tuple[str, Stream], StreamState] = {}
 
-    def add(self, entry: Entry, at_us: int, guest: str | None = None, stream: Stream | None = None) -> int:
+    def add(self, entry: Entry, at_us: int, guest: str | None = None, state: StreamState | None = None) -> int:
         """Appends one record; its number."""
-        if len(self._salts) < SALT_BYTES:
-            self._salts = memoryview(os.urandom(SALT_BYTES * 256))
-        salt, self._salts = bytes(self._salts[:SALT_BYTES]), self._salts[SALT_BYTES:]
+        if self._salted == len(self._salts):
+            self._salts, self._salted = os.urandom(SALT_BYTES * 256), 0
+        salt = self._salts[self._salted : self._salted + SALT_BYTES]
+        self._salted += SALT_BYTES
         number = self.number + 1
+        ident, stream = (state.id, state.stream) if state is not None else (None, None)
         said = message(number, at_us, guest, stream, entry.counter, entry.facts)
         self.hash = link(self.hash, person_digest(salt, entry.person), said)
-        ident = self._stream(guest, stream)[0] if guest is not None and stream is not None else None
         self._rows.append(
             (number, at_us, guest, ident, entry.counter, entry.facts, entry.person, salt, None, self.hash)
         )
         self.number = number
         return number
 
-    def received(self, guest: str, stream: Stream) -> Received:
-        """The numbers of a stream that came; what is changed in it is written with the rest."""
-        return self._stream(guest, stream)[1]
-
     def put(self, key: str, value: str) -> None:
         """Notes something under a key."""
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
-    def conflict(self, guest: str, stream: Stream) -> None:
+    def conflict(self, state: StreamState) -> None:
         """Counts a number that came with two contents."""
-        ident = self._stream(guest, stream)[0]
-        self._db.execute("UPDATE streams SET conflicts = conflicts + 1 WHERE id = ?", (ident,))
+        self._db.execute("UPDATE streams SET conflicts = conflicts + 1 WHERE id = ?", (state.id,))
 
-    def find(self, guest: str, stream: Stream, counter: int) -> list[Row]:
+    def find(self, state: StreamState, counter: int) -> list[Row]:
         """What this segment has under a number of a stream, what this transaction appended included."""
         self.flush()
-        return self._segment.of_counter(guest, stream, counter)
+        return self._segment.of_counter(state.guest, state.stream, counter)
 
     def moved(self) -> set[str]:
         """What the last batch took over from the broker's database."""
@@ -247,32 +257,28 @@ class Writer:
         if self._rows:
             self._db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows)
             self._rows.clear()
-        for ident, received, gaps in self._received.values():
-            self._db.execute(
-                "UPDATE streams SET last = ? WHERE id = ? AND last != ?", (received.last, ident, received.last)
-            )
-            if received.gaps != gaps:
-                self._db.execute("DELETE FROM gaps WHERE stream = ?", (ident,))
-                rows = [(ident, gap.first, gap.last, gap.why) for gap in received.gaps[:GAPS_MAX]]
+        for state in self._states.values():
+            last = state.received.last
+            self._db.execute("UPDATE streams SET last = ? WHERE id = ? AND last != ?", (last, state.id, last))
+            if state.received.gaps != state.gaps:
+                self._db.execute("DELETE FROM gaps WHERE stream = ?", (state.id,))
+                rows = [(state.id, gap.first, gap.last, gap.why) for gap in state.received.gaps[:GAPS_MAX]]
                 self._db.executemany("INSERT INTO gaps VALUES (?, ?, ?, ?)", rows)
-                gaps[:] = received.gaps
+                state.gaps = list(state.received.gaps)
 
-    def _stream(self, guest: str, stream: Stream) -> tuple[int, Received, list[Gap]]:
-        known = self._received.get((guest, stream))
+    def state(self, guest: str, stream: Stream) -> StreamState:
+        """What is known of a stream; of a new one nothing, and it is known from now on."""
+        known = self._states.get((guest, stream))
         if known is not None:
             return known
         query = "SELECT id, last FROM streams WHERE guest = ? AND machine = ? AND boot = ?"
         found = self._db.execute(query, (guest, stream.machine, stream.boot)).fetchone()
         if found is None:
-            self._db.execute(
-                "DELETE FROM streams WHERE id IN (SELECT id FROM streams WHERE guest = ? ORDER BY id DESC"
-                " LIMIT -1 OFFSET ?)",
-                (guest, STREAMS_MAX - 1),
-            )
             insert = "INSERT INTO streams (guest, machine, boot, last) VALUES (?, ?, ?, 0) RETURNING id"
             found = (self._db.execute(insert, (guest, stream.machine, stream.boot)).fetchone()[0], 0)
         gaps = [Gap(*gap) for gap in self._segment.gaps(found[0])]
-        known = self._received[guest, stream] = (found[0], Received(found[1], list(gaps)), gaps)
+        known = StreamState(found[0], guest, stream, Received(found[1], list(gaps)), gaps)
+        self._states[guest, stream] = known
         return known
 
 

@@ -16,8 +16,9 @@ from persona.shown import line, word
 from persona_broker.audit import checkpoints, holds, keys
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core import ocsf
+from persona_broker.audit.core.check import Finding
 from persona_broker.audit.core.checkpoint import Checkpoint, CheckpointError, read_lines
-from persona_broker.audit.core.verify import Finding, Verification
+from persona_broker.audit.core.verify import Verification
 from persona_broker.audit.search import Found, Wanted, each
 from persona_broker.audit.segment import Segment
 from persona_broker.audit.sinks.interface import exported

@@ -34,7 +34,7 @@ def prune(arguments: argparse.Namespace, settings: Settings) -> int:
     reached = max((item.number for item in right if not item.pruned_from), default=0)
     days = plan(chain, arguments.before, known_holds(store), reached)
     goes, stays = [day for day in days if not day.stays], [day for day in days if day.stays]
-    wrong = [item for item in check(chain, goes).findings if item.kind in _TAMPERED]
+    wrong = [item for item in check(goes).findings if item.kind in _TAMPERED]
     if wrong:
         first = wrong[0]
         fix = "nothing was deleted; 'audit verify' names everything, and what was tampered with is evidence"

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from persona_broker.audit.core.streams import Gap
 
@@ -33,8 +33,9 @@ HASH_BYTES = 32
 _FACTS = frozenset(FACTS)
 _GENESIS = "persona audit chain 1\n"
 
-# ASCII alone: what is not, is escaped.  Raises ValueError for numbers that are none in JSON.
-to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+# ASCII alone: what is not, is escaped.  Raises ValueError for numbers that are none in JSON.  What came as JSON has no
+# cycle to look for.
+to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,7 @@ class Stream:
     boot: str
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """What is to be kept; ``facts`` and ``person`` are JSON objects, ``counter`` is the guest's number or ``None``."""
 
     facts: str
@@ -74,8 +74,8 @@ class Row:
 
 def split(record: Mapping[str, Any], counter: int | None = None, marker: Gap | None = None) -> Entry:
     """A record as two JSON objects."""
-    person = dict(record)
-    facts = {name: person.pop(name) for name in record if name in _FACTS}
+    facts = {name: record[name] for name in record if name in _FACTS}
+    person = {name: record[name] for name in record if name not in _FACTS}
     return Entry(to_json(facts), to_json(person), counter, marker)
 
 

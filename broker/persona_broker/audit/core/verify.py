@@ -1,37 +1,18 @@
-"""Whether the chain is whole: each record's hash, the order, the numbers of guests, and what checkpoints say.
+"""Whether the chain is whole: the order of its segments, the numbers of guests, and what checkpoints say.
 
-It is told of segments one after the other.  A record that is not what its hash says is one finding, and the walk goes
-on from the hash that is written there: so one change is found once, and where it is.
+It is told of segments one after the other, and of what ``check`` found in their records.
 """
 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
+from persona_broker.audit.core.check import FINDINGS_MAX, Checked, Finding, Told, read_facts
 from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.format import Stream, genesis
 from persona_broker.audit.core.streams import Gap, Received
-
-FINDINGS_MAX = 1000  # that are told one by one
-_NEAR = 16  # records around one that is wrong, among which it is looked for
-_MARKER = b'"event":"lost"'
-
-# number, hash, salt and person's part, digest, what else is covered, guest, the stream's number there, counter
-Link = tuple[int, bytes, bytes | None, bytes | None, bytes, str | None, int | None, int | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong.  ``kind``: changed, reordered, cut, lost, conflict, checkpoint or broken."""
-
-    kind: str
-    text: str
-    segment: str | None = None
-    number: int | None = None
-    vm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +28,7 @@ class Opening:
 
 @dataclass(slots=True)
 class Verification:
-    """Tell it the segments in order, then ``finish``."""
+    """``begin`` and ``take`` for each segment in order, then ``finish``."""
 
     findings: list[Finding] = field(default_factory=list)
     records: int = 0
@@ -56,10 +37,9 @@ class Verification:
     hash: bytes = b""
     chain: str = ""
     received: dict[tuple[str, Stream], Received] = field(default_factory=lambda: defaultdict(Received))
-    wanted: dict[int, bytes] = field(default_factory=dict)  # what checkpoints say of numbers
     unseen: int = 0  # findings beyond FINDINGS_MAX
     _before: str = ""  # the segment before
-    _last: bytes = b""  # what its last record says
+    _last: str = ""  # what its last record says
     _found: dict[int, bytes] = field(default_factory=dict)
     _spans: list[tuple[int, int]] = field(default_factory=list)  # numbers that were looked at
 
@@ -79,7 +59,7 @@ class Verification:
             self.chain = opening.chain
         elif opening.chain != self.chain:
             self.note("changed", f"it is of another chain, {opening.chain[:32]}", name)
-        sealed = _facts(self._last)
+        sealed = read_facts(self._last)
         if self._before and sealed.get("event") != "segment_sealed":
             self.note("cut", "it is not sealed, and another segment follows", f"{self._before}.db", self.number)
         follows = self.number == first - 1 and bool(self._before or first == 1)
@@ -93,7 +73,7 @@ class Verification:
             self._skip(opening, first, pruned, name)
         self._carry(opening, follows)
         self.number, self.hash = first - 1, opening.previous
-        self._before, self._last = opening.name, b""
+        self._before, self._last = opening.name, ""
 
     def _skip(self, opening: Opening, first: int, pruned: Iterable[Checkpoint], name: str) -> None:
         """Records are missing before a segment: deleted by an operator, as a signed checkpoint says, or lost."""
@@ -123,97 +103,52 @@ class Verification:
         except (ValueError, TypeError, RecursionError):
             self.note("changed", "what it says of streams cannot be read", f"{opening.name}.db")
 
-    def walk(self, opening: Opening, links: Sequence[Link]) -> None:
-        """The next records of the segment, in order."""
-        if links and not self._last:
-            self._opened(opening, links[0])
-        sha256, wanted = hashlib.sha256, self.wanted
-        previous, number = self.hash, self.number
-        streams = {ident: self.received[key] for ident, key in opening.streams.items()}
-        for index, (found, hashed, salted, digest, said, guest, stream, counter) in enumerate(links):
-            number += 1
-            if found != number:
-                self._jump(opening, found, number)
-                number = found
-            try:
-                inner = digest if salted is None else sha256(salted).digest()
-                right = sha256(previous + inner + said).digest()  # type: ignore[operator]  # None: it is caught
-            except TypeError:
-                right = b""
-            if right != hashed or (salted is not None and digest is not None):
-                self._wrong(opening, links, index, previous)
-            if salted is None:
-                self.erased += 1
-            previous = hashed if isinstance(hashed, bytes) else b""
-            if number in wanted:
-                self._found[number] = previous
-            if stream is not None:
-                received = streams.get(stream)
-                if received is not None and counter == received.last + 1 and _MARKER not in said:
-                    received.last = counter
-                else:
-                    self._count(opening, received, counter, said, number, guest)
-        if links:
-            self._spans.append((self.number + 1, number))
-            self.records += len(links)
-            self.number, self.hash, self._last = number, previous, links[-1][4]
+    def take(self, opening: Opening, checked: Checked) -> None:
+        """The next records of the segment, in order, which ``check`` has looked at."""
+        if not self._last:
+            self._opened(opening, checked)
+        for finding in checked.findings:
+            self.note(finding.kind, finding.text, finding.segment, finding.number, finding.vm)
+        self.unseen += checked.unseen
+        self.erased += checked.erased
+        self.records += checked.records
+        self._found |= checked.wanted
+        self._spans.append((self.number + 1, checked.number))
+        for told in checked.told:
+            key = opening.streams.get(told.stream)
+            if key is not None:  # else each of its records was found already
+                self._count(f"{opening.name}.db", self.received[key], told)
+        self.number, self.hash, self._last = checked.number, checked.hash, checked.last_facts
 
-    def _opened(self, opening: Opening, link: Link) -> None:
+    def _opened(self, opening: Opening, checked: Checked) -> None:
         """The first record of a segment says what its file must say."""
-        said = _facts(link[4])
+        said = read_facts(checked.first_facts)
         known = hashlib.sha256(opening.carried.encode("utf-8", "surrogatepass")).hexdigest()
         right = {"event": "segment_opened", "segment": opening.name, "chain": opening.chain, "carried": known}
         wrong = [name for name, value in right.items() if said.get(name) != value]
         if wrong:
             text = f"its first record says another {', '.join(wrong)} than the file"
-            self.note("changed", text, f"{opening.name}.db", link[0])
+            self.note("changed", text, f"{opening.name}.db", self.number + 1)
 
-    def _jump(self, opening: Opening, found: int, number: int) -> None:
-        text = (
-            f"records {number} to {found - 1} are not there" if found > number + 1 else f"record {number} is not there"
-        )
-        self.note("cut", text, f"{opening.name}.db", number)
-
-    def _wrong(self, opening: Opening, links: Sequence[Link], index: int, previous: bytes) -> None:
-        """One record is not what its hash says: another's, from near by, or changed."""
-        number, *_, said, guest, _stream, _counter = links[index]
-        where = f"{opening.name}.db"
-        if index and not _follows(links[index], links[index - 1][1]) and isinstance(said, bytes):
-            tail = said.partition(b"\n")[2]
-            near = links[max(0, index - _NEAR) : index + _NEAR]
-            for other in near:
-                moved = (*links[index][:4], b"%d\n%b" % (other[0], tail), *links[index][5:])
-                if other[0] != number and any(_follows(moved, before[1]) for before in near):
-                    self.note("reordered", f"record {other[0]} stands in its place", where, number, guest)
-                    return
-        self.note("changed", "it is not what its hash says", where, number, guest)
-
-    def _count(
-        self,
-        opening: Opening,
-        received: Received | None,
-        counter: int | None,
-        said: bytes,
-        number: int,
-        guest: str | None,
-    ) -> None:
-        if received is None or counter is None:
-            self.note("changed", "it is of a stream that is not there", f"{opening.name}.db", number, guest)
+    def _count(self, where: str, received: Received, told: Told) -> None:
+        if told.first == received.last + 1 and not told.facts:
+            received.last = told.last
             return
-        facts = _facts(said)
+        facts = read_facts(told.facts) if told.facts else {}
         if "conflict_with" in facts:
-            text = f"number {counter} came with two contents, also as record {facts['conflict_with']}"
-            self.note("conflict", text, f"{opening.name}.db", number, guest)
+            text = f"number {told.first} came with two contents, also as record {facts['conflict_with']}"
+            self.note("conflict", text, where, told.number, told.guest)
             return
-        if not received.add(counter):
-            self.note("changed", f"number {counter} of its stream is there twice", f"{opening.name}.db", number, guest)
+        for counter in range(told.first, told.last + 1):
+            if not received.add(counter):
+                self.note("changed", f"number {counter} of its stream is there twice", where, told.number, told.guest)
         marker = facts.get("lost") if facts.get("event") == "lost" else None
         if isinstance(marker, dict) and type(marker.get("first")) is type(marker.get("last")) is int:
             received.explain(marker["first"], marker["last"], str(marker.get("why")))
 
     def finish(self, checkpoints: Iterable[Checkpoint]) -> None:
         """All segments were told; ``checkpoints`` are those whose signatures are right."""
-        sealed = _facts(self._last)
+        sealed = read_facts(self._last)
         if sealed.get("event") == "segment_sealed":
             why = "no broker has begun it yet, or it was removed"
             text = f"the chain goes on in {sealed.get('next')}.db, which is not there: {why}"
@@ -239,20 +174,3 @@ class Verification:
                 self.note("changed", f"record {number} had another hash when a checkpoint was made of it", None, number)
         elif any(first <= number <= last for first, last in self._spans):
             self.note("cut", f"a checkpoint proves that there was a record {number}", None, number)
-
-
-def _follows(one: Link | tuple[Any, ...], previous: bytes) -> bool:
-    _, hashed, salted, digest, said, *_ = one
-    try:
-        inner: Any = digest if salted is None else hashlib.sha256(salted).digest()
-        return bool(hashlib.sha256(previous + inner + said).digest() == hashed)
-    except TypeError:
-        return False
-
-
-def _facts(said: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(said.split(b"\n", 6)[6])
-    except (ValueError, RecursionError, IndexError):
-        return {}
-    return value if isinstance(value, dict) else {}
