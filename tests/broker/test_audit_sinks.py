@@ -274,6 +274,7 @@ def test_the_broker_feeds_the_sinks_that_its_settings_name(cli: Broker) -> None:
     (cli.directory / "broker.toml").write_text(f'[audit]\njson_lines = "{path}"\nsyslog = "tcp://127.0.0.1:1"\n')
     cli.start()
     try:
+        until((cli.directory / "audit" / "sink-json_lines.json").exists)  # from then on
         assert cli.call("POST", "/v1/records", {"records": [said()], "lost": 0})[0] == 204
         until(lambda: path.exists() and b"alice" in path.read_bytes())
         until(lambda: cli.call("GET", "/readyz")[1]["failing"] == ["sink syslog"])
