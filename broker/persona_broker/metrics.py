@@ -28,7 +28,7 @@ _AUDIT = ("audit kept", "audit conflicts", "audit refused", "audit dropped")
 SINKS = ("journald", "syslog", "json_lines")
 _OF_SINKS = tuple(f"{sink} {what}" for sink in SINKS for what in ("in use", "failing", "number"))
 # which go with the process that said so
-_LEVELS = ("streams", "audit failing", "audit number", "checkpoint seconds", *_OF_SINKS)
+_LEVELS = ("streams", "audit failing", "audit number", "audit missing", "checkpoint seconds", *_OF_SINKS)
 _names = (*_OUTCOMES, *_ADMISSIONS, *_BUCKETS_S, "nanoseconds", *_AUDIT, *_LEVELS)
 _cell: dict[str | float, int] = {name: index for index, name in enumerate(_names)}
 _memory = memoryview(mmap.mmap(-1, (AUDIT_ROW + 1) * len(_cell) * 8)).cast("Q")  # made before the workers fork
@@ -94,6 +94,11 @@ def audit_number(number: int) -> None:
     _memory[_begin + _cell["audit number"]] = number
 
 
+def audit_missing(count: int) -> None:
+    """How many numbers of guests never came, as the audit's own process last saw it."""
+    _memory[_begin + _cell["audit missing"]] = count
+
+
 def checkpoint_made(at: float) -> None:
     """When the newest checkpoint was made (Unix seconds)."""
     _memory[_begin + _cell["checkpoint seconds"]] = int(at)
@@ -136,6 +141,7 @@ METRICS = {
     "audit_refused_total": ("counter", "Records that guests had to keep, because the audit could not be written."),
     "audit_dropped_total": ("counter", "Records that were dropped, because the audit could not be written."),
     "audit_failing": ("gauge", "Whether the audit could not be written when it was last tried (1)."),
+    "audit_missing": ("gauge", "Numbers of guests that never came and no guest explains; audit gaps lists them."),
     "audit_checkpoint_age_seconds": ("gauge", "Seconds since a checkpoint was made; without new records none is."),
     "audit_sink_failing": ("gauge", "Whether a sink did not work when it was last tried (1)."),
     "audit_sink_waiting": ("gauge", "Records that a sink did not get yet."),
@@ -163,6 +169,7 @@ def _lines(view: View, lost: int) -> Iterator[str]:
     for cell, name in zip(_AUDIT, ("records", "conflicts", "refused", "dropped"), strict=True):
         yield from _one(f"audit_{name}_total", sums[cell])
     yield from _one("audit_failing", int(is_audit_failing()))
+    yield from _one("audit_missing", sums["audit missing"])
     yield from _head("audit_checkpoint_age_seconds")
     if sums["checkpoint seconds"]:
         yield f"{_PREFIX}audit_checkpoint_age_seconds {time.time() - sums['checkpoint seconds']:.3f}"

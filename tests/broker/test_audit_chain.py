@@ -1,6 +1,7 @@
 """The audit's chain: what is appended is there once, in one order, and every edit of it is found."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from persona_broker.audit.core.format import Entry, Stream, split
 from persona_broker.audit.core.streams import Gap
 from persona_broker.audit.delivery import Delivery, Kept
 from persona_broker.audit.search import Wanted, each
+from persona_broker.audit.segment import Segment
 from persona_broker.audit.verify import verify
 
 from tests.broker.conftest import VM, Broker, environment
@@ -69,8 +71,6 @@ def findings(chain: Chain) -> list[tuple[str, str | None, int | None]]:
 
 
 def counters(chain: Chain) -> list[int | None]:
-    from persona_broker.audit.segment import Segment
-
     found = []
     for path in chain.segments():
         with closing(Segment(path)) as segment:
@@ -124,6 +124,39 @@ def test_gaps_are_proven_and_markers_explain_them(chain: Chain, clock: Clock) ->
     deliver(chain, *numbered(1, 4, 9, 10, 11))  # they were late
     deliver(chain, *numbered(5))  # even what the guest thought lost
     assert findings(chain) == []
+
+
+def test_what_guests_call_like_the_broker_s_own_is_theirs(chain: Chain) -> None:
+    deliver(chain, split(said(conflict_with=7, lost={"first": 1, "last": 99, "why": "x"}), 5))
+    assert [item.text[:14] for item in verify(chain, ()).findings] == ["numbers 1 to 4"]
+    (found,) = each(chain, Wanted())
+    assert "conflict_with" not in found.row.facts and "lost" not in found.row.facts
+
+
+def test_a_stream_of_many_gaps_and_many_streams_are_bounded(
+    chain: Chain, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persona_broker.audit.segment.GAPS_MAX", 5)
+    monkeypatch.setattr("persona_broker.audit.segment.STREAMS_MAX", 3)
+    deliver(chain, *numbered(*range(2, 40, 2)))
+    for boot in range(6):
+        deliver(chain, *numbered(1), stream=Stream(MACHINE, f"{boot:032x}"))
+    clock.now += DAY_S
+    deliver(chain, *numbered(2), stream=Stream(MACHINE, f"{5:032x}"))
+    assert len(verify(chain, ()).findings) == 19  # all the same
+    with closing(Segment(chain.segments()[-1])) as segment:
+        assert segment.rows("SELECT count(*) FROM streams") == [(3,)]
+    with closing(Segment(chain.segments()[0])) as segment:
+        assert segment.rows("SELECT count(*) FROM gaps") == [(5,)]
+
+
+def test_what_killed_processes_left_goes(chain: Chain, clock: Clock, tmp_path: Path) -> None:
+    chain.add([])
+    for name, age_s in ((".2026-09-21.1.a", 7200.0), (".2026-09-21.2.b", 60.0)):
+        (tmp_path / "audit" / name).touch()
+        os.utime(tmp_path / "audit" / name, (clock.now - age_s, clock.now - age_s))
+    chain.sweep()
+    assert [path.name for path in (tmp_path / "audit").iterdir() if path.name.startswith(".")] == [".2026-09-21.2.b"]
 
 
 def test_a_clock_that_goes_back_reopens_nothing(chain: Chain, clock: Clock) -> None:

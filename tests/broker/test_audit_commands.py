@@ -1,7 +1,9 @@
 """The operator's commands about the audit: verify, search, export, prune, hold, erase, gaps, key."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import stat
 import subprocess
 import time
@@ -18,6 +20,7 @@ from persona_broker.audit.core.events import EVENTS
 from persona_broker.audit.core.format import split
 from persona_broker.audit.core.streams import Gap
 from persona_broker.audit.delivery import Delivery
+from persona_broker.audit.index import Indexer
 from persona_broker.audit.search import Wanted, each
 from persona_broker.audit.segment import Segment
 from persona_broker.store.sqlite import SqliteStore
@@ -328,6 +331,35 @@ def test_gaps_are_listed_with_their_reasons(filled: Broker) -> None:
         (9, 10, 2, None), (12, 14, 3, "spool full"),
     ]  # fmt: skip
     assert "LOST, and nobody said why" in filled.run("audit", "gaps").stdout
+
+
+def test_the_broker_keeps_the_index(cli: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persona_broker.audit.index._EVERY_S", 0.02)
+    with closing(Chain(cli.directory / "audit")) as chain:
+        indexer = Indexer(chain)
+        indexer.start()
+        try:
+            chain.deliver([Delivery("vm-1", [split(said())])])
+            deadline = time.monotonic() + 10
+            while indexed(chain.segments()[0]) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            indexer.stop(5)
+
+
+def indexed(segment: Path) -> int:
+    path = segment.parent / "index" / segment.name
+    with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        return int(db.execute("SELECT count(*) FROM entries").fetchone()[0])
+    return 0
+
+
+def test_a_broken_index_is_made_anew(filled: Broker) -> None:
+    assert len(answer(filled, "search", "--user", "alice")) == 8
+    for path in (filled.directory / "audit" / "index").iterdir():
+        path.write_bytes(b"garbage" * 1000)
+    assert len(answer(filled, "search", "--user", "alice")) == 8
 
 
 def test_odd_text_is_found(cli: Broker) -> None:

@@ -137,10 +137,7 @@ def _entry(item: object, path: str, *, numbered: bool) -> Entry:
     if number < 1:
         raise codec.CodecError(f"{path}.number", "expected a whole number from 1")
     marker = _marker(said, path)
-    record = codec.encode_record(codec.decode_record(said, path))
-    if marker is not None:
-        record["lost"] = {"first": marker.first, "last": marker.last, "why": marker.why}
-    return split(record, number, marker)
+    return split(codec.encode_record(codec.decode_record(said, path)), number, marker)
 
 
 _WHY_MAX = 200  # characters

@@ -21,15 +21,15 @@ from persona_broker.audit.core.events import event
 from persona_broker.audit.core.format import Entry, Row, Stream
 from persona_broker.audit.delivery import Delivery, Kept, deliver
 from persona_broker.audit.files import private_directory
-from persona_broker.audit.segment import Segment, Start, Writer, create
+from persona_broker.audit.segment import BUSY_S, Segment, Start, Writer, create
 
 log = logging.getLogger("persona.audit")
 
 T = TypeVar("T")
 
 _NAME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}\.db")
+_SCRATCH_MAX_S = 3600.0  # a segment is begun in milliseconds
 _EARLIER_MAX = 30  # segments in which a number that came again is looked for: nobody can make an append wait for more
-_TRIES = 8  # to find the open segment while others roll over
 
 
 @dataclass(slots=True)
@@ -75,6 +75,20 @@ class Chain:
             with closing(Segment(path)) as segment:
                 return segment.head()
         return 0, b""
+
+    def missing(self) -> int:
+        """How many numbers of guests never came, without a word.  Raises ``sqlite3.Error``."""
+        for path in self.segments()[:-2:-1]:
+            with closing(Segment(path)) as segment:
+                query = "SELECT ifnull(sum(last - first + 1), 0) FROM gaps WHERE why = ''"
+                return int(segment.rows(query)[0][0])
+        return 0
+
+    def sweep(self) -> None:
+        """Removes what processes left that were killed while they began a segment.  Raises ``OSError``."""
+        for path in self.directory.iterdir():
+            if path.name.startswith(".") and self._clock() - path.stat().st_mtime > _SCRATCH_MAX_S:
+                path.unlink(missing_ok=True)
 
     def read(self, after: int, limit: int) -> list[Row]:
         """The records after a number, in order, at most so many.  Raises ``sqlite3.Error``."""
@@ -151,7 +165,8 @@ class Chain:
                 waiting.done.set()
 
     def _transact(self, taken: list[_Waiting]) -> None:
-        for _ in range(_TRIES):
+        deadline = time.monotonic() + BUSY_S
+        while time.monotonic() < deadline:
             segment = self._open()
             day = self._day()
             with segment.writing() as writer:

@@ -1,17 +1,24 @@
 """What makes a search quick: beside each segment, the fields that are asked for, in a file that can be made anew.
 
-Nothing here is evidence.  Whoever searches brings the index up to the newest record; appending never waits for it.
+Nothing here is evidence.  The broker brings the index up to date every few seconds, whoever searches does it for the
+rest; appending never waits for it.
 """
 
+import logging
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from persona_broker.audit.chain import Chain
 from persona_broker.audit.files import give, private_directory
 from persona_broker.audit.segment import BUSY_S, Segment
 
+log = logging.getLogger("persona.audit")
+
 FORMAT = 1
+_EVERY_S = 5.0
 _BLOCK = 20_000  # records of one transaction
 
 _FIELD = "CASE WHEN json_valid({0}) THEN json_extract({0}, '$.{1}') END"
@@ -58,9 +65,9 @@ class Index:
             self._db = self._open()
             self._catch_up()
         except sqlite3.DatabaseError as error:
+            self._db.close()
             if isinstance(error, sqlite3.OperationalError):
                 raise
-            self._db.close()
             for end in ("", "-wal", "-shm"):  # it can be made anew
                 self.path.with_name(self.path.name + end).unlink(missing_ok=True)
             self._db = self._open()
@@ -105,7 +112,11 @@ class Index:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-            self._progress(done, last)
+            try:
+                self._progress(done, last)
+            except BaseException:
+                self._db.close()
+                raise
 
     def _through(self) -> int:
         return int(self._db.execute("SELECT ifnull(max(number), 0) FROM entries").fetchone()[0])
@@ -116,6 +127,41 @@ class Index:
         self._db.executemany("UPDATE entries SET user = NULL, program = NULL WHERE number = ?", [(n,) for n in numbers])
         self._db.execute("COMMIT")
         self._db.execute("PRAGMA main.wal_checkpoint(TRUNCATE)")
+
+
+class Indexer:
+    """A thread that keeps the index of the newest segments up to date."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="indexer", daemon=True)
+
+    def start(self) -> None:
+        """Begins."""
+        self._thread.start()
+
+    def stop(self, patience_s: float) -> None:
+        """Ends after the transaction that it is in."""
+        self._stop.set()
+        self._thread.join(patience_s)
+
+    def _run(self) -> None:
+        seen = 0
+        while not self._stop.wait(_EVERY_S):
+            try:
+                number = self._chain.head()[0]
+                if number != seen:
+                    for path in self._chain.segments()[-2:]:  # the one before may lack its last records
+                        Index(path, self._go_on).close()
+                    seen = number
+            except (sqlite3.Error, OSError, InterruptedError) as error:
+                if not self._stop.is_set():
+                    log.warning("the index of the audit is not up to date; searches take longer: %s", error)
+
+    def _go_on(self, _done: int, _all: int) -> None:
+        if self._stop.is_set():
+            raise InterruptedError("the broker ends")
 
 
 def index_of(segment: Path) -> Path:

@@ -47,16 +47,19 @@ def verify(chain: Chain, checkpoints: Iterable[Checkpoint], progress: Progress =
     """Walks all segments; ``checkpoints`` are those whose signatures are right.  Raises ``OSError``."""
     held = list(checkpoints)
     found = Verification()
-    paths, wanted = chain.segments(), frozenset(item.number for item in held)
+    wanted = frozenset(item.number for item in held)
     pruned = [item for item in held if item.pruned_from]
+    done: list[Path] = []
     with ExitStack() as stack:
-        pool = _pool(paths, stack)
-        for path in paths:
-            try:
-                with closing(Segment(path)) as segment:
-                    _walk(segment, found, pruned, wanted, pool, progress)
-            except sqlite3.Error as error:
-                found.note("broken", f"it cannot be read: {error}", path.name)
+        pool = _pool(chain.segments(), stack)
+        while new := [path for path in chain.segments() if path not in done]:  # a day may end meanwhile
+            for path in new:
+                try:
+                    with closing(Segment(path)) as segment:
+                        _walk(segment, found, pruned, wanted, pool, progress)
+                except sqlite3.Error as error:
+                    found.note("broken", f"it cannot be read: {error}", path.name)
+            done += new
     found.finish(held)
     return found
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from persona_broker.audit.core.streams import Gap
 
-# Members of a record that are no text of a person; whatever else it has is in the person's part.
+# Members of a record that are no text of a person; whatever else it has is in the person's part.  The broker adds
+# ``lost`` (what a marker says) and ``conflict_with`` to them; what a guest calls so itself is in the person's part.
 FACTS = (
     "at",
     "session",
@@ -24,8 +25,6 @@ FACTS = (
     "event",
     "leased",
     "complain",
-    "lost",
-    "conflict_with",
 )
 SALT_BYTES = 16
 HASH_BYTES = 32
@@ -76,6 +75,8 @@ def split(record: Mapping[str, Any], counter: int | None = None, marker: Gap | N
     """A record as two JSON objects."""
     facts = {name: record[name] for name in record if name in _FACTS}
     person = {name: record[name] for name in record if name not in _FACTS}
+    if marker is not None:
+        facts["lost"] = {"first": marker.first, "last": marker.last, "why": marker.why}
     return Entry(to_json(facts), to_json(person), counter, marker)
 
 
