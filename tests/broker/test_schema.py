@@ -16,9 +16,9 @@ from persona_broker.store.interface import StoreError
 from persona_broker.store.schema import MIGRATIONS, NewerSchemaError
 from persona_broker.store.sqlite import SqliteStore
 
+from tests import releases
 from tests.broker.conftest import ROOT, environment, here
 
-KILLS = 12
 RECORDS = 20_000
 BODY = '{"user": "alice", "decision": "denied", "reason": "no_matching_policy"}'
 OPEN = """
@@ -62,6 +62,27 @@ def test_one_of_0_1_0_keeps_everything(tmp_path: Path) -> None:
     store.close()
     assert version(tmp_path / "db") == len(MIGRATIONS)
     assert {line for line in before if line.startswith("INSERT")} <= set(content(tmp_path / "db"))
+
+
+def test_what_0_1_0_itself_made_keeps_everything(tmp_path: Path) -> None:
+    """Its own code fills it: documents in two versions, guests, a session, records."""
+    tree, path = releases.unpack(tmp_path), tmp_path / "db"
+    (tmp_path / "x.yaml").write_text("{kind: Persona, name: A, command_whitelist: [ls]}\n")
+    head = [sys.executable, "-m", "persona_broker", "--db", str(path)]
+    for words in (("apply", str(tmp_path / "x.yaml")), ("apply", str(tree / "examples")), ("guest", "add", "vm-1")):
+        subprocess.run([*head, *words], env=environment(tree), check=True, capture_output=True)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("INSERT INTO sessions VALUES ('s', 'vm-1', 'alice', '[\"g\"]', 'sshd', '::1', 7.5, 1)")
+        db.execute("INSERT INTO records (guest, body) VALUES ('vm-1', ?)", (BODY,))
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        before = {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in tables}  # noqa: S608 - its own
+    assert broker(path, "migrate").returncode == 0
+    with closing(sqlite3.connect(path)) as db:
+        for name in tables:
+            assert set(before[name]) <= set(db.execute(f"SELECT * FROM {name}").fetchall()), name  # noqa: S608
+    assert before["documents"] and before["guests"] and before["meta"]
+    assert broker(path, "check").returncode == 0
+    assert "what was applied before there were revisions" in broker(path, "history").stdout
 
 
 def test_a_newer_one_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
@@ -178,7 +199,8 @@ def test_of_many_at_once_one_migrates(tmp_path: Path) -> None:
     assert version(tmp_path / "db") == len(MIGRATIONS)
 
 
-def test_a_kill_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.soak)])
+def test_a_kill_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path: Path, kills: int) -> None:
     whole = old(tmp_path / "whole", RECORDS)
     tables = len(content(whole)) - 1
     began = time.monotonic()
@@ -190,11 +212,11 @@ def test_a_kill_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path: Path) 
     )
     takes = time.monotonic() - began
     versions = []
-    for number in range(KILLS):
+    for number in range(kills):
         path = tmp_path / f"db{number}"
         path.write_bytes(whole.read_bytes())
         with subprocess.Popen([sys.executable, "-c", OPEN, str(path)], env=environment(ROOT)) as process:
-            time.sleep(takes * (number + random.random()) / KILLS)  # noqa: S311 - a moment, no secret
+            time.sleep(takes * (number + random.random()) / kills)  # noqa: S311 - a moment, no secret
             process.send_signal(signal.SIGKILL)
         versions.append(version(path))
         with closing(sqlite3.connect(path)) as db:
