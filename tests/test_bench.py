@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import store
 from tests.bench.child import in_child
 from tests.bench.row import Missing, Row, measured
 
@@ -35,6 +36,12 @@ def test_a_child_that_fails_unwinds_nothing_of_its_parent(tmp_path: Path) -> Non
         assert in_child(lambda: 1.5) == 1.5
         assert not notes.exists()
     assert notes.read_text() == "left\n"
+
+
+def test_the_store_s_figures_are_of_what_was_applied() -> None:
+    whole, one = store.of(40, "40")
+    assert (whole.name, one.name) == ("store.apply_ms.40", "store.change_ms.40")
+    assert whole.value > whole.peer_value > 0 and one.value > 0
 
 
 def test_a_figure_that_failed_is_missing_and_the_others_go_on() -> None:

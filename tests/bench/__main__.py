@@ -1,7 +1,7 @@
 """``make bench``: every figure beside its peer, a table and build/bench.json.  Needs root.
 
-Arguments pick parts: ``gate``, ``decide``, ``audit``, ``net``, ``guest``.  Beside each figure stands what the machine
-itself took just then (``machine.Pace``).  A figure that could not be measured is named with the reason, and
+Arguments pick parts: ``gate``, ``decide``, ``store``, ``audit``, ``net``, ``guest``.  Beside each figure stands what
+the machine itself took just then (``machine.Pace``).  A figure that could not be measured is named with the reason, and
 the exit code is 1.
 """
 
@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.bench import audit, decide, gate, guest, net
+from tests.bench import audit, decide, gate, guest, net, store
 from tests.bench.machine import pace
 from tests.bench.row import Missing, Row, measured
 
 PARTS: dict[str, Callable[[], Iterator[Row | Missing]]] = {
     "gate": gate.rows,
     "decide": decide.rows,
+    "store": store.rows,
     "audit": audit.rows,
     "net": lambda: measured(("net.*", net.rows)),
     "guest": guest.rows,

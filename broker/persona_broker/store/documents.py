@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from persona.documents import Document
 from persona.problems import Fault, PersonaError
@@ -55,8 +56,8 @@ class Documents(Database):
         """
         with self.reading():
             revision = change_sets.revision(self._db)
-            before = [document for document, _ in self.documents()]
             rows = self.rows(_APPLIED)
+            before = [document for document, _ in self._parse(rows)]
             known = change_sets.places_at(self._db, revision)
         after = merge(before, documents, how)
         kept = set(map(id, before))
@@ -81,11 +82,13 @@ class Documents(Database):
         of documents that moved within their files.  Raises ``PersonaError`` where another revision holds than the one
         that the plan was made for: nobody has seen what it would do then.
         """
-        self.catch_up()  # apart from what may be refused: a refusal names the revision
         with self.writing() as db:
-            change_sets.catch_up(db)
-            self.refuse_another(change_sets.revision(db), plan.revision)
-            return _write(db, plan, author)
+            if not change_sets.is_behind(db):
+                self.refuse_another(change_sets.revision(db), plan.revision)
+                return _write(db, plan, author)
+            change_sets.catch_up(db)  # and nothing else: the refusal names its revision
+        self.refuse_another(self.revision(), plan.revision)
+        return self.carry_out(plan, author)
 
     def change(
         self, documents: Sequence[Stored], how: How, author: Author, places: Places = MappingProxyType({})
@@ -156,15 +159,16 @@ class Documents(Database):
 
     def documents(self) -> list[tuple[Document | Unreadable, int]]:
         """The applied set in order, each with its version.  Those that cannot be read are logged once."""
+        return self._parse(self.rows(_APPLIED))
+
+    def _parse(self, rows: list[tuple[Any, ...]]) -> list[tuple[Document | Unreadable, int]]:
         with self._lock:  # versions never change, so of a large set only what is new is parsed
-            found = [(kind, name, version, stored) for kind, name, version, *stored in self.rows(_APPLIED)]
             parsed: dict[tuple[str, str, int], Document | Unreadable] = {}
-            for kind, name, version, stored in found:
-                key = kind, name, version
-                parsed[key] = self._parsed.get(key) or read(kind, name, version, *stored)
+            for row in rows:
+                parsed[row[:3]] = self._parsed.get(row[:3]) or read(*row)
             self._parsed = {key: item for key, item in parsed.items() if not isinstance(item, Unreadable)}
             self._tell(item for item in parsed.values() if isinstance(item, Unreadable))
-            return [(parsed[kind, name, version], version) for kind, name, version, _ in found]
+            return [(parsed[row[:3]], row[2]) for row in rows]
 
     def texts(self) -> list[tuple[str, str, int, str | None]]:
         """The applied set as it is stored: kind, name, version and JSON, ``None`` where that is gone."""
