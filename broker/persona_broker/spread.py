@@ -37,7 +37,7 @@ class Spread:
 
 def spread(store: Store, denials: Counted, change: ChangeSet, generation: int, now: float) -> Spread:
     """Of a change-set, which guests learn of by ``generation``: until the next one, and of a day at most."""
-    later = store.change_set(change.revision + 1)
+    later = store.change_set_after(change.revision)
     end = max(change.at, min(now, later.at if later else now, change.at + SPAN_MAX_S))
     before = denials(change.at - (end - change.at), change.at)
     seen = store.seen()

@@ -213,6 +213,8 @@ _BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a dump": (_sql("PRAGMA user_version = 0"), "and no version"),
     "somebody's": (_sql("DROP TABLE applied; PRAGMA user_version = 1"), "it is no broker's database"),
     "another text": (_sql("UPDATE documents SET body = replace(body, 'ls', 'lz')"), "not what was applied: Persona A"),
+    "a trigger": (_sql("CREATE TRIGGER x AFTER INSERT ON guests BEGIN DELETE FROM sessions; END"), "no broker made x"),
+    "a view": (_sql("CREATE VIEW x AS SELECT 1"), "no broker made x"),
     "no site": (_sql("DELETE FROM meta WHERE key = 'site'"), "says of no site that it is of"),
     "another site": (_sql("UPDATE meta SET value = '\"abc\"' WHERE key = 'site'"), "is of another site than"),
     "another past": (_sql("UPDATE change_sets SET at = 7"), "has another history"),
@@ -291,6 +293,9 @@ def test_the_commands(cli: Broker, path: Path, tmp_path: Path) -> None:
     done = cli.run("restore", str(file), "--yes")
     assert (done.returncode, "3 guests in quarantine" in done.stdout) == (0, True), done.stderr
     assert "vm-1  quarantined 20" in cli.run("guest", "list").stdout
+    explained = cli.run("explain", "--user", "alice", "--vm", "vm-1", "--", "ls").stdout
+    assert explained.endswith("vm-1 is in quarantine since a restore: it is denied everything until 'guest readmit'\n")
+    assert json.loads(cli.run("rollout", "1", "--json").stdout)["since_s"] < 60  # until the restore
     assert cli.run("guest", "readmit").returncode == 1
     assert "not in quarantine: nobody; nothing was changed" in cli.run("guest", "readmit", "vm-1", "nobody").stderr
     assert answer(cli, "guest", "readmit", "vm-1") == {"ok": True, "readmitted": ["vm-1"]}

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from persona_broker.policy.conditions import Sample
 from persona_broker.policy.merge import ADD, WHOLE
+from persona_broker.policy.place import Place
+from persona_broker.policy.rollout import Seen
 from persona_broker.store.interface import Author, SessionRow, Store, StoreError
 from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
@@ -117,6 +119,31 @@ def test_records_that_guests_lost_are_counted(connect: Open) -> None:
     store.add_lost(2)
     store.add_lost(3)
     assert store.records_lost() == 5
+
+
+def test_what_guests_were_told_and_say_only_rises(connect: Open) -> None:
+    store = connect()
+    store.add_guest("vm")
+    store.put_told({"vm": 5, "stranger": 5}, 1.0)
+    store.put_asked({"vm": 4}, 2.0)
+    store.put_asked({"vm": 3}, 3.0)
+    assert connect().seen() == {"vm": Seen(5, 1.0, 4, 3.0)}
+    store.remove_guest("vm")
+    assert (store.seen(), store.quarantined(), store.readmit(["vm"])) == ({}, {}, [])
+
+
+def test_where_documents_are_written_is_told_by_revision(connect: Open) -> None:
+    store, one = connect(), documents(persona("A"))
+    key = ("Persona", "A")
+    store.change(one, WHOLE, ANN, {key: Place("a.yaml", 1)})
+    store.change(documents(persona("A", "cat")), WHOLE, ANN, {key: Place("b.yaml", 2)})
+    before = store.stamp()
+    store.change(documents(persona("A", "cat")), WHOLE, ANN, {key: Place("b.yaml", 3)})
+    assert (store.stamp()[0] == before[0], store.stamp() == before, store.revision()) == (True, False, 2)
+    assert [str(store.places(number)[key]) for number in (1, 2)] == ["a.yaml:1", "b.yaml:3"]
+    assert (str(store.place_of(*key, 1)), store.places()[key]) == ("a.yaml:1", Place("b.yaml", 3))
+    store.change(one, WHOLE, ANN)
+    assert store.places() == {}  # nobody said
 
 
 def test_one_that_cannot_be_used_says_so_everywhere(connect: Open) -> None:

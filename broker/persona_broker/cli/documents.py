@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from persona.answers import as_json
 from persona.problems import Fault, PersonaError
 from persona.shown import line as printable
+from persona.shown import word
 from persona_broker.cli.store import for_reading, plural, say, store_of, unconfirmed, with_history
 from persona_broker.settings import Settings
 
@@ -347,6 +348,7 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     from persona_broker.store.stored_text import make_snapshot
 
     now = arguments.at.timestamp() if arguments.at else time.time()
+    quarantined: Mapping[str, float] = {}
     if arguments.files:
         loaded = _loaded(arguments.files)
         snapshot = make_snapshot(((document, 0) for document in arrange(loaded.documents)), loaded.places)
@@ -354,7 +356,7 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
         reports: Mapping[str, Reported] = {}
     else:
         store = for_reading(settings)
-        snapshot = store.snapshot()
+        snapshot, quarantined = store.snapshot(), store.quarantined()
         world = ConditionInputs(store.sample(), store.latches(), now, float(settings.load_max_age_s))
         reports = Reports(store).look(store.guests())
     if arguments.load:
@@ -371,12 +373,17 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
         head = f"granted under {decision.persona.name}, policy {policy}"
     else:
         head = f"denied, {decision.reason}{', policy ' if policy else ''}{policy}: {decision.help}"
+    notes = list(found.notes)
+    if arguments.vm in quarantined:
+        notes.append(
+            f"{word(arguments.vm)} is in quarantine since a restore: it is denied everything until 'guest readmit'"
+        )
     considered = [
         {"policy": c.policy, "place": c.place or None, "persona": c.persona, "verdict": c.verdict}
         for c in found.considered
     ]
-    value = {"decision": encode_decision(decision), "considered": considered, "notes": list(found.notes)}
-    say(arguments, value, "\n".join([head, *lines, *found.notes]))
+    value = {"decision": encode_decision(decision), "considered": considered, "notes": notes}
+    say(arguments, value, "\n".join([head, *lines, *notes]))
     return 0 if isinstance(decision, Granted) else 1
 
 

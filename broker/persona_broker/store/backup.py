@@ -18,7 +18,7 @@ from pathlib import Path
 from persona.problems import Fault, PersonaError
 from persona.shown import line
 from persona_broker.store.database import as_store_error, put_meta, read_only
-from persona_broker.store.schema import check, version_of
+from persona_broker.store.schema import check, migrate, version_of
 from persona_broker.store.stored_text import is_damaged
 
 Progress = Callable[[float], None]  # a share of 1
@@ -104,6 +104,7 @@ def open_backup(file: Path) -> sqlite3.Connection:
         version_of(db)
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'applied'").fetchone():
             raise _unfit(file, "it is no broker's database", "name a file that 'persona-broker backup' made")
+        _refuse_strangers(db, file)
         _refuse_damaged_documents(db, file)
     except BaseException as error:
         db.close()
@@ -120,6 +121,16 @@ def _refuse_damaged(db: sqlite3.Connection, file: Path) -> None:
         said = str(error)
     if said != "ok":
         raise _unfit(file, f"it is damaged ({said.splitlines()[-1]})", "copy it anew, or take another backup")
+
+
+def _refuse_strangers(db: sqlite3.Connection, file: Path) -> None:
+    """Triggers and views would do something of their own once they are in the database."""
+    query = "SELECT name, sql FROM sqlite_master WHERE type IN ('trigger', 'view')"
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as fresh:
+        migrate(fresh)
+        known = set(fresh.execute(query))
+    if strange := sorted(name for name, sql in set(db.execute(query)) - known):
+        raise _unfit(file, f"no broker made {line(strange[0])} in it", "take another backup")
 
 
 def damaged(db: sqlite3.Connection) -> list[tuple[str, bool]]:

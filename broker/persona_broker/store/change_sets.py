@@ -116,6 +116,12 @@ def one(db: sqlite3.Connection, number: int) -> ChangeSet | None:
     return _read(db, row) if row is not None else None
 
 
+def after(db: sqlite3.Connection, number: int) -> ChangeSet | None:
+    """The next one; a restore may have left out numbers."""
+    row = db.execute(f"{_EVERY} WHERE revision > ? ORDER BY revision LIMIT 1", (number,)).fetchone()
+    return _read(db, row) if row is not None else None
+
+
 def versions_at(db: sqlite3.Connection, number: int) -> Versions:
     """The version of each document that was applied at a revision."""
     # SQLite takes the other columns from the row that has the maximum

@@ -132,6 +132,11 @@ class Documents(Database):
         with self.reading():
             return change_sets.one(self._db, revision)
 
+    def change_set_after(self, revision: int) -> ChangeSet | None:
+        """The one that came next."""
+        with self.reading():
+            return change_sets.after(self._db, revision)
+
     def documents_at(self, revision: int) -> list[tuple[Document | Unreadable, int]]:
         """What was applied at a revision, policies last and in order, each with its version.
 

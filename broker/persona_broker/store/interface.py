@@ -231,6 +231,9 @@ class Store(Protocol):
     def change_set(self, revision: int) -> ChangeSet | None:
         """The one of a revision."""
 
+    def change_set_after(self, revision: int) -> ChangeSet | None:
+        """The one that came next."""
+
     def documents_at(self, revision: int) -> list[tuple[Document | Unreadable, int]]:
         """What was applied at a revision, policies last and in order.  Raises ``PersonaError`` (not_found)."""
 
