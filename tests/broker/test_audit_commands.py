@@ -20,8 +20,8 @@ from persona_broker.audit.core.events import EVENTS
 from persona_broker.audit.core.format import split
 from persona_broker.audit.core.streams import Gap
 from persona_broker.audit.delivery import Delivery
-from persona_broker.audit.index import Indexer
-from persona_broker.audit.search import Wanted, each
+from persona_broker.audit.index import Index, Indexer, index_of
+from persona_broker.audit.search import Wanted, each, later, newest
 from persona_broker.audit.segment import Segment
 from persona_broker.store.sqlite import SqliteStore
 
@@ -160,6 +160,8 @@ def test_tail_has_everything_and_what_operators_did(filled: Broker) -> None:
     assert filled.run("guest", "add", "vm-9", "--token-file", str(filled.directory / "t")).returncode == 0
     assert filled.run("load", "set", "cpu=10").returncode == 0
     assert filled.run("guest", "remove", "vm-9").returncode == 0
+    assert "4 records waiting" in filled.run("audit", "tail").stderr
+    assert json.loads(filled.run("migrate", "--json").stdout)["moved"] == 4
     found = [one["record"] for one in answer(filled, "tail", "-n", "4")]
     assert [one["event"] for one in found] == ["change_set", "guest_added", "load_set", "guest_removed"]
     assert (found[0]["revision"], found[0]["message"], found[1]["vm"], found[1]["renewed"]) == (
@@ -355,11 +357,38 @@ def indexed(segment: Path) -> int:
     return 0
 
 
-def test_a_broken_index_is_made_anew(filled: Broker) -> None:
+def test_a_broken_index_is_read_around_and_made_anew(filled: Broker) -> None:
+    segment = Chain(filled.directory / "audit").segments()[0]
+    Index(segment).close()
+    index_of(segment).write_bytes(b"garbage" * 1000)
     assert len(answer(filled, "search", "--user", "alice")) == 8
-    for path in (filled.directory / "audit" / "index").iterdir():
-        path.write_bytes(b"garbage" * 1000)
-    assert len(answer(filled, "search", "--user", "alice")) == 8
+    assert index_of(segment).read_bytes() == b"garbage" * 1000
+    Index(segment).close()
+    assert indexed(segment) == Segment(segment).head()[0]
+
+
+@pytest.mark.parametrize("through", ["nothing", "some", "everything"])
+def test_a_search_writes_nothing_and_finds_everything_once(filled: Broker, through: str) -> None:
+    """Whatever the index has: what it lacks is read from the records."""
+    chain = Chain(filled.directory / "audit")
+    for segment in chain.segments() if through != "nothing" else ():
+        Index(segment).close()
+        if through == "some":
+            with closing(sqlite3.connect(index_of(segment))) as db, db:
+                db.execute("DELETE FROM entries WHERE number > (SELECT min(number) + 1 FROM entries)")
+    numbers = [one.number for one in each(chain, Wanted(guests_only=False))]
+    assert numbers == list(range(1, chain.head()[0] + 1))
+    assert [one.number for one in newest(chain, Wanted(guests_only=False), 7)[0]] == numbers[-7:]
+    assert [one.number for one in later(chain, Wanted(guests_only=False), 2, 4)[0]] == [3, 4, 5, 6]
+    (alike,) = newest(chain, Wanted(user="bob", distinct=True), 100)[0]
+    assert (alike.count, alike.number) == (4, max(one.number for one in each(chain, Wanted(user="bob"))))
+    before = {path: path.read_bytes() for path in sorted(filled.directory.rglob("*")) if path.is_file()}
+    for words in ("audit tail", "audit search --user alice", "audit export", "audit verify", "records tail", "rollout"):
+        assert filled.run(*words.split()).returncode in (0, 1)
+    after = {path: path.read_bytes() for path in sorted(filled.directory.rglob("*")) if path.is_file()}
+    logs = {path for path in after if path.name.endswith(("-wal", "-shm"))}  # SQLite's, of whoever reads
+    assert {path: after[path] for path in after.keys() - logs} == {path: before[path] for path in before.keys() - logs}
+    assert all(path.stat().st_size == 0 for path in logs - before.keys() if path.name.endswith("-wal"))
 
 
 def test_odd_text_is_found(cli: Broker) -> None:
@@ -381,7 +410,8 @@ def test_a_search_by_user_and_day_takes_less_than_a_second(cli: Broker, count: i
         for first in range(0, count, 5000):
             entries = [split(said(f"user{n % 500}", odd={"n": [n]})) for n in range(first, first + 5000)]
             chain.deliver([Delivery(f"vm-{first % 7}", entries)])
-        list(each(chain, Wanted(user="nobody")))  # the index is made once
+        for path in chain.segments():
+            Index(path).close()  # as the broker does every few seconds
         began = time.monotonic()
         found = list(each(chain, Wanted(user="user7", received_since=time.time() - DAY_S)))
         took = time.monotonic() - began

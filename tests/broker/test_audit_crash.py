@@ -151,8 +151,11 @@ def test_between_the_chain_and_the_deletion_there_is_no_moment_that_doubles(
         assert len(list(each(chain, Wanted(event="load_set", guests_only=False)))) == 1
 
 
-def test_records_come_over_with_the_first_command_and_with_the_broker(cli: Broker) -> None:
+def test_records_come_over_with_migrate_and_with_the_broker(cli: Broker) -> None:
     old(cli.directory, 3)
+    done = cli.run("records", "tail")
+    assert (done.returncode, done.stdout, "3 records waiting in the database" in done.stderr) == (0, "", True)
+    assert cli.run("migrate").stdout == "3 records moved into the audit\n"
     assert len(cli.run("records", "tail").stdout.splitlines()) == 3
     with closing(sqlite3.connect(cli.directory / "db")) as db, db:
         db.execute("INSERT INTO records (guest, body) VALUES ('vm-1', ?)", (json.dumps(said("late")),))
@@ -282,10 +285,11 @@ def test_a_broken_file_is_named_and_left_and_the_way_out_works(
 def test_what_waits_is_said_where_the_audit_cannot_take_it(cli: Broker) -> None:
     old(cli.directory, 1)
     (cli.directory / "audit").write_text("in the way")
-    done = cli.run("records", "tail")
+    done = cli.run("audit", "hold", "add", "--user", "alice")
     assert "what waits in the database does not get into the audit" in done.stderr
+    assert cli.run("migrate").returncode == 3
     with closing(SqliteStore(cli.directory / "db")) as store:
-        assert waiting(store) == 1
+        assert waiting(store) == 2
 
 
 def test_many_threads_share_a_wait_for_the_disk(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_a_record_that_cannot_be_read_hides_no_other(filled: Broker) -> None:
         record.execute("INSERT INTO records (guest, body) VALUES ('vm-1', 'torn {')")
         record.execute("INSERT INTO records (guest, body) VALUES ('vm-1', '[]')")
         record.execute("INSERT INTO records (guest, body) VALUES ('vm-1', '{}')")
+    filled.run("migrate")
     done = filled.run("records", "tail", "--vm", "vm-1")
     assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 6, "")
     assert done.stdout.count("unreadable") == 4  # its kind, and what it is about

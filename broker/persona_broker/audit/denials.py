@@ -5,14 +5,11 @@ from contextlib import closing
 from datetime import UTC, datetime
 
 from persona_broker.audit.chain import Chain
-from persona_broker.audit.index import Index
+from persona_broker.audit.lookup import Lookup
 from persona_broker.policy.rollout import Denials
 
 _LATE_S = 86_400.0  # records that come later than this after they were made do not count
-COUNT = (
-    "SELECT reason, count(*) FROM entries INDEXED BY entries_denied"
-    " WHERE decision = 'denied' AND at >= ? AND at < ? GROUP BY reason"
-)
+COUNT = "SELECT reason, count(*) FROM entries WHERE decision = 'denied' AND at >= ? AND at < ? GROUP BY reason"
 
 
 def denials(chain: Chain, begin: float, end: float) -> Denials:
@@ -24,6 +21,7 @@ def denials(chain: Chain, begin: float, end: float) -> Denials:
     found: Counter[str] = Counter()
     for path in chain.segments():
         if first <= path.stem <= last:
-            with closing(Index(path)) as index:
-                found.update({str(reason): count for reason, count in index.rows(COUNT, begin, end)})
+            with closing(Lookup(path)) as entries:
+                for reason, count in entries.rows(COUNT, begin, end):
+                    found[str(reason)] += count
     return Denials(end - begin, dict(found))

@@ -1,7 +1,7 @@
 """What makes a search quick: beside each segment, the fields that are asked for, in a file that can be made anew.
 
-Nothing here is evidence.  The broker brings the index up to date every few seconds, whoever searches does it for the
-rest; appending never waits for it.
+Nothing here is evidence.  The broker brings the index up to date every few seconds, and so do ``prune`` and ``erase``;
+appending never waits for it.  Whoever searches reads it (``lookup``).
 """
 
 import logging
@@ -22,9 +22,12 @@ _EVERY_S = 5.0
 _BLOCK = 20_000  # records of one transaction
 
 _FIELD = "CASE WHEN json_valid({0}) THEN json_extract({0}, '$.{1}') END"
-_TABLES = (
+ENTRIES = (
     "CREATE TABLE entries (number INTEGER PRIMARY KEY, at_us INTEGER NOT NULL, guest TEXT, at REAL, user TEXT,"
-    " session TEXT, program TEXT, event TEXT, decision TEXT, reason TEXT, persona TEXT)",
+    " session TEXT, program TEXT, event TEXT, decision TEXT, reason TEXT, persona TEXT)"
+)
+_TABLES = (
+    ENTRIES,
     "CREATE INDEX entries_user ON entries (user)",
     "CREATE INDEX entries_session ON entries (session)",
     "CREATE INDEX entries_guest ON entries (guest)",
@@ -45,7 +48,7 @@ _EXTRACTED = ", ".join(
         ("facts", "persona"),
     )
 )
-_FILL = (
+FILL = (  # after a number, so many
     f"INSERT INTO entries SELECT number, at_us, guest, {_EXTRACTED} FROM segment.records"  # noqa: S608 - constants
     " WHERE number > ? ORDER BY number LIMIT ?"
 )
@@ -106,7 +109,7 @@ class Index:
         while (done := self._through()) < (last or 0):
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                self._db.execute(_FILL, (self._through(), _BLOCK))
+                self._db.execute(FILL, (self._through(), _BLOCK))
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:

@@ -18,6 +18,7 @@ from persona_broker.audit.core.verify import Verification
 from persona_broker.audit.files import sync_directory
 from persona_broker.audit.holds import Hold
 from persona_broker.audit.keys import SigningKey
+from persona_broker.audit.lookup import Lookup
 from persona_broker.audit.segment import Segment
 from persona_broker.audit.verify import verify_segments
 from persona_broker.store.interface import Author
@@ -61,7 +62,7 @@ def plan(chain: Chain, before: str, held: Sequence[Hold], verified: int) -> list
 def _held(path: Path, held: Sequence[Hold]) -> str:
     if not held:
         return ""
-    with closing(index.Index(path)) as entries:
+    with closing(Lookup(path)) as entries:
         for hold in held:
             query = f"SELECT 1 FROM entries WHERE {hold.kind} = +CAST(? AS TEXT) LIMIT 1"  # noqa: S608 - one of KINDS
             if entries.rows(query, hold.name.encode("utf-8", "surrogatepass")):

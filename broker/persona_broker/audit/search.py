@@ -1,16 +1,15 @@
 """Which records an operator asks for: the newest, or those after a number, over all segments."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.format import Row, Stream, joined
-from persona_broker.audit.index import Index
+from persona_broker.audit.lookup import Lookup, Part, Progress
 
-Progress = Callable[[int, int], None]
 _BLOCK = 2000  # records that are in memory at once
 _QUIET: Progress = lambda _done, _all: None  # noqa: E731
 
@@ -66,15 +65,16 @@ def newest(chain: Chain, wanted: Wanted, limit: int, progress: Progress = _QUIET
     found: list[Found] = []
     alike: dict[str, Found] = {}
     for path in chain.segments()[::-1]:
-        with closing(Index(path, progress)) as index:
-            last = last or _last(index)
-            if not wanted.distinct:
-                found += _find(index, wanted, None, limit - len(found))
-                if len(found) >= limit:
-                    break
-                continue
-            for one in _find(index, wanted, None, -1):
-                _count(alike, one)
+        with closing(Lookup(path, progress)) as entries:
+            for part in entries.parts[::-1]:
+                last = last or part.last()
+                if wanted.distinct:
+                    for one in _find(part, wanted, None, -1):
+                        _count(alike, one)
+                elif len(found) < limit:
+                    found += _find(part, wanted, None, limit - len(found))
+        if not wanted.distinct and len(found) >= limit:
+            break
     if wanted.distinct:
         found = sorted(alike.values(), key=lambda one: -one.number)[:limit]
     return found[::-1], last
@@ -85,26 +85,24 @@ def later(chain: Chain, wanted: Wanted, after: int, limit: int) -> tuple[list[Fo
     found: list[Found] = []
     last = after
     for path in chain.after(after):
-        with closing(Index(path)) as index:
-            found += _find(index, wanted, after, limit - len(found))
-            if len(found) >= limit:
-                return found, found[-1].number
-            last = max(last, _last(index))
+        with closing(Lookup(path, after=after)) as entries:
+            for part in entries.parts:
+                found += _find(part, wanted, after, limit - len(found))
+                if len(found) >= limit:
+                    return found, found[-1].number
+                last = max(last, part.last())
     return found, last
 
 
 def each(chain: Chain, wanted: Wanted, progress: Progress = _QUIET) -> Iterator[Found]:
     """All records, oldest first.  Raises ``sqlite3.Error``."""
     for path in chain.segments():
-        with closing(Index(path, progress)) as index:
-            after = 0
-            while block := list(_find(index, wanted, after, _BLOCK)):
-                yield from block
-                after = block[-1].number
-
-
-def _last(index: Index) -> int:
-    return int(index.rows("SELECT ifnull(max(number), 0) FROM entries")[0][0])
+        with closing(Lookup(path, progress)) as entries:
+            for part in entries.parts:
+                after = 0
+                while block := list(_find(part, wanted, after, _BLOCK)):
+                    yield from block
+                    after = block[-1].number
 
 
 def _count(alike: dict[str, Found], one: Found) -> None:
@@ -117,9 +115,9 @@ def _count(alike: dict[str, Found], one: Found) -> None:
     alike[key] = one if before is None else Found(before.row, before.record, before.count + one.count)
 
 
-def _find(index: Index, wanted: Wanted, after: int | None, limit: int) -> Iterator[Found]:
+def _find(part: Part, wanted: Wanted, after: int | None, limit: int) -> Iterator[Found]:
     query, values = query_of(wanted, after)
-    for number, vm, at_us, facts, person, stream, counter, hashed, count in index.rows(query, *values, limit):
+    for number, vm, at_us, facts, person, stream, counter, hashed, count in part.rows(query, *values, limit):
         try:
             record = joined(facts, person)
         except (ValueError, TypeError, RecursionError):

@@ -30,6 +30,7 @@ from persona_broker.audit.core.format import (
 )
 from persona_broker.audit.core.streams import Gap, Received
 from persona_broker.audit.files import give, sync_directory
+from persona_broker.store.database import read_only_uri
 
 FORMAT = 1  # PRAGMA user_version
 BUSY_S = 5.0
@@ -76,7 +77,7 @@ class Segment:
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}")
         self.path = path
-        uri = f"{path.absolute().as_uri()}?mode={'rw' if writable else 'ro'}"
+        uri = f"{path.absolute().as_uri()}?mode=rw" if writable else read_only_uri(path)
         self._db = sqlite3.connect(uri, timeout=BUSY_S, isolation_level=None, check_same_thread=False, uri=True)
         try:
             found = int(self._db.execute("PRAGMA user_version").fetchone()[0])

@@ -16,7 +16,7 @@ from persona_broker.audit.prune import check, plan
 from persona_broker.audit.prune import prune as prune_days
 from persona_broker.cli.audit import known_holds
 from persona_broker.cli.author import author
-from persona_broker.cli.chain import opened_both
+from persona_broker.cli.chain import changeable, opened_both
 from persona_broker.cli.store import plural, say
 from persona_broker.settings import Settings
 from persona_broker.store.sqlite import SqliteStore
@@ -27,7 +27,7 @@ _TAMPERED = ("changed", "cut", "reordered", "broken")
 
 def prune(arguments: argparse.Namespace, settings: Settings) -> int:
     """``audit prune --before DATE``: whole days, each against a signed checkpoint that stays."""
-    store, chain = opened_both(settings)
+    store, chain = opened_both(settings) if arguments.dry_run else changeable(settings)
     key = _key(keys.key_file(chain.directory))
     here, _ = checkpoints.kept(store)
     right, _ = checkpoints.sorted_out(here, [key.public], "the database")
@@ -73,7 +73,7 @@ def hold_remove(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _hold(arguments: argparse.Namespace, settings: Settings, change: Any, member: str, text: str) -> int:
-    store, chain = opened_both(settings)
+    store, chain = changeable(settings)
     kind = "user" if arguments.user is not None else "session"
     name = arguments.user if arguments.user is not None else arguments.session
     change(store, kind, name, author(arguments.message))
@@ -84,7 +84,7 @@ def _hold(arguments: argparse.Namespace, settings: Settings, change: Any, member
 
 def erase(arguments: argparse.Namespace, settings: Settings) -> int:
     """``audit erase --user U``: their text and arguments; that something was decided stays."""
-    store, chain = opened_both(settings)
+    store, chain = changeable(settings)
     _refuse_held(store, arguments.user)
     lines = [f"the text of all records of {word(arguments.user)} is erased from the audit, for ever"]
     if not _confirmed(arguments, lines, "Erase it?"):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.files import beside
-from persona_broker.audit.inbox import take_over
-from persona_broker.cli.store import existing
+from persona_broker.audit.inbox import take_over, waiting
+from persona_broker.cli.store import existing, for_reading, plural
 from persona_broker.settings import Settings
 from persona_broker.store.sqlite import SqliteStore
 
@@ -40,14 +40,24 @@ class Bar:
 
 
 def opened(settings: Settings) -> Chain:
-    """The chain, with everything in it that waited for it where that can be.  Raises ``sqlite3.Error``, ``OSError``."""
+    """The chain, for what only reads.  Raises ``StoreError``, ``OSError``."""
     store, chain = opened_both(settings)
     store.close()
     return chain
 
 
 def opened_both(settings: Settings) -> tuple[SqliteStore, Chain]:
-    """The same, and the database."""
+    """The same, and the database.  Says on standard error what is not in the chain yet."""
+    store = for_reading(settings)
+    if count := waiting(store):
+        fix = "the service moves them within a second; where it does not run, 'persona-broker migrate' does"
+        what = f"{plural(count, 'record')} waiting in the database, and not in the audit yet"
+        print(f"persona-broker: {what}: {fix}", file=sys.stderr)
+    return store, Chain(beside(Path(settings.db)))
+
+
+def changeable(settings: Settings) -> tuple[SqliteStore, Chain]:
+    """Both, for what writes, with everything in the chain that waited for it where that can be.  Raises ``OSError``."""
     store = existing(settings)
     chain = Chain(beside(Path(settings.db)))
     bar = Bar("moved into the audit")

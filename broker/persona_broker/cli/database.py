@@ -8,7 +8,11 @@ from pathlib import Path
 
 from persona.answers import iso, local
 from persona.shown import line, word
+from persona_broker.audit.chain import Chain
+from persona_broker.audit.files import beside
+from persona_broker.audit.inbox import take_over
 from persona_broker.cli.author import author
+from persona_broker.cli.chain import Bar
 from persona_broker.cli.store import must_exist, plural, say, store_of, unconfirmed
 from persona_broker.settings import Settings
 from persona_broker.store.backup import Progress, backup_of, damaged, open_backup
@@ -20,7 +24,7 @@ from persona_broker.store.schema import MIGRATIONS, version_of
 
 
 def migrate(arguments: argparse.Namespace, settings: Settings) -> int:
-    """``migrate``: brings the database to this version's schema, whole or not at all, and its history up to date."""
+    """``migrate``: brings the database to this version's schema, whole or not at all, and history and audit along."""
     must_exist(settings)
     with closing(read_only(Path(settings.db))) as db:
         before = version_of(db)
@@ -28,9 +32,14 @@ def migrate(arguments: argparse.Namespace, settings: Settings) -> int:
         behind = store.is_behind()
         store.catch_up()
         revision = store.revision()
-    value = {"from": before, "to": len(MIGRATIONS), "revision": revision}
+        with closing(Chain(beside(Path(settings.db)))) as chain:
+            bar = Bar("moved into the audit")
+            moved = take_over(store, chain, bar.show)
+            bar.end()
+    value = {"from": before, "to": len(MIGRATIONS), "revision": revision, "moved": moved}
     lines = [f"schema version {before} -> {len(MIGRATIONS)}"] if before != len(MIGRATIONS) else []
     lines += [f"revision {revision} has what a broker that keeps no revisions applied"] if behind else []
+    lines += [f"{plural(moved, 'record')} moved into the audit"] if moved else []
     say(arguments, value, "\n".join(lines) or "nothing to do")
     return 0
 

@@ -56,10 +56,16 @@ def read_write(path: Path) -> sqlite3.Connection:
 
 def read_only(path: Path) -> sqlite3.Connection:
     """A connection that cannot write, also on a file system that nobody can write to.  Raises ``sqlite3.Error``."""
+    uri = read_only_uri(path)
+    return sqlite3.connect(uri, uri=True, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
+
+def read_only_uri(path: Path) -> str:
+    """The same, for a connection that this file is attached to.  Raises ``OSError``."""
     uri = f"{path.absolute().as_uri()}?mode=ro"
     if os.statvfs(path.parent).f_flag & os.ST_RDONLY:  # no lock file can be made there, and none is needed
         uri += "&immutable=1"
-    return sqlite3.connect(uri, uri=True, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    return uri
 
 
 class Database:
