@@ -164,6 +164,7 @@ def test_tail_has_everything_and_what_operators_did(filled: Broker) -> None:
     assert json.loads(filled.run("migrate", "--json").stdout)["moved"] == 4
     found = [one["record"] for one in answer(filled, "tail", "-n", "4")]
     assert [one["event"] for one in found] == ["change_set", "guest_added", "load_set", "guest_removed"]
+    assert found[0]["count"] == len(found[0]["documents"]) > 5
     assert (found[0]["revision"], found[0]["message"], found[1]["vm"], found[1]["renewed"]) == (
         1,
         "first try",

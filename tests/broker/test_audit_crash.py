@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
+from persona_broker import metrics
+from persona_broker.audit import checkpoints
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.format import split
 from persona_broker.audit.delivery import Delivery
@@ -28,6 +30,7 @@ from persona_broker.audit.search import Wanted, each
 from persona_broker.audit.segment import Segment
 from persona_broker.audit.verify import verify
 from persona_broker.serve import app
+from persona_broker.serve.audit_process import Worker
 from persona_broker.settings import Audit, Settings
 from persona_broker.store.sqlite import SqliteStore
 
@@ -38,7 +41,7 @@ from tests.broker.test_audit_chain import BEGAN, STREAM, numbered, said
 SOAK = [pytest.mark.soak, pytest.mark.timeout(3600)]
 # several days pass in each of these processes, so that some die while they roll over
 APPEND = """
-import sys, random
+import sys
 from pathlib import Path
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.format import Stream, split
@@ -318,3 +321,24 @@ def test_many_threads_share_a_wait_for_the_disk(tmp_path: Path) -> None:
             thread.join()
     assert sum(commits) == 80
     assert len(commits) < 60
+
+
+def test_whatever_fails_in_the_audit_s_process_ends_no_other_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(_path: Path) -> None:
+        raise ImportError("no cryptography here")
+
+    monkeypatch.setattr("persona_broker.audit.keys.load_or_make", missing)
+    worker = Worker(replace(Settings(), db=str(tmp_path / "db")))
+    worker.begin()
+    worker.look()
+    assert metrics.is_audit_failing()
+    assert "the audit does not work: no cryptography here" in caplog.text
+    monkeypatch.undo()
+    worker.look()
+    worker.end()
+    assert not metrics.is_audit_failing()
+    with closing(SqliteStore(tmp_path / "db")) as store, closing(Chain(tmp_path / "audit")) as chain:
+        newest = checkpoints.newest(store)
+        assert newest is not None and newest.number == chain.head()[0]

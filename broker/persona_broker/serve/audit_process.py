@@ -124,11 +124,12 @@ class Worker:
         try:
             step()
             metrics.audit_number(self._chain.head()[0])
-        except (sqlite3.Error, OSError, PersonaError) as error:
+        except Exception as error:  # a bug here must not end the parts that decide, as the end of this one would
             metrics.audit_failing(True)
             if not self._said_at or time.monotonic() - self._said_at > _SAY_EVERY_S:
                 self._said_at = time.monotonic()
-                log.critical("the audit does not work: %s", error)
+                foreseen = isinstance(error, sqlite3.Error | OSError | PersonaError)
+                log.critical("the audit does not work: %s", error, exc_info=None if foreseen else error)
             return
         metrics.audit_failing(False)
         self._said_at = 0.0

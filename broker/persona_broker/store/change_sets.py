@@ -19,6 +19,7 @@ from persona_broker.store.pending import note
 
 _EVERY = "SELECT revision, at, author, message, policies IS NOT NULL, generation FROM change_sets"
 _NAMED_MAX = 3  # of those who were faster
+TOLD_MAX = 100  # documents of one change-set that the audit names; the history has all
 
 
 def revision(db: sqlite3.Connection) -> int:
@@ -54,11 +55,16 @@ def add(
 
 
 def told(db: sqlite3.Connection) -> dict[str, Any]:
-    """The newest change-set, for the audit."""
-    (last,) = newest(db, 1)
-    items = [{"kind": item.kind, "name": item.name, "before": item.before, "after": item.after} for item in last.items]
-    author = last.author
-    return {"author": author.name, "message": author.message, "revision": last.revision, "documents": items}
+    """The newest change-set, for the audit: of its documents how many they are, and the first TOLD_MAX."""
+    query = "SELECT revision, author, message FROM change_sets ORDER BY revision DESC LIMIT 1"
+    number, author, message = db.execute(query).fetchone()
+    (count,) = db.execute("SELECT count(*) FROM change_items WHERE revision = ?", (number,)).fetchone()
+    items = "SELECT kind, name, before, after FROM change_items WHERE revision = ? LIMIT ?"
+    named = [
+        dict(zip(("kind", "name", "before", "after"), item, strict=True))
+        for item in db.execute(items, (number, TOLD_MAX))
+    ]
+    return {"author": author, "message": message, "revision": number, "count": count, "documents": named}
 
 
 def is_behind(db: sqlite3.Connection) -> bool:

@@ -14,7 +14,7 @@ from persona_broker.audit.core.format import Entry, to_json
 EVENTS: Mapping[str, str] = {
     "segment_opened": "A day's file begins: `segment`, `chain`, `previous`, `carried` (digest of the streams).",
     "segment_sealed": "A day's file ends: `next` is the file that goes on.",
-    "change_set": "An apply or a rollback: `revision`, `message`, `documents` (`kind`, `name`, versions).",
+    "change_set": "An apply or a rollback: `revision`, `message`, `count`, `documents` (the first 100).",
     "session_revoked": "An operator revoked a session: `session`, `vm`, `end` (what runs in it ends as well), `user`.",
     "guest_added": "A guest was registered, or got another token: `vm`, `renewed`.",
     "guest_removed": "A guest was removed: `vm`.",

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -56,7 +55,7 @@ class Runner:
                     pass
                 patience = _LOOK_EVERY_S
                 self._works()
-            except (OSError, sqlite3.Error, ValueError) as error:
+            except Exception as error:  # whatever it is: it is told, and tried again
                 self._fails(error)
                 patience = min(_PATIENCE_MAX_S, 2 * patience)
             if ends:
