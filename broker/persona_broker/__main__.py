@@ -20,8 +20,7 @@ from persona.problems import Fault, PersonaError, Reason
 from persona.version import VERSION
 from persona_broker import settings as configuration
 from persona_broker.cli import (
-    audit,
-    audit_changes,
+    audit_options,
     database,
     documents,
     guests,
@@ -228,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     newest.add_argument("--program", metavar="NAME|PATH", help="the file that ran or was refused, not its argv[0]")
     newest.add_argument("--distinct", action="store_true", help="once each, with how many: time and session aside")
 
-    _add_audit(top, command)
+    audit_options.add(top, command)
     tls_parser = top.add_parser("tls", help="certificates").add_subparsers(required=True)
     init = command("init", tls.init, "make ca.pem, broker.crt and broker.key", tls_parser)
     init.add_argument("--dir", type=Path, default=Path("/etc/persona"), help="where to (default /etc/persona)")
@@ -236,81 +235,6 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--force", action="store_true", help="replace what is there: guests need the new ca.pem")
     init.add_argument("--user", help="who serves and so reads the key (default persona-broker, where there is one)")
     return parser
-
-
-def _add_audit(top: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
-    below = top.add_parser("audit", help="the chain of all records").add_subparsers(required=True)
-
-    verify = command("verify", audit.verify, "say whether the record is whole, and what was changed or cut", below)
-    verify.add_argument(
-        "--against",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="checkpoints from elsewhere; repeatable",
-    )
-    verify.add_argument(
-        "--key",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a public key that signed some; repeatable",
-    )
-    for name, run, text in (
-        ("search", audit.search, "the newest records of those that are asked for, oldest first"),
-        ("export", audit.export, "records as JSON lines, oldest first"),
-    ):
-        found = command(name, run, text, below)
-        found.add_argument("--user", help="of this user")
-        found.add_argument("--vm", help="of this VM")
-        found.add_argument("--session", metavar="ID", help="of this session")
-        found.add_argument("--program", metavar="NAME|PATH", help="the file that ran or was refused, not its argv[0]")
-        found.add_argument("--event", metavar="CODE", help="of this kind, as exec or change_set")
-        found.add_argument("--decision", choices=["granted", "denied"], help="that was decided so")
-        found.add_argument("--reason", metavar="CODE", help="denied for this reason")
-        found.add_argument("--persona", metavar="NAME", help="under this persona")
-        found.add_argument("--since", type=usage.since, metavar="TIME", help=f"received {usage.SINCE}")
-        found.add_argument("--until", type=usage.since, metavar="TIME", help="received before then")
-        if name == "search":
-            found.add_argument("-n", type=usage.count, default=20, metavar="COUNT", help="at most so many (default 20)")
-            found.set_defaults(follow=False)
-        else:
-            found.add_argument(
-                "--format", choices=["jsonl", "ocsf"], default="jsonl", help="ocsf: what it has a class for"
-            )
-    newest = command("tail", audit.tail, "the newest records of any kind, oldest first", below)
-    newest.add_argument("-n", type=usage.count, default=20, metavar="COUNT", help="at most so many (default 20)")
-    newest.add_argument("--follow", "-f", action="store_true", help="go on with those to come")
-    command("gaps", audit.gaps, "numbers of guests that never came, and why where that is known", below)
-    command("key", audit.key, "the public key that checkpoints are signed with", below)
-
-    prune = command("prune", audit_changes.prune, "delete old days, each against a signed checkpoint that stays", below)
-    prune.add_argument(
-        "--before", type=usage.day, required=True, metavar="YYYY-MM-DD", help="the first day that stays (UTC)"
-    )
-    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
-    erase = command("erase", audit_changes.erase, "take a person's text and arguments out of the record", below)
-    erase.add_argument("--user", required=True, help="whose")
-    for parser in (prune, erase):
-        parser.add_argument("--yes", "-y", action="store_true", help="without being asked")
-        parser.add_argument(
-            "--message", "-m", type=usage.message, default="", metavar="TEXT", help="why, for the record"
-        )
-    hold = below.add_parser("hold", help="what is never pruned or erased").add_subparsers(required=True)
-    for name, run, text in (
-        ("add", audit_changes.hold_add, "keep all records of a user or a session"),
-        ("remove", audit_changes.hold_remove, "let them be pruned and erased again"),
-    ):
-        found = command(name, run, text, hold)
-        who = found.add_mutually_exclusive_group(required=True)
-        who.add_argument("--user", help="of this user")
-        who.add_argument("--session", metavar="ID", help="of this session")
-        found.add_argument(
-            "--message", "-m", type=usage.message, default="", metavar="TEXT", help="why, for the record"
-        )
-    command("list", audit.hold_list, "what is held", hold)
 
 
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -148,6 +149,25 @@ def test_a_stream_of_many_gaps_and_many_streams_are_bounded(
         assert segment.rows("SELECT count(*) FROM streams") == [(3,)]
     with closing(Segment(chain.segments()[0])) as segment:
         assert segment.rows("SELECT count(*) FROM gaps") == [(5,)]
+
+
+def test_sealed_segments_become_plain_files_that_can_be_read_anywhere(
+    chain: Chain, clock: Clock, tmp_path: Path
+) -> None:
+    for _ in range(3):
+        deliver(chain, *numbered(1))
+        clock.now += DAY_S
+    before = verify(chain, ())
+    chain.settle()
+    sealed = chain.segments()[:-1]
+    assert {path.name for path in (tmp_path / "audit").glob("*-wal")} <= {f"{chain.segments()[-1].name}-wal"}
+    assert [path.read_bytes()[18:20] for path in sealed] == [b"\1\1"] * 2
+    assert (verify(chain, ()).hash, verify(chain, ()).findings) == (before.hash, [])
+    with closing(sqlite3.connect(sealed[0])) as db:  # somebody looks at one: the others go on
+        db.execute("BEGIN IMMEDIATE")
+        chain.settle()
+    deliver(chain, *numbered(2))
+    assert findings(chain) == []
 
 
 def test_what_killed_processes_left_goes(chain: Chain, clock: Clock, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The short runs kill a few times, ``make soak`` 200 times.
 import contextlib
 import json
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -342,3 +343,16 @@ def test_whatever_fails_in_the_audit_s_process_ends_no_other_part(
     with closing(SqliteStore(tmp_path / "db")) as store, closing(Chain(tmp_path / "audit")) as chain:
         newest = checkpoints.newest(store)
         assert newest is not None and newest.number == chain.head()[0]
+
+
+def test_a_chain_that_is_gone_is_told_at_the_next_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        worker = Worker(replace(Settings(), db=str(tmp_path / "db")))
+        worker.begin()
+        worker.end()
+    assert "records are gone" not in caplog.text
+    shutil.rmtree(tmp_path / "audit")
+    worker = Worker(replace(Settings(), db=str(tmp_path / "db")))
+    worker.begin()
+    worker.end()
+    assert "records are gone" in caplog.text

@@ -46,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, key: SigningKey) -> tuple[Pa
             made = checkpoints.make(chain, key, clock)
             assert made is not None
             found.append(made)
-    for path in directory.iterdir():
+    for path in files(directory):
         with closing(sqlite3.connect(path)) as db:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return directory, found

@@ -4,6 +4,7 @@ A segment ends with a sealing record that names the next; the next begins with i
 lock (SQLite's) makes the order, and from whatever a process leaves behind that dies in between, any other goes on.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -21,7 +22,8 @@ from persona_broker.audit.core.events import event
 from persona_broker.audit.core.format import Entry, Row, Stream
 from persona_broker.audit.delivery import Delivery, Kept, deliver
 from persona_broker.audit.files import private_directory
-from persona_broker.audit.segment import BUSY_S, Segment, Start, Writer, create
+from persona_broker.audit.new_segment import Start, create
+from persona_broker.audit.segment import BUSY_S, Segment, Writer
 
 log = logging.getLogger("persona.audit")
 
@@ -89,6 +91,19 @@ class Chain:
         for path in self.directory.iterdir():
             if path.name.startswith(".") and self._clock() - path.stat().st_mtime > _SCRATCH_MAX_S:
                 path.unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """Makes sealed segments files of their own, without a log beside them, which read-only media can hold.
+
+        One that somebody else has open is left for later.  Raises ``OSError``.
+        """
+        for path in self.segments()[:-1]:
+            with path.open("rb") as file:
+                wal = file.read(20)[18:] == b"\2\2"  # of the header: the versions that read and write it
+            if not wal:
+                continue
+            with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=0)) as db:
+                db.execute("PRAGMA journal_mode = DELETE")
 
     def read(self, after: int, limit: int) -> list[Row]:
         """The records after a number, in order, at most so many.  Raises ``sqlite3.Error``."""
@@ -191,14 +206,14 @@ class Chain:
         if not paths:
             self._begin(self._day(), Start(os.urandom(16).hex(), None, 0, b""))
             paths = self.segments()
-        segment = Segment(paths[-1], writable=True)
-        if following := segment.sealed():
-            with closing(segment):
+        path = paths[-1]
+        with closing(Segment(path)) as segment:
+            if following := segment.sealed():
                 start = Start(segment.chain, segment.name, *segment.head(), segment.carried(), segment.meta("moved"))
-            self._begin(following, start)
-            segment = Segment(self.directory / f"{following}.db", writable=True)
-        self._current, self._inode = segment, segment.path.stat().st_ino
-        return segment
+                self._begin(following, start)
+                path = self.directory / f"{following}.db"
+        self._current, self._inode = Segment(path, writable=True), path.stat().st_ino
+        return self._current
 
     def _begin(self, day: str, start: Start) -> None:
         try:

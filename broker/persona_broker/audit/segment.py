@@ -4,50 +4,36 @@ Whoever appends holds SQLite's own write lock, so several processes make one ord
 returns (``synchronous = FULL``).
 """
 
-import hashlib
 import json
 import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_broker.audit.core.events import event
 from persona_broker.audit.core.format import (
     HASH_BYTES,
     SALT_BYTES,
     Entry,
     Row,
     Stream,
-    genesis,
     link,
     message,
     person_digest,
     to_json,
 )
 from persona_broker.audit.core.streams import Gap, Received
-from persona_broker.audit.files import give, sync_directory
+from persona_broker.audit.new_segment import FORMAT
 from persona_broker.store.database import read_only_uri
 
-FORMAT = 1  # PRAGMA user_version
 BUSY_S = 5.0
 STREAMS_MAX = 1000  # of one guest that are remembered from one segment to the next: as many boots
 _TRUNCATE_TRIES, _TRUNCATE_PAUSE_S = 20, 0.1
 GAPS_MAX = 10_000  # of one stream that are remembered; 'audit verify' counts all
 
-_TABLES = (
-    "CREATE TABLE records (number INTEGER PRIMARY KEY, at_us INTEGER NOT NULL, guest TEXT, stream INTEGER,"
-    " counter INTEGER, facts TEXT NOT NULL, person TEXT, salt BLOB, digest BLOB, hash BLOB NOT NULL)",
-    "CREATE INDEX records_counter ON records (stream, counter) WHERE stream IS NOT NULL",
-    "CREATE TABLE streams (id INTEGER PRIMARY KEY, guest TEXT NOT NULL, machine TEXT NOT NULL, boot TEXT NOT NULL,"
-    " last INTEGER NOT NULL, conflicts INTEGER NOT NULL DEFAULT 0, UNIQUE (guest, machine, boot))",
-    "CREATE TABLE gaps (stream INTEGER NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, why TEXT NOT NULL,"
-    " PRIMARY KEY (stream, first)) WITHOUT ROWID",
-    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-)
 _COLUMNS = (
     "number, at_us, guest, (SELECT machine || ' ' || boot FROM streams WHERE id = stream), counter, facts, person, hash"
 )
@@ -55,18 +41,6 @@ _COLUMNS = (
 
 class SegmentError(sqlite3.DatabaseError):
     """A file of the chain that cannot be used; the message names it and the way out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """What a segment begins with: the state of the chain at the end of the one before."""
-
-    chain: str
-    previous: str | None  # the segment before
-    number: int  # of the last record there
-    hash: bytes
-    carried: str = "[]"  # streams and their gaps, JSON
-    moved: str = "[]"  # what was taken over from the database last, JSON
 
 
 class Segment:
@@ -281,62 +255,6 @@ class Writer:
         known = StreamState(found[0], guest, stream, Received(found[1], list(gaps)), gaps)
         self._states[guest, stream] = known
         return known
-
-
-def create(path: Path, start: Start, at_us: int) -> None:
-    """Makes a segment with its first record, whole or not at all.
-
-    Raises ``FileExistsError`` where another process was faster, ``OSError``, ``sqlite3.Error``.
-    """
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}.{os.urandom(4).hex()}")
-    scratch.touch(mode=0o600)
-    give(scratch)
-    try:
-        with closing(sqlite3.connect(scratch, isolation_level=None)) as db:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("BEGIN IMMEDIATE")
-            for table in _TABLES:
-                db.execute(table)
-            db.execute(f"PRAGMA user_version = {FORMAT}")
-            _fill(db, path, start, at_us)
-            db.execute("COMMIT")
-        with closing(sqlite3.connect(scratch)) as db:  # closing the last connection left nothing beside the file
-            db.execute("SELECT count(*) FROM records")
-        os.link(scratch, path)
-        sync_directory(path.parent)
-    finally:
-        for left in path.parent.iterdir():
-            if left.name.startswith(scratch.name):
-                left.unlink(missing_ok=True)
-
-
-def _fill(db: sqlite3.Connection, path: Path, start: Start, at_us: int) -> None:
-    streams = json.loads(start.carried)
-    for ident, (guest, machine, boot, last, conflicts, gaps) in enumerate(streams, 1):
-        db.execute("INSERT INTO streams VALUES (?, ?, ?, ?, ?, ?)", (ident, guest, machine, boot, last, conflicts))
-        db.executemany("INSERT INTO gaps VALUES (?, ?, ?, ?)", [(ident, *gap) for gap in gaps])
-    said = event(
-        "segment_opened",
-        at_us / 1e6,
-        segment=path.stem,
-        chain=start.chain,
-        previous=start.previous,
-        carried=hashlib.sha256(start.carried.encode()).hexdigest(),
-    )
-    salt = os.urandom(SALT_BYTES)
-    number, previous = start.number + 1, start.hash if start.number else genesis(start.chain)
-    hashed = link(previous, person_digest(salt, said.person), message(number, at_us, None, None, None, said.facts))
-    row = (number, at_us, None, None, None, said.facts, said.person, salt, None, hashed)
-    db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
-    meta = {
-        "chain": start.chain,
-        "previous": previous.hex(),
-        "carried": start.carried,
-        "moved": start.moved,
-        "sealed": "",
-    }
-    db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
 
 
 def _row(

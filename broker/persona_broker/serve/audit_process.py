@@ -99,8 +99,20 @@ class Worker:
             entries.append(event("audit_key_made", time.time(), key=self._key.public.id))
         self._chain.add(entries)
         self._chain.sweep()
+        self._compare()
         self._take_over()
         self._checkpoint()
+
+    def _compare(self) -> None:
+        """Says at once where the chain does not reach the last checkpoint: somebody took its end away, or all of it."""
+        newest = checkpoints.newest(self._store)
+        if newest is not None and newest.number > self._chain.head()[0]:
+            log.critical(
+                "the audit in %s ends before record %d, of which there is a checkpoint: records are gone"
+                " ('persona-broker audit verify' says which)",
+                self._chain.directory,
+                newest.number,
+            )
 
     def _take_over(self) -> None:
         written = self._store.data_version()
@@ -113,6 +125,7 @@ class Worker:
             self._key, _ = keys.load_or_make(keys.key_file(self._chain.directory))
         self._checkpoint_at = time.monotonic() + CHECKPOINT_EVERY_S
         metrics.audit_missing(self._chain.missing())
+        self._chain.settle()
         made = checkpoints.make(self._chain, self._key)
         if made is None or made.number == self._checkpointed:
             return
