@@ -232,6 +232,11 @@ def test_over_http_with_numbers(broker: Broker) -> None:
         assert broker.call("POST", "/v1/records", body) == (204, b"")
     chain = Chain(broker.directory / "audit")
     assert counters(chain) == [1, 3]
+
+    def lost() -> int:
+        return int(broker.call("GET", "/metrics")[1].split(b"\npersona_broker_records_lost_total ")[1].split()[0])
+
+    before = lost()
     marker = said(number=4, event="lost", lost={"first": 2, "last": 2, "why": "spool full"})
     bad = [
         said(),
@@ -242,6 +247,9 @@ def test_over_http_with_numbers(broker: Broker) -> None:
     status, answer = broker.call("POST", "/v1/records", {**body, "records": [marker, *bad, said(number=6)]})
     assert (status, [refused["index"] for refused in answer["refused"]]) == (200, [1, 2, 3, 4])
     assert counters(chain) == [1, 3, 4, 6]
+    assert lost() == before + 1
+    assert broker.call("POST", "/v1/records", {**body, "records": [marker]}) == (204, b"")
+    assert lost() == before + 1  # it is the same marker
     assert [item.text[:8] for item in verify(chain, ()).findings] == ["number 5"]
     for wrong in ({"machine": "x", "boot": BOOT}, {"machine": MACHINE}, {**stream, "moon": 1}, "x"):
         assert broker.call("POST", "/v1/records", {**body, "stream": wrong})[0] == 400

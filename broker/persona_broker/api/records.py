@@ -38,13 +38,16 @@ class Keeper:
         self._dropped: Counter[str] = Counter()  # by guest, since it could last be written
         self._said_at = 0.0  # monotonic; 0: it can be written
 
-    def keep(self, delivery: Delivery) -> None:
-        """Everything of it is on the disk afterwards, or was dropped.  Raises ``PersonaError``: the guest keeps it."""
+    def keep(self, delivery: Delivery) -> int:
+        """How many numbers it says were dropped.  Everything of it is on the disk afterwards, or was dropped itself.
+
+        Raises ``PersonaError``: the guest keeps it.
+        """
         try:
             (kept,) = self.chain.deliver([delivery])
         except (sqlite3.Error, OSError) as error:
             self._failed(delivery, error)
-            return
+            return 0
         metrics.audited(kept.kept, len(kept.conflicts))
         if kept.conflicts:
             log.critical(
@@ -54,6 +57,7 @@ class Keeper:
                 ", ".join(map(str, kept.conflicts[:5])),
             )
         self._works()
+        return kept.lost
 
     def _failed(self, delivery: Delivery, error: sqlite3.Error | OSError) -> None:
         now = time.monotonic()
@@ -111,7 +115,7 @@ def records() -> Response:
     uncounted = 0 if answers else len(refused)
     if entries or lost or uncounted:
         keeper: Keeper = current_app.extensions["keeper"]
-        keeper.keep(Delivery(name, entries, stream, lost, uncounted, why))
+        lost += keeper.keep(Delivery(name, entries, stream, lost, uncounted, why))
     if lost + uncounted:
         store().add_lost(lost + uncounted)
     return jsonify(refused=refused) if refused and answers else Response(status=204)

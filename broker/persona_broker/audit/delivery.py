@@ -29,11 +29,15 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What became of a delivery; ``conflicts`` are numbers that came before with another content."""
+    """What became of a delivery; ``conflicts`` are numbers that came before with another content.
+
+    ``lost``: how many numbers the guest says that it dropped, in markers that are new.
+    """
 
     kept: int
     again: int
-    conflicts: tuple[int, ...]
+    conflicts: tuple[int, ...] = ()
+    lost: int = 0
 
 
 Earlier = Callable[[str, Stream, int], Iterable[Row]]  # what other segments have under a number, the newest first
@@ -41,7 +45,7 @@ Earlier = Callable[[str, Stream, int], Iterable[Row]]  # what other segments hav
 
 def deliver(writer: Writer, delivery: Delivery, at_us: int, earlier: Earlier) -> Kept:
     """Appends what is new.  A number that came with the same content counts once; another is kept and marked."""
-    kept = again = 0
+    kept = again = lost = 0
     conflicts: list[int] = []
     state = writer.state(delivery.guest, delivery.stream) if delivery.stream is not None else None
     for entry in delivery.entries:
@@ -64,6 +68,7 @@ def deliver(writer: Writer, delivery: Delivery, at_us: int, earlier: Earlier) ->
             received.add(counter)
         if entry.marker is not None:
             received.explain(entry.marker.first, entry.marker.last, entry.marker.why)
+            lost += entry.marker.count
         writer.add(entry, at_us, delivery.guest, state)
         kept += 1
     at = at_us / 1e6
@@ -72,7 +77,7 @@ def deliver(writer: Writer, delivery: Delivery, at_us: int, earlier: Earlier) ->
     if delivery.refused:
         why = delivery.refused_why
         writer.add(event("records_refused", at, vm=delivery.guest, count=delivery.refused, detail=why), at_us)
-    return Kept(kept, again, tuple(conflicts))
+    return Kept(kept, again, tuple(conflicts), lost)
 
 
 def _contradicted(entry: Entry, before: Iterable[Row]) -> int | None:
