@@ -1,5 +1,6 @@
 """Backups of a database that is written to, and going back to one without undercutting what a guest has seen."""
 
+import errno
 import json
 import os
 import sqlite3
@@ -24,7 +25,7 @@ from persona.problems import PersonaError
 from tests.broker.conftest import VM, Broker, apply
 from tests.broker.test_apply import persona, policy, write
 from tests.broker.test_history import answer
-from tests.broker.test_schema import content, old
+from tests.broker.test_schema import content, old, version
 
 ANN = Author("ann")
 
@@ -110,6 +111,28 @@ def test_a_backup_overwrites_nothing(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / "backup").read_bytes() == before
     with pytest.raises(OSError, match="No such file"):
         backup(path, tmp_path / "no folder" / "x")
+
+
+def test_a_disk_without_links_has_backups_too(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "as vfat says")
+
+    monkeypatch.setattr(os, "link", refuse)
+    backup(path, tmp_path / "b2")
+    open_backup(tmp_path / "b2").close()
+    assert not list(tmp_path.glob("*.part"))
+    lose(path)
+    restore(path, tmp_path / "b2", ANN)
+    with closing(SqliteStore(path)) as store:
+        assert store.count() == 2
+
+
+def test_of_a_database_that_is_not_migrated_there_is_a_backup(tmp_path: Path) -> None:
+    before = content(old(tmp_path / "db"))
+    backup(tmp_path / "db", tmp_path / "b")
+    assert content(tmp_path / "db") == before
+    open_backup(tmp_path / "b").close()
+    assert version(tmp_path / "b") == 0
 
 
 def test_what_is_there_still_goes_back_and_undercuts_nothing(path: Path, tmp_path: Path) -> None:
@@ -208,6 +231,7 @@ _BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (_cut, "it is cut: "),
     "cut to nothing": (lambda file: os.truncate(file, 0), "it is no database"),
     "another file": (lambda file: file.write_text("hello" * 1000), "it is no database"),
+    "in use": (lambda file: file.with_name("backup-wal").write_bytes(b"x"), "so it is in use"),
     "torn": (_torn, "it is damaged"),
     "newer": (_sql(f"PRAGMA user_version = {len(MIGRATIONS) + 1}"), "was written by a newer one"),
     "a dump": (_sql("PRAGMA user_version = 0"), "and no version"),

@@ -4,6 +4,7 @@ A copy has everything that the database has, tokens as hashes only (docs/backup.
 it: they are files of their own.
 """
 
+import errno
 import json
 import os
 import sqlite3
@@ -18,7 +19,7 @@ from pathlib import Path
 from persona.problems import Fault, PersonaError
 from persona.shown import line
 from persona_broker.store.database import as_store_error, put_meta, read_only
-from persona_broker.store.schema import check, migrate, version_of
+from persona_broker.store.schema import migrate, version_of
 from persona_broker.store.stored_text import is_damaged
 
 Progress = Callable[[float], None]  # a share of 1
@@ -45,17 +46,29 @@ def backup(database: Path, file: Path, progress: Progress = nobody) -> None:
     os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         with as_store_error(), closing(read_only(database)) as source:
-            check(source)
+            version_of(source)  # of an older one too: there is no better moment than before a migration
             copy(source, part, progress)
             with closing(sqlite3.connect(part, isolation_level=None)) as target:
                 target.execute("PRAGMA journal_mode = DELETE")  # one file, and nothing beside it
                 put_meta(target, "backup_at", time.time())
                 _refuse_damaged(target, part)
-        keep(part)
-        os.link(part, file)  # unlike a renaming, it overwrites nothing
-        keep(file.parent)
+        put_in_place(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, file: Path) -> None:
+    """Gives a file that is whole its name, when it is on the disk.  Raises ``OSError``, also where there is one."""
+    keep(part)
+    try:
+        os.link(part, file)  # unlike a renaming, it overwrites nothing
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):  # a file system without links, as of a USB stick
+            raise
+        if os.path.lexists(file):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(file)) from None
+        part.rename(file)
+    keep(file.parent)
 
 
 def copy(source: sqlite3.Connection, target: Path, progress: Progress = nobody) -> None:
@@ -97,6 +110,9 @@ def open_backup(file: Path) -> sqlite3.Connection:
     whole = (65536 if page == 1 else page) * pages
     if size < whole:
         raise _unfit(file, f"it is cut: {size} of {whole} bytes", "copy it anew, or take another backup")
+    rest = file.with_name(f"{file.name}-wal")
+    if rest.exists() and rest.stat().st_size:
+        raise _unfit(file, f"{rest} is beside it, so it is in use, or a part of what was", "take a backup of it")
     uri = f"{file.absolute().as_uri()}?mode=ro&immutable=1"
     db = sqlite3.connect(uri, uri=True, isolation_level=None)
     try:

@@ -26,7 +26,7 @@ from pathlib import Path
 from persona.problems import Fault, PersonaError
 from persona_broker.policy.place import NOWHERE
 from persona_broker.store import change_sets
-from persona_broker.store.backup import Progress, copy, keep, meta_of, nobody, open_backup
+from persona_broker.store.backup import Progress, copy, meta_of, nobody, open_backup, put_in_place
 from persona_broker.store.database import as_store_error, put_meta, read_write
 from persona_broker.store.interface import Author
 from persona_broker.store.schema import check, migrate, version_of
@@ -200,12 +200,10 @@ def replace_lost(
         if os.geteuid() == 0:  # as for a new one: it is the service's
             owner = database.parent.stat()
             os.chown(scratch, owner.st_uid, owner.st_gid)
-        keep(scratch)
         try:
-            os.link(scratch, database)  # unlike a renaming, it overwrites nothing
+            put_in_place(scratch, database)
         except FileExistsError:
             raise PersonaError(Fault.CONFLICT, f"{database} is there by now; nothing was changed") from None
-        keep(database.parent)
         return restored
     finally:
         shutil.rmtree(folder, ignore_errors=True)
