@@ -20,6 +20,7 @@ from persona_broker.host.load import LoadSource, MachineSource, SetSource
 from persona_broker.serve.worker import at_exit
 from persona_broker.settings import Settings
 from persona_broker.spread import Newest
+from persona_broker.store.database import Access
 from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
@@ -61,7 +62,7 @@ def base(settings: Settings, blueprints: Iterable[Blueprint]) -> Flask:
     app.extensions["store"] = SqliteStore(Path(settings.db))
     chain = Chain(beside(Path(settings.db)))
     app.extensions["keeper"] = records.Keeper(chain, settings.audit.when_full)
-    app.extensions["spread"] = Newest(app.extensions["store"], partial(denials, chain))
+    app.extensions["spread"] = Newest(SqliteStore(Path(settings.db), Access.READ), partial(denials, chain))
     problems.register(app)
     app.after_request(_name_version)
     for blueprint in blueprints:
