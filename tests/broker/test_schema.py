@@ -17,6 +17,7 @@ from persona_broker.store.interface import StoreError
 from persona_broker.store.schema import MIGRATIONS, NewerSchemaError
 from persona_broker.store.sqlite import SqliteStore
 
+from scripts.completions import parser_of, read
 from tests import releases
 from tests.broker.conftest import ROOT, environment, here
 
@@ -109,11 +110,25 @@ READING: tuple[tuple[str, ...], ...] = (
     ("sets", "list"), ("guest", "list"), ("load", "show"), ("health",), ("sessions", "list"), ("records", "tail"),
     ("audit", "verify"), ("audit", "search"), ("audit", "tail"), ("audit", "export"), ("audit", "gaps"),
     ("audit", "key"), ("audit", "hold", "list"), ("audit", "prune", "--before", "2026-01-01", "--dry-run"),
+    ("rollout",),
 )  # fmt: skip
+WRITING = {
+    "serve", "apply", "rollback", "migrate", "backup", "restore", "guest add", "guest remove", "guest readmit",
+    "load set", "sessions revoke", "tls init", "audit erase", "audit hold add", "audit hold remove",
+    "audit prune",
+}  # fmt: skip
 
 
 def broker(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return here([sys.executable, "-m", "persona_broker", "--db", str(path), *words])
+
+
+def test_each_command_either_reads_or_writes() -> None:
+    top = read(parser_of("persona-broker"))
+    commands = {command.path.strip() for command in top.all() if not command.below}
+    reading = {name for name in commands for words in READING if f"{' '.join(words)} ".startswith(f"{name} ")}
+    assert reading | WRITING == commands
+    assert reading & WRITING == {"apply", "rollback", "audit prune"}  # with --dry-run
 
 
 @pytest.mark.parametrize("words", READING, ids=" ".join)
