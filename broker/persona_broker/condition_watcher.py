@@ -66,8 +66,6 @@ class Watcher:
         written, due = self._store.data_version(), time.monotonic() >= self._sample_at
         if written == self._seen and not due:
             return
-        if time.monotonic() >= self._tell_at:
-            self._write_down()
         generation = self._store.generation()
         if generation != self._loaded:
             self._snapshot, self._loaded = self._store.snapshot(), generation
@@ -93,6 +91,8 @@ class Watcher:
             with self.changed:
                 self.generation = generation
                 self.changed.notify_all()
+        if time.monotonic() >= self._tell_at:  # after what guests wait for
+            self._write_down()
 
     def _write_down(self) -> None:
         """Which generations guests were told, for ``rollout``."""

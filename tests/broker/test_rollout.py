@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_broker.api.guests import Asked
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.format import split
 from persona_broker.audit.delivery import Delivery
@@ -18,6 +19,7 @@ from persona_broker.audit.denials import COUNT, denials
 from persona_broker.audit.index import Index
 from persona_broker.policy.rollout import Denials, Moved, Seen, Taken, moved, taken
 from persona_broker.spread import Newest
+from persona_broker.store.interface import StoreError
 from persona_broker.store.sqlite import SqliteStore
 
 from persona.codec import Record, encode_record
@@ -135,6 +137,20 @@ def test_a_guest_that_is_removed_is_forgotten(store: SqliteStore) -> None:
     store.add_guest("vm", "another token")
     store.remove_guest("vm")
     assert store.seen() == {}
+
+
+def test_what_could_not_be_written_down_is_the_next_time(store: SqliteStore, tmp_path: Path) -> None:
+    store.add_guest("vm")
+    asked, closed = Asked(), SqliteStore(tmp_path / "db")
+    closed.close()
+    asked.note("vm", 3)
+    asked.note("vm", 2)
+    with pytest.raises(StoreError):
+        asked.write_down(closed, 1.0)
+    assert store.seen() == {}
+    asked.write_down(store, 2.0)
+    asked.write_down(store, 3.0)  # nothing is new
+    assert store.seen() == {"vm": Seen(0, None, 3, 2.0)}
 
 
 def until(look: Callable[[], Any], wanted: object) -> None:

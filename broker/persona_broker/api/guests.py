@@ -39,10 +39,12 @@ class Asked:
         if generation > self._known.get(guest, 0):
             self._known[guest] = self._new[guest] = generation
 
-    def take(self) -> dict[str, int]:
-        """What is new since the last time."""
-        new, self._new = self._new, {}
-        return new
+    def write_down(self, store: Store, now: float) -> None:
+        """What is new since the last time.  Raises ``StoreError``, and keeps it for the next time then."""
+        new = dict(self._new)
+        if new:
+            store.put_asked(new, now)
+        self._new = {guest: known for guest, known in self._new.items() if known != new.get(guest)}
 
 
 def asked() -> Asked:

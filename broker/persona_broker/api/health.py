@@ -17,6 +17,5 @@ def health() -> tuple[str, int]:
     name = guest()
     report = decode_report(body())
     store().put_report(name, report, bounds_of(state().current().snapshot.vm_conditions), time.time())
-    if new := asked().take():
-        store().put_asked(new, time.time())
+    asked().write_down(store(), time.time())
     return "", 204
