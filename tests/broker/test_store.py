@@ -1,5 +1,6 @@
 """What every implementation of the store promises (``persona_broker.store.interface``)."""
 
+import json
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +26,10 @@ from tests.broker.test_apply import persona, policy
 
 IMPLEMENTATIONS: dict[str, Callable[[Path], Store]] = {"sqlite": lambda folder: SqliteStore(folder / "db")}
 ANN = Author("ann", "why")
+# what an implementation has put on the record, oldest first
+RECORDED: dict[str, Callable[[Path], list[dict[str, Any]]]] = {"sqlite": lambda folder: _pending(folder / "db")}
 Open = Callable[[], Store]
+Recorded = Callable[[], list[dict[str, Any]]]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -34,6 +38,17 @@ def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     make = IMPLEMENTATIONS[request.param]
     with ExitStack() as stack:
         yield lambda: stack.enter_context(closing(make(tmp_path)))
+
+
+def _pending(path: Path) -> list[dict[str, Any]]:
+    with closing(SqliteStore(path)) as store:
+        return [json.loads(body) for (body,) in store.rows("SELECT body FROM audit_pending ORDER BY id")]
+
+
+@pytest.fixture
+def recorded(request: pytest.FixtureRequest, connect: Open, tmp_path: Path) -> Callable[[], list[dict[str, Any]]]:
+    """What operators did, of the store of ``connect``."""
+    return lambda: RECORDED[request.node.callspec.params["connect"]](tmp_path)
 
 
 def documents(*values: dict[str, Any]) -> list[Document]:
@@ -112,6 +127,44 @@ def test_who_is_revoked_stays_so_while_the_session_is_open(connect: Open) -> Non
     assert store.revoked() == store.ending() == {"s"}
     assert store.end_session("s", "vm") and not store.end_session("s", "vm")
     assert store.revoked() == store.ending() == frozenset()
+
+
+def test_what_operators_do_is_put_on_the_record_with_who_did_it(connect: Open, recorded: Recorded) -> None:
+    store = connect()
+    store.add_guest("vm", "token", ANN)
+    store.add_guest("vm", "token", ANN)  # the same again is no act
+    store.add_guest("vm", "another", ANN)
+    store.open_session(SessionRow("s", "vm", Subject("alice", (), "vm"), "", "", 1.0, False))
+    store.revoke("alice", end=True, author=ANN)
+    store.put_set_load({"cpu": 3.0}, ANN)
+    store.change(documents(persona("A")), WHOLE, ANN)
+    store.change(documents(persona("A")), WHOLE, ANN)
+    store.remove_guest("vm", ANN)
+    store.remove_guest("vm", ANN)  # nor is what changes nothing
+    store.revoke("x", author=ANN)
+    store.readmit(["vm"], ANN)
+    found = recorded()
+    assert [one.pop("author") for one in found] == ["ann"] * 6
+    assert all(one.pop("at") > 1e9 for one in found)
+    document = {"kind": "Persona", "name": "A", "before": None, "after": 1}
+    assert found == [
+        {"event": "guest_added", "vm": "vm", "renewed": False},
+        {"event": "guest_added", "vm": "vm", "renewed": True},
+        {"event": "session_revoked", "session": "s", "vm": "vm", "user": "alice", "end": True},
+        {"event": "load_set", "load": {"cpu": 3.0}},
+        {"event": "change_set", "message": "why", "revision": 1, "count": 1, "documents": [document]},
+        {"event": "guest_removed", "vm": "vm"},
+    ]
+
+
+def test_an_act_that_does_not_happen_is_not_on_the_record(connect: Open, recorded: Recorded) -> None:
+    store = connect()
+    with pytest.raises(PersonaError):
+        store.change(documents(policy("b", persona="nobody")), ADD, ANN)
+    store.close()
+    with pytest.raises(StoreError):
+        store.add_guest("vm", author=ANN)
+    assert recorded() == []
 
 
 def test_records_that_guests_lost_are_counted(connect: Open) -> None:
