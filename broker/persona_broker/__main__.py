@@ -161,6 +161,11 @@ def _parser() -> argparse.ArgumentParser:
     back = command("restore", database.restore, "go back to a backup; nothing that a guest has seen is undercut")
     back.add_argument("file", type=Path, metavar="FILE", help="that 'backup' made")
     back.add_argument("--message", "-m", type=usage.message, default="", metavar="TEXT", help="why, for the history")
+    back.add_argument(
+        "--audit-kept",
+        action="store_true",
+        help="the database is lost, the audit is not: what it says was taken since is all, and nobody is quarantined",
+    )
     back.add_argument("--yes", "-y", action="store_true", help="without being asked")
 
     spread = command("rollout", rollout.show, "which guests have taken a revision, and how denials moved since")

@@ -160,8 +160,6 @@ def test_tail_has_everything_and_what_operators_did(filled: Broker) -> None:
     assert filled.run("guest", "add", "vm-9", "--token-file", str(filled.directory / "t")).returncode == 0
     assert filled.run("load", "set", "cpu=10").returncode == 0
     assert filled.run("guest", "remove", "vm-9").returncode == 0
-    assert "4 records waiting" in filled.run("audit", "tail").stderr
-    assert json.loads(filled.run("migrate", "--json").stdout)["moved"] == 4
     found = [one["record"] for one in answer(filled, "tail", "-n", "4")]
     assert [one["event"] for one in found] == ["change_set", "guest_added", "load_set", "guest_removed"]
     assert found[0]["count"] == len(found[0]["documents"]) > 5

@@ -196,7 +196,7 @@ def test_what_is_lost_comes_back_with_all_guests_in_quarantine(path: Path, tmp_p
 def test_what_the_audit_tells_is_taken_again_and_nobody_waits(path: Path, tmp_path: Path) -> None:
     goes_on(path)
     lose(path)
-    known = Removals(frozenset({"vm-2"}), frozenset({"s-vm-3"}), frozenset({"s-vm-1"}))
+    known = Removals(frozenset({"vm-2"}), frozenset({"s-vm-3"}), frozenset({"s-vm-1"}), complete=True)
     with closing(open_backup(tmp_path / "backup")) as source:
         done = replace_lost(path, source, ANN, known)
     with closing(SqliteStore(path)) as store:

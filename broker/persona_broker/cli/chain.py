@@ -3,6 +3,7 @@
 import sqlite3
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 from persona_broker.audit.chain import Chain
@@ -14,6 +15,7 @@ from persona_broker.store.sqlite import SqliteStore
 
 _QUIET_S = 1.0  # what is done sooner says nothing
 _EVERY_S = 0.2
+_AT_ONCE = 1000  # records: some hundredths of a second
 
 
 class Bar:
@@ -67,3 +69,18 @@ def changeable(settings: Settings) -> tuple[SqliteStore, Chain]:
         print(f"persona-broker: what waits in the database does not get into the audit: {error}", file=sys.stderr)
     bar.end()
     return store, chain
+
+
+def hand_over(store: SqliteStore, settings: Settings) -> None:
+    """Puts what a command did into the chain before it ends, also where no service runs.
+
+    What cannot get there now stays in the database, and is said; so does much that waits, as after an upgrade.
+    """
+    if not 0 < waiting(store) <= _AT_ONCE:
+        return
+    try:
+        with closing(Chain(beside(Path(settings.db)))) as chain:
+            take_over(store, chain)
+    except (sqlite3.Error, OSError) as error:
+        why = f"the audit cannot take it: {error}"
+        print(f"persona-broker: done, but it waits in the database, for {why}", file=sys.stderr)

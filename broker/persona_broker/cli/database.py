@@ -1,9 +1,12 @@
 """The database's file: ``migrate``, ``backup`` and ``restore``."""
 
 import argparse
+import sqlite3
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from persona.answers import iso, local
@@ -11,14 +14,15 @@ from persona.shown import line, word
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.files import beside
 from persona_broker.audit.inbox import take_over
+from persona_broker.audit.removals import recall, refuse_another
 from persona_broker.cli.author import author
-from persona_broker.cli.chain import Bar
+from persona_broker.cli.chain import Bar, hand_over
 from persona_broker.cli.store import must_exist, plural, say, store_of, unconfirmed
 from persona_broker.settings import Settings
 from persona_broker.store.backup import Progress, backup_of, damaged, open_backup
 from persona_broker.store.backup import backup as write_backup
 from persona_broker.store.database import read_only
-from persona_broker.store.restore import Restored
+from persona_broker.store.restore import Removals, Restored
 from persona_broker.store.restore import restore as write_restored
 from persona_broker.store.schema import MIGRATIONS, version_of
 
@@ -74,7 +78,11 @@ def restore(arguments: argparse.Namespace, settings: Settings) -> int:
     print(f"{word(str(arguments.file))}: {when}, revision {made.revision}", file=sys.stderr)
     if not arguments.yes and (why := _unconfirmed()):
         return unconfirmed(arguments, why)
-    done = write_restored(database, arguments.file, author(arguments.message), _progress("restored"))
+    chain = Chain(beside(database))
+    recalled = partial(_recalled, chain, kept=arguments.audit_kept)
+    done = write_restored(database, arguments.file, author(arguments.message), _progress("restored"), recalled)
+    with closing(store_of(settings)) as store:
+        hand_over(store, settings)
     value = {
         "revision": done.revision,
         "generation": done.generation,
@@ -85,6 +93,22 @@ def restore(arguments: argparse.Namespace, settings: Settings) -> int:
     }
     say(arguments, value, "\n".join(_lines(done)))
     return 0
+
+
+def _recalled(chain: Chain, backup: sqlite3.Connection, *, kept: bool) -> Removals:
+    """What the audit says was taken since; with ``kept`` that must be all."""
+    if kept:
+        bar = Bar("verified")
+        refuse_another(chain, backup, bar.show)
+        bar.end()
+    try:
+        return replace(recall(chain, backup), complete=kept)
+    except (sqlite3.Error, OSError) as error:
+        if kept:
+            raise
+        why = "what was taken since the backup is not taken again"
+        print(f"persona-broker: the audit cannot be read ({error}); {why}", file=sys.stderr)
+        return Removals()
 
 
 def _unconfirmed() -> str:
@@ -101,8 +125,8 @@ def _lines(done: Restored) -> list[str]:
         lines.append(f"guests that are gone: {', '.join(map(word, done.gone))}")
     if done.quarantined:
         lines += [
-            f"{plural(len(done.quarantined), 'guest')} in quarantine, which are denied everything: nobody knows which"
-            " guests were removed, tokens renewed and sessions revoked since the backup",
+            f"{plural(len(done.quarantined), 'guest')} in quarantine, which are denied everything: nobody knows whether"
+            " the audit has every guest that was removed, token renewed and session revoked since the backup",
             "'persona-broker guest list' shows them, 'guest remove' ends one, 'guest readmit' ends the quarantine",
         ]
     return lines

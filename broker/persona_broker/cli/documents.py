@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from persona_broker.policy.losses import Losses
     from persona_broker.policy_files.reader import Loaded, Present
     from persona_broker.store.interface import Plan, SessionRow, Store
+    from persona_broker.store.sqlite import SqliteStore
 
 _MISSING = ("there is no persona", "there is no command set")  # messages about a missing document begin so
 
@@ -180,10 +181,10 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
         print(
             f"persona-broker: {note}; an applied policy is moved by an order of its own, or by --all", file=sys.stderr
         )
-    return carry_out(arguments, store, plan, arguments.message)
+    return carry_out(arguments, settings, store, plan, arguments.message)
 
 
-def _to_apply(settings: Settings, *, dry_run: bool) -> "Store":
+def _to_apply(settings: Settings, *, dry_run: bool) -> "SqliteStore":
     """With everything that was applied as a change-set.  A dry run writes nothing, also where there is none yet."""
     from persona_broker.store.sqlite import SqliteStore
 
@@ -197,12 +198,15 @@ def _to_apply(settings: Settings, *, dry_run: bool) -> "Store":
         return SqliteStore(Path(folder) / "db")
 
 
-def carry_out(arguments: argparse.Namespace, store: "Store", plan: "Plan", message: str) -> int:
+def carry_out(
+    arguments: argparse.Namespace, settings: Settings, store: "SqliteStore", plan: "Plan", message: str
+) -> int:
     """Shows what the plan does to documents and people, asks before it removes any, and does it; the exit code.
 
     Where somebody else applied documents since the plan was made, nothing is done: it is not what was shown.
     """
     from persona_broker.cli.author import author
+    from persona_broker.cli.chain import hand_over
     from persona_broker.policy.losses import losses
     from persona_broker.store.stored_text import make_snapshot
 
@@ -219,6 +223,7 @@ def carry_out(arguments: argparse.Namespace, store: "Store", plan: "Plan", messa
     revision = plan.revision
     if not arguments.dry_run:
         revision = store.carry_out(plan, author(message)).revision
+        hand_over(store, settings)
     value = {
         **asdict(plan.changes),
         "fields": {name: [field_value(field) for field in found] for name, found in fields.items()},

@@ -11,6 +11,7 @@ from persona.answers import iso, local
 from persona.problems import Fault, PersonaError
 from persona.shown import word
 from persona_broker.cli.author import author
+from persona_broker.cli.chain import hand_over
 from persona_broker.cli.store import existing, for_reading, say, store_of
 from persona_broker.settings import Settings
 
@@ -33,6 +34,7 @@ def add(arguments: argparse.Namespace, settings: Settings) -> int:
             token = store.add_guest(arguments.name, author=author(""))
             file.truncate()
             file.write(token + "\n")
+        hand_over(store, settings)
         say(
             arguments,
             {"vm": arguments.name, "token_file": str(arguments.token_file)},
@@ -40,6 +42,7 @@ def add(arguments: argparse.Namespace, settings: Settings) -> int:
         )
     else:
         token = store.add_guest(arguments.name, author=author(""))
+        hand_over(store, settings)
         say(arguments, {"vm": arguments.name, "token": token}, token)
     return 0
 
@@ -63,6 +66,7 @@ def readmit(arguments: argparse.Namespace, settings: Settings) -> int:
     if unknown:
         raise PersonaError(Fault.NOT_FOUND, f"not in quarantine: {', '.join(map(word, unknown))}; nothing was changed")
     found = store.readmit(arguments.names or store.quarantined(), author(""))
+    hand_over(store, settings)
     lines = [f"{name} readmitted" for name in found]
     say(arguments, {"readmitted": found}, "\n".join(lines) or "no guest is in quarantine")
     return 0
@@ -70,7 +74,9 @@ def readmit(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def remove(arguments: argparse.Namespace, settings: Settings) -> int:
     """``guest remove NAME``: its token and its event streams end."""
-    if not existing(settings).remove_guest(arguments.name, author("")):
+    store = existing(settings)
+    if not store.remove_guest(arguments.name, author("")):
         raise PersonaError(Fault.NOT_FOUND, f"there is no guest {arguments.name!r}")
+    hand_over(store, settings)
     say(arguments, {"removed": arguments.name}, f"{arguments.name} removed")
     return 0

@@ -128,7 +128,7 @@ def rollback(arguments: argparse.Namespace, settings: Settings) -> int:
         head = f"refused: of revision {number} cannot be read (apply files instead, 'export' writes the others):"
         raise PersonaError(Fault.BAD_DOCUMENT, "\n".join([head, *broken]))
     message = f"rollback to {number}" + (f": {arguments.message}" if arguments.message else "")
-    return documents.carry_out(arguments, store, store.plan(found, WHOLE, store.places(number)), message)
+    return documents.carry_out(arguments, settings, store, store.plan(found, WHOLE, store.places(number)), message)
 
 
 def _print_documents(

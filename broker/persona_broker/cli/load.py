@@ -7,6 +7,7 @@ import time
 from persona.answers import iso
 from persona.problems import Fault, PersonaError
 from persona_broker.cli.author import author
+from persona_broker.cli.chain import hand_over
 from persona_broker.cli.store import for_reading, say, store_of
 from persona_broker.settings import Settings
 
@@ -16,6 +17,7 @@ def change(arguments: argparse.Namespace, settings: Settings) -> int:
     load = dict(arguments.values)
     store = store_of(settings)
     store.put_set_load(load, author(""))
+    hand_over(store, settings)
     sample = store.sample()
     source = sample.source if sample is not None else settings.load_source
     if source != "set":

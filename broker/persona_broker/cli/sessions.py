@@ -7,6 +7,7 @@ from persona.answers import as_json, iso, local
 from persona.problems import Fault, PersonaError
 from persona.shown import word
 from persona_broker.cli.author import author
+from persona_broker.cli.chain import hand_over
 from persona_broker.cli.store import existing, for_reading
 from persona_broker.settings import Settings
 from persona_broker.store.interface import SessionRow
@@ -27,7 +28,9 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def revoke(arguments: argparse.Namespace, settings: Settings) -> int:
     """``sessions revoke USER|ID``: guests hear of it at once, and tell their users."""
-    found = existing(settings).revoke(arguments.who, arguments.vm, end=arguments.end, author=author(""))
+    store = existing(settings)
+    found = store.revoke(arguments.who, arguments.vm, end=arguments.end, author=author(""))
+    hand_over(store, settings)
     if not found:
         where = f" on {arguments.vm}" if arguments.vm else ""
         fix = "'persona-broker sessions list' shows what is open"

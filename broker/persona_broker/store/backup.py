@@ -47,10 +47,11 @@ def backup(database: Path, file: Path, progress: Progress = nobody) -> None:
     try:
         with as_store_error(), closing(read_only(database)) as source:
             version_of(source)  # of an older one too: there is no better moment than before a migration
+            at = time.time()  # before: whatever is not in it came later
             copy(source, part, progress)
             with closing(sqlite3.connect(part, isolation_level=None)) as target:
                 target.execute("PRAGMA journal_mode = DELETE")  # one file, and nothing beside it
-                put_meta(target, "backup_at", time.time())
+                put_meta(target, "backup_at", at)
                 _refuse_damaged(target, part)
         put_in_place(part, file)
     finally:

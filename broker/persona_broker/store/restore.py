@@ -8,9 +8,9 @@ every one before, also above those that the lost database had and no backup has,
 from anybody (guests that are gone, tokens that were renewed, sessions that were revoked) stay; documents, and which
 guests there are, become those of the backup.
 
-**Where it is gone**, the backup takes its place.  What was taken since is not known unless ``removals_since`` tells:
-without it every guest is quarantined.  Revisions and versions go on from the epoch's number, since nobody knows which
-ones were used.
+**Where it is gone**, the backup takes its place.  What was taken since is taken again as far as the audit tells
+(``Removals``), and every guest is quarantined unless that is all.  Revisions and versions go on from the epoch's
+number, since nobody knows which ones were used.
 """
 
 import os
@@ -18,9 +18,9 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from persona.problems import Fault, PersonaError
@@ -29,6 +29,7 @@ from persona_broker.store import change_sets
 from persona_broker.store.backup import Progress, copy, meta_of, nobody, open_backup, put_in_place
 from persona_broker.store.database import as_store_error, put_meta, read_write
 from persona_broker.store.interface import Author
+from persona_broker.store.pending import note
 from persona_broker.store.schema import check, migrate, version_of
 
 EPOCH_BITS = 20  # changes within an epoch; should there be more, the count goes on into the epoch, which rises as well
@@ -39,20 +40,21 @@ _HISTORY = ("change_sets", "change_items", "places")
 
 @dataclass(frozen=True, slots=True)
 class Removals:
-    """What was taken since a backup: guests that were removed or given another token, and sessions revoked."""
+    """What was taken since a backup: guests that were removed or given another token, and sessions revoked.
+
+    ``held``: by kind and name what is held in the audit since then (when, by whom, why), ``None`` = not any more.
+    ``told``: events and their times that the audit has already.  ``complete``: nothing else was taken.
+    """
 
     guests: frozenset[str] = frozenset()
     revoked: frozenset[str] = frozenset()
     ending: frozenset[str] = frozenset()
+    held: Mapping[tuple[str, str], tuple[float, str, str] | None] = field(default_factory=dict)
+    told: frozenset[tuple[str, float]] = frozenset()
+    complete: bool = False
 
 
-def removals_since(at: float) -> Removals | None:
-    """What was taken since a moment (Unix seconds), all of it, as the audit has it; ``None`` = nobody knows.
-
-    The audit's chain is kept apart from the database; where it is there, this is where it is asked.
-    """
-    del at
-    return None
+Recall = Callable[[sqlite3.Connection], Removals]  # of an open backup, as the audit tells it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,16 @@ def epoch_of(generation: int) -> int:
     return generation >> EPOCH_BITS
 
 
-def restore(database: Path, file: Path, author: Author, progress: Progress = nobody) -> Restored:
+def restore(
+    database: Path,
+    file: Path,
+    author: Author,
+    progress: Progress = nobody,
+    recall: Recall = lambda _backup: Removals(),
+) -> Restored:
     """Checks everything before anything is changed, then changes all or nothing.
 
+    ``recall`` is asked where the database is gone.
     Raises ``PersonaError``, which names the file and the way out, ``StoreError``, ``OSError``.
     """
     with as_store_error(), closing(open_backup(file)) as source:
@@ -85,9 +94,7 @@ def restore(database: Path, file: Path, author: Author, progress: Progress = nob
                 raise PersonaError(
                     Fault.CONFLICT, f"{rest} is left of the lost database; move it away. Nothing was changed"
                 )
-        at = meta_of(source, "backup_at")
-        known = removals_since(at) if isinstance(at, float) else None
-        return replace_lost(database, source, author, known, progress)
+        return replace_lost(database, source, author, recall(source), progress)
 
 
 # --- where the database is there ----------------------------------------------------------------------
@@ -156,7 +163,9 @@ def _change(db: sqlite3.Connection, file: Path, author: Author) -> Restored:
     generation = _begin_epoch(db, time.time(), int(theirs))
     change_sets.add(db, before, _said(author, at, number), generation)
     change_sets.put_places(db, places)
-    return Restored(at, number, change_sets.revision(db), generation, tuple(gone), ())
+    restored = Restored(at, number, change_sets.revision(db), generation, tuple(gone), ())
+    _note(db, author, restored, lost=False)
+    return restored
 
 
 def _refuse_another_past(db: sqlite3.Connection, file: Path) -> None:
@@ -182,7 +191,7 @@ def _of_backup(db: sqlite3.Connection) -> tuple[float | None, int]:
 
 
 def replace_lost(
-    database: Path, source: sqlite3.Connection, author: Author, known: Removals | None, progress: Progress = nobody
+    database: Path, source: sqlite3.Connection, author: Author, known: Removals, progress: Progress = nobody
 ) -> Restored:
     """The backup becomes the database, which is there when it is whole, and not before."""
     database.parent.mkdir(parents=True, exist_ok=True)
@@ -209,25 +218,39 @@ def replace_lost(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _renumber(db: sqlite3.Connection, author: Author, known: Removals | None) -> Restored:
+def _renumber(db: sqlite3.Connection, author: Author, known: Removals) -> Restored:
     at, number = meta_of(db, "backup_at"), change_sets.revision(db)
     at = at if isinstance(at, float) else None
     change_sets.catch_up(db)
-    if known is not None:
-        _remove(db, known.guests)
-        for ident in sorted(known.revoked | known.ending):
-            db.execute("UPDATE sessions SET revoked = 1 WHERE id = ?", (ident,))
-        for ident in sorted(known.ending):
-            db.execute("INSERT OR IGNORE INTO ending SELECT id FROM sessions WHERE id = ?", (ident,))
-    else:
+    _take_again(db, known)
+    if not known.complete:
         db.execute("INSERT OR IGNORE INTO quarantine SELECT name, ? FROM guests", (time.time(),))
     generation = _begin_epoch(db, time.time())
     epoch = epoch_of(generation)
     put_meta(db, "version_floor", epoch)  # who knows which versions the lost one had given out
     change_sets.add(db, change_sets.applied(db), _said(author, at, number), generation, above=epoch)
     quarantined = tuple(name for (name,) in db.execute("SELECT guest FROM quarantine ORDER BY guest"))
-    gone = tuple(sorted(known.guests)) if known is not None else ()
-    return Restored(at, number, change_sets.revision(db), generation, gone, quarantined)
+    restored = Restored(at, number, change_sets.revision(db), generation, tuple(sorted(known.guests)), quarantined)
+    _note(db, author, restored, lost=True)
+    return restored
+
+
+def _take_again(db: sqlite3.Connection, known: Removals) -> None:
+    _remove(db, known.guests)
+    for ident in sorted(known.revoked | known.ending):
+        db.execute("UPDATE sessions SET revoked = 1 WHERE id = ?", (ident,))
+    for ident in sorted(known.ending):
+        db.execute("INSERT OR IGNORE INTO ending SELECT id FROM sessions WHERE id = ?", (ident,))
+    for key, why in known.held.items():
+        db.execute("DELETE FROM audit_holds WHERE kind = ? AND name = ?", key)
+        if why is not None:
+            db.execute("INSERT INTO audit_holds VALUES (?, ?, ?, ?, ?)", (*key, *why))
+    query = (
+        "SELECT id, json_extract(body, '$.event'), json_extract(body, '$.at') FROM audit_pending WHERE json_valid(body)"
+    )
+    for number, event, at in db.execute(query).fetchall():
+        if (event, at) in known.told:
+            db.execute("DELETE FROM audit_pending WHERE id = ?", (number,))
 
 
 # --- both ---------------------------------------------------------------------------------------------
@@ -246,6 +269,13 @@ def _begin_epoch(db: sqlite3.Connection, now: float, other: int = 0) -> int:
     epoch = max(epoch_of(max(int(known), other)) + 1, int(now - _BEGIN))
     put_meta(db, "generation", epoch << EPOCH_BITS)
     return epoch << EPOCH_BITS
+
+
+def _note(db: sqlite3.Connection, author: Author, done: Restored, *, lost: bool) -> None:
+    """For the audit; its change-set is there already."""
+    of = {"backup_at": done.backup_at, "backup_revision": done.backup_revision, "revision": done.revision}
+    guests = {"gone": done.gone, "quarantined": done.quarantined}
+    note(db, "database_restored", author=author.name, message=author.message, lost=lost, **of, **guests)
 
 
 def _said(author: Author, at: float | None, revision: int) -> Author:

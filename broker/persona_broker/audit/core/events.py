@@ -19,6 +19,10 @@ EVENTS: Mapping[str, str] = {
     "guest_added": "A guest was registered, or got another token: `vm`, `renewed`.",
     "guest_removed": "A guest was removed: `vm`.",
     "guest_readmitted": "A guest's quarantine ended: `vm`.",
+    "database_restored": (
+        "The database went back to a backup: `backup_at`, `backup_revision`, `revision`, `lost` (it was gone), `gone`"
+        " and `quarantined` (guests), `message`."
+    ),
     "load_set": "The settable load was set: `load`.",
     "records_lost": "A guest says that it lost records, without saying which: `vm`, `count`.",
     "records_refused": "Records of a guest that were none, of a version that takes no answer: `vm`, `count`, `detail`.",
