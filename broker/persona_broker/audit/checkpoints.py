@@ -1,5 +1,6 @@
 """Checkpoints in the broker's database: made of the chain's newest record, kept, and read back."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -49,6 +50,15 @@ def newest(store: SqliteStore) -> Checkpoint | None:
         return parse(json.loads(rows[0][0])) if rows else None
     except (ValueError, RecursionError):
         return None
+
+
+def made_after(store: SqliteStore, at_us: int) -> list[Checkpoint]:
+    """Those that were made after a moment; what cannot be read is left out, ``kept`` tells of it."""
+    found = []
+    for (body,) in store.rows("SELECT body FROM audit_checkpoints WHERE at_us > ? ORDER BY at_us", at_us):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            found.append(parse(json.loads(body)))
+    return found
 
 
 def kept(store: SqliteStore) -> tuple[list[Checkpoint], list[Finding]]:

@@ -69,7 +69,7 @@ class Runner:
         rows = self._chain.read(number, _BATCH)
         lines: list[Line] = [line_of(row) for row in rows]
         if len(rows) < _BATCH:
-            new = [item for item in checkpoints.kept(self._store)[0] if item.at_us > at_us]
+            new = checkpoints.made_after(self._store, at_us)
             lines += map(line_of_checkpoint, new)
             at_us = max([at_us, *(item.at_us for item in new)])
         if not lines:
