@@ -2,6 +2,7 @@
 
 import json
 import re
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -117,6 +118,18 @@ def test_counting_denials_reads_an_index_alone(chain: Chain) -> None:
     with closing(Index(chain.segments()[0])) as index:
         plan = [row[-1] for row in index.rows(f"EXPLAIN QUERY PLAN {COUNT}", 0, 1)]
     assert plan[0] == "SEARCH entries USING COVERING INDEX entries_denied (decision=? AND at>? AND at<?)"
+
+
+def test_who_scrapes_does_not_wait_for_an_index(store: SqliteStore, chain: Chain) -> None:
+    apply(store, documents("ls"))
+    tell(chain, [denied(time.time())] * 20)
+    few = partial(denials, chain, behind_max=10)
+    with pytest.raises(sqlite3.OperationalError, match="21 records behind"):
+        few(0, time.time() + 60)
+    assert Newest(store, few).look(time.time()) is None  # and a line in the log
+    Index(chain.segments()[0]).close()
+    found = Newest(store, few).look(time.time() + 1)
+    assert found is not None and found.since.by_reason == {"no_matching_policy": 20}
 
 
 def test_a_change_that_an_older_version_made_has_no_rollout(cli: Broker, store: SqliteStore, chain: Chain) -> None:

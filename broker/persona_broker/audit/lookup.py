@@ -39,9 +39,18 @@ class Part:
 
 
 class Lookup:
-    """``parts`` have each record after the number ``after`` once, the older ones first.  Raises ``sqlite3.Error``."""
+    """``parts`` have each record after the number ``after`` once, the older ones first.
 
-    def __init__(self, segment: Path, progress: Progress = lambda _done, _all: None, after: int = 0) -> None:
+    Raises ``sqlite3.Error``, also where the index is more than ``behind_max`` records behind.
+    """
+
+    def __init__(
+        self,
+        segment: Path,
+        progress: Progress = lambda _done, _all: None,
+        after: int = 0,
+        behind_max: int | None = None,
+    ) -> None:
         Segment(segment).close()  # what is wrong with it is said by its name
         self.parts: list[Part] = []
         try:
@@ -49,7 +58,7 @@ class Lookup:
             if kept is not None:
                 self.parts.append(kept)
                 after = max(after, kept.last())
-            self._read(segment, after, progress)
+            self._read(segment, after, behind_max, progress)
         except BaseException:
             self.close()
             raise
@@ -63,7 +72,7 @@ class Lookup:
         """What a query of the table ``entries`` finds in each part, one after the other."""
         return [row for part in self.parts for row in part.rows(query, *values)]
 
-    def _read(self, segment: Path, after: int, progress: Progress) -> None:
+    def _read(self, segment: Path, after: int, behind_max: int | None, progress: Progress) -> None:
         db = sqlite3.connect("", isolation_level=None, check_same_thread=False, uri=True)
         fresh = Part(db)
         self.parts.append(fresh)
@@ -71,6 +80,8 @@ class Lookup:
         db.execute(ENTRIES)
         db.execute("ATTACH ? AS segment", (read_only_uri(segment),))
         (last,) = db.execute("SELECT ifnull(max(number), 0) FROM segment.records").fetchone()
+        if behind_max is not None and last - after > behind_max:
+            raise sqlite3.OperationalError(f"{index_of(segment)} is {last - after} records behind; it is being made")
         while after < last:
             db.execute(FILL, (after, _BLOCK))
             after = fresh.last()

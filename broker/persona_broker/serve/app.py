@@ -34,6 +34,8 @@ API = (
 )
 STREAMS = (events.blueprint, monitoring.blueprint)
 
+_BEHIND_MAX = 20_000  # records that an answer to who scrapes may read without an index: some tenths of a second
+
 
 def api(settings: Settings) -> Flask:
     """Decisions, sessions, documents, health.  Call it in the process that will serve it."""
@@ -62,7 +64,8 @@ def base(settings: Settings, blueprints: Iterable[Blueprint]) -> Flask:
     app.extensions["store"] = SqliteStore(Path(settings.db))
     chain = Chain(beside(Path(settings.db)))
     app.extensions["keeper"] = records.Keeper(chain, settings.audit.when_full)
-    app.extensions["spread"] = Newest(SqliteStore(Path(settings.db), Access.READ), partial(denials, chain))
+    counted = partial(denials, chain, behind_max=_BEHIND_MAX)
+    app.extensions["spread"] = Newest(SqliteStore(Path(settings.db), Access.READ), counted)
     problems.register(app)
     app.after_request(_name_version)
     for blueprint in blueprints:
