@@ -65,6 +65,19 @@ def test_everybody_is_told_once_of_an_end_in_their_order_with_the_state_it_ended
     assert registry.get("s-1") is login
 
 
+def test_who_fails_at_an_end_keeps_nobody_from_hearing_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(_login: Login) -> None:
+        raise KeyError("unforeseen")
+
+    registry = Registry(tmp_path)
+    heard: list[str] = []
+    registry.at_end(broken, lambda login: heard.append(login.session.id))
+    login = gated(registry, session())
+    registry.end(login)
+    assert (heard, login.state) == (["s-1"], State.ENDED)
+    assert "not every part could be told" in caplog.text
+
+
 def test_only_gated_sessions_count(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     registry.open(session("s-1"))

@@ -127,7 +127,10 @@ class Registry:
         with contextlib.suppress(OSError):  # a restart finds a file without a listener, and removes it then
             self._path(login.session.id).unlink(missing_ok=True)
         for tell in self._at_end:
-            tell(login)
+            try:
+                tell(login)
+            except Exception:  # whatever it is: what the others keep of the session must not stay for it
+                log.exception("session %s has ended, and not every part could be told", login.session.id)
         login.state = State.ENDED
 
     # --- what outlives the agent ----------------------------------------------------------------------
