@@ -9,7 +9,7 @@ bound before it are the caller's.
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from persona import wire
@@ -28,6 +28,7 @@ MAX_EXTRA = 4096  # characters of JSON: what a record says that this version doe
 _DEPTH_EXTRA = 8
 _NAME, _PATH, _HELP, _TAG, _PLACE = 256, 4096, 2000, 64, 256
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+_HEX = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 T = TypeVar("T")
 
@@ -328,16 +329,65 @@ EVENTS = (
     "limit",
     "frozen",
     "network",
+    "lost",
 )
-_EVENTS_OF_0_1_0 = frozenset(EVENTS)  # it refuses all others; later versions keep them as they are
+_EVENTS_OF_0_1_0 = frozenset(EVENTS) - {"lost"}  # it refuses all others; later versions keep them as they are
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Whose numbers a guest's records bear: of one incarnation of the machine, in one boot of it; 32 hex digits each.
+
+    Within a stream numbers begin with 1, rise by one, and none is used twice.
+    """
+
+    machine: str
+    boot: str
+
+
+def encode_stream(stream: Stream) -> dict[str, Any]:
+    """STREAM."""
+    return {"machine": stream.machine, "boot": stream.boot}
+
+
+def decode_stream(value: object, path: str = "stream") -> Stream:
+    """Raises ``CodecError``."""
+    item = known(value, path, ("machine", "boot"))
+    for name in ("machine", "boot"):
+        if not _HEX.fullmatch(string(item[name], f"{path}.{name}")):
+            raise CodecError(f"{path}.{name}", "expected 32 hex digits, in small letters")
+    return Stream(item["machine"], item["boot"])
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Records that a guest could not keep: the numbers of the first and the last of them, and a code that says why."""
+
+    first: int
+    last: int
+    why: str
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return self.last - self.first + 1
+
+
+def _decode_lost(value: object, path: str) -> Lost:
+    item = known(value, path, ("first", "last", "why"))
+    first, last = (integer(item[name], f"{path}.{name}") for name in ("first", "last"))
+    if not 1 <= first <= last:
+        raise CodecError(path, "expected 'first' from 1 to 'last'")
+    return Lost(first, last, _code(item["why"], f"{path}.why"))
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One line of the audit trail, as the guest saw it.  ``at`` is Unix seconds.
 
-    A new field needs a default value: it is what a record of an older guest has.  ``extra`` is the JSON of the fields
-    that only a newer guest knows.
+    A new field needs a default value: it is what a record of an older guest has, and is not sent.  ``number`` is the
+    record's own in its stream, 0 = it has none.  ``lost`` is what a record of the event ``lost`` is about.  ``extra``
+    is the JSON of the fields that only a newer guest knows.
     """
 
     at: float
@@ -353,6 +403,8 @@ class Record:
     event: str
     leased: bool
     complain: bool
+    number: int = 0
+    lost: Lost | None = None
     extra: str = ""
     policy_version: int | None = None
 
@@ -363,18 +415,22 @@ _RECORD_OF_0_1_0 = tuple(field.name for field in fields(Record) if field.default
 
 def encode_record(record: Record, version: int = wire.CURRENT) -> dict[str, Any]:
     """RECORD, for a broker of this version of the protocol."""
-    names = _RECORD_FIELDS if version > wire.FIRST else _RECORD_OF_0_1_0
-    value: dict[str, Any] = {name: getattr(record, name) for name in names}
+    value: dict[str, Any] = {name: getattr(record, name) for name in _RECORD_OF_0_1_0}
     value["argv"] = list(record.argv)
     value["reason"] = None if record.reason is None else wire.reason_for(record.reason, version)
     if version == wire.FIRST and record.event not in _EVENTS_OF_0_1_0:
         value["event"] = "exec"
+    if version > wire.FIRST and record.number:
+        value["number"] = record.number
+    if version > wire.FIRST and record.lost is not None:
+        value["lost"] = asdict(record.lost)
     return {**json.loads(record.extra), **value} if record.extra else value
 
 
 def decode_record(value: object, path: str = "record") -> Record:
     """A record; of an older guest without the newest fields, of a newer one with ``extra``.  Raises ``CodecError``."""
     item = known(value, path, _RECORD_OF_0_1_0)
+    new = value if isinstance(value, dict) else {}
     if item["decision"] not in ("granted", "denied"):
         raise CodecError(f"{path}.decision", "expected 'granted' or 'denied'")
     return Record(
@@ -391,6 +447,8 @@ def decode_record(value: object, path: str = "record") -> Record:
         event=_code(item["event"], f"{path}.event"),
         leased=boolean(item["leased"], f"{path}.leased"),
         complain=boolean(item["complain"], f"{path}.complain"),
+        number=integer(new.get("number", 0), f"{path}.number"),
+        lost=optional(new.get("lost"), f"{path}.lost", _decode_lost),
         extra=_extra(value),
         policy_version=_version(value, path, "policy_version") if isinstance(value, dict) else None,
     )

@@ -23,7 +23,7 @@ from persona.problems import AnyReason, Fault, PersonaError, Reason
 
 HEADER = "Persona-Wire"
 FIRST = 1  # 0.1.0, which names no version
-CURRENT = 2  # 0.2.0: groups in use, ELF loaders, programs in homes, open reasons and events, records one by one
+CURRENT = 2  # 0.2.0: groups in use, ELF loaders, programs in homes, open reasons and events, numbered records
 RELEASES = {FIRST: "0.1.0", CURRENT: "0.2.0"}  # the first release that speaks each version
 
 _CURRENT = str(CURRENT)

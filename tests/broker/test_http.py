@@ -153,6 +153,25 @@ def test_records(broker: Broker) -> None:
     assert broker.call("POST", "/v1/records", {"records": [record] * 501, "lost": 0})[0] == 400
 
 
+def test_numbered_records_are_kept_and_what_a_marker_says_is_lost_counts(broker: Broker) -> None:
+    def lost() -> int:
+        return int(broker.call("GET", "/metrics")[1].split(b"\npersona_broker_records_lost_total ")[1].split()[0])
+
+    record = {
+        "at": 8.5, "session": "s", "user": "alice", "program": "", "argv": [], "decision": "granted",
+        "reason": None, "persona": None, "persona_version": None, "policy": None, "event": "lost",
+        "leased": False, "complain": False, "number": 12, "lost": {"first": 2, "last": 11, "why": "spool_full"},
+    }  # fmt: skip
+    before = lost()
+    stream = {"machine": "0" * 32, "boot": "1" * 32}
+    assert broker.call("POST", "/v1/records", {"stream": stream, "records": [record], "lost": 0}) == (204, b"")
+    assert lost() == before + 10
+    shown = [json.loads(line) for line in broker.run("records", "tail", "--json").stdout.splitlines()]
+    assert shown[-1] == {"vm": VM, **record, "at": "1970-01-01T00:00:08.500Z"}
+    status, answer = broker.call("POST", "/v1/records", {"stream": {**stream, "boot": "?"}, "records": [], "lost": 0})
+    assert (status, answer["detail"]) == (400, "stream.boot: expected 32 hex digits, in small letters")
+
+
 def test_a_record_that_is_none_keeps_no_other_from_being_kept(broker: Broker) -> None:
     def lost() -> int:
         return int(broker.call("GET", "/metrics")[1].split(b"\npersona_broker_records_lost_total ")[1].split()[0])

@@ -1,6 +1,7 @@
 """What a peer of another version is told: everything that is new since 0.1.0 is said in ``persona.wire``."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,30 @@ def test_0_1_0_gets_records_and_reports_with_its_own_fields_only() -> None:
     assert set(encode_report(Report(), wire.FIRST)) == {
         "disks", "memory", "pressure", "load", "failed_units", "errors", "clock_skew_s", "layers",
     }  # fmt: skip
+
+
+def test_a_numbered_record_and_a_marker_cross_and_0_1_0_is_told_neither() -> None:
+    record = replace(RECORD, number=7, event="lost", lost=codec.Lost(3, 6, "spool_full"))
+    told = codec.encode_record(record)
+    assert (told["number"], told["lost"]) == (7, {"first": 3, "last": 6, "why": "spool_full"})
+    assert codec.decode_record(json.loads(json.dumps(told))) == record
+    assert record.lost is not None and record.lost.count == 4
+    assert set(codec.encode_record(record, wire.FIRST)) == RECORD_OF_0_1_0
+    assert set(codec.encode_record(RECORD)) == RECORD_OF_0_1_0, "what it does not have it does not say"
+    for part in ({"first": 7}, {"first": 0}, {"last": None}, {"why": "Full"}):
+        with pytest.raises(codec.CodecError, match=r"record\.lost"):
+            codec.decode_record({**told, "lost": {**told["lost"], **part}})
+    for number in (-1, "7", 1.0, True, None):
+        with pytest.raises(codec.CodecError, match=r"record\.number"):
+            codec.decode_record({**told, "number": number})
+
+
+def test_a_stream_is_two_numbers_of_32_hex_digits() -> None:
+    stream = codec.Stream("0" * 31 + "f", "a" * 32)
+    assert codec.decode_stream({**codec.encode_stream(stream), "more": 1}) == stream
+    for wrong in ("", "0" * 31, "0" * 33, "G" * 32, "A" * 32, 7, "0" * 32 + "\n"):
+        with pytest.raises(codec.CodecError, match=r"stream\.boot"):
+            codec.decode_stream({"machine": "0" * 32, "boot": wrong})
 
 
 def test_releases_have_names() -> None:
