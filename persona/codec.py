@@ -417,14 +417,24 @@ def encode_record(record: Record, version: int = wire.CURRENT) -> dict[str, Any]
     """RECORD, for a broker of this version of the protocol."""
     value: dict[str, Any] = {name: getattr(record, name) for name in _RECORD_OF_0_1_0}
     value["argv"] = list(record.argv)
-    value["reason"] = None if record.reason is None else wire.reason_for(record.reason, version)
-    if version == wire.FIRST and record.event not in _EVENTS_OF_0_1_0:
-        value["event"] = "exec"
-    if version > wire.FIRST and record.number:
+    value["reason"] = None if record.reason is None else str(record.reason)
+    if record.number:
         value["number"] = record.number
-    if version > wire.FIRST and record.lost is not None:
+    if record.lost is not None:
         value["lost"] = asdict(record.lost)
-    return {**json.loads(record.extra), **value} if record.extra else value
+    return record_for({**json.loads(record.extra), **value} if record.extra else value, version)
+
+
+def record_for(value: dict[str, Any], version: int) -> dict[str, Any]:
+    """A RECORD of this version as a broker of another one can read it."""
+    if version > wire.FIRST:
+        return value
+    told = {name: value[name] for name in _RECORD_OF_0_1_0}
+    if told["reason"] is not None:
+        told["reason"] = wire.reason_for(reason(told["reason"], "reason"), version)
+    if told["event"] not in _EVENTS_OF_0_1_0:
+        told["event"] = "exec"
+    return told
 
 
 def decode_record(value: object, path: str = "record") -> Record:

@@ -25,6 +25,7 @@ class Reason(StrEnum):
     BROKER_MISBEHAVED = "broker_misbehaved"
     AGENT_STOPPING = "agent_stopping"
     AGENT_OVERLOADED = "agent_overloaded"
+    AUDIT_FULL = "audit_full"  # what would start could not be recorded, and the operator asked for nothing then
     SESSION_REVOKED = "session_revoked"
     SESSION_UNKNOWN = "session_unknown"
     GUEST_QUARANTINED = "guest_quarantined"  # since the broker was restored from a backup

@@ -55,6 +55,7 @@ def common(named: str | None) -> int:
 REASONS_OF_0_1_0: Mapping[Reason, Reason] = {
     Reason.INVALID_POLICY: Reason.INVALID_PERSONA,
     Reason.GUEST_QUARANTINED: Reason.SESSION_REVOKED,
+    Reason.AUDIT_FULL: Reason.AGENT_OVERLOADED,
 }
 _OTHERWISE = Reason.NO_MATCHING_POLICY  # for a reason that this version does not know itself
 

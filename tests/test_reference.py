@@ -336,7 +336,7 @@ def test_the_settings_that_are_shipped_show_the_defaults() -> None:
     for example in ("url", "events_url"):
         assert shown["broker"].pop(example).startswith("https://broker.example:")
     defaults = guest_settings.Settings()
-    assert shown.keys() == {"mode", "broker", "gate", "dependencies"}
+    assert shown.keys() == {"mode", "broker", "gate", "dependencies", "audit"}
     assert shown.pop("mode") == defaults.mode
     for table, values in shown.items():
         assert values

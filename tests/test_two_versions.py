@@ -116,13 +116,16 @@ def ask(broker: Broker, root: Path) -> Any:
 
 
 def kept(broker: Broker) -> tuple[int, int]:
-    """How many records are kept, in the audit or as 0.1.0 does, and how many count as lost."""
-    audited = each(Chain(broker.directory / "audit"), Wanted())
+    """How many records are kept, but for those that say what is lost, and how many count as lost.
+
+    They are in the audit, or where 0.1.0 keeps them.
+    """
+    audited = [found for found in each(Chain(broker.directory / "audit"), Wanted()) if found.record["event"] != "lost"]
     with sqlite3.connect(broker.directory / "db") as db:
-        ((rows,),) = db.execute("SELECT count(*) FROM records").fetchall()
+        ((rows,),) = db.execute("SELECT count(*) FROM records WHERE json_extract(body, '$.event') != 'lost'").fetchall()
         ((lost,),) = db.execute("SELECT value FROM meta WHERE key = 'records_lost'").fetchall()
     db.close()
-    return rows + len(list(audited)), int(lost)
+    return rows + len(audited), int(lost)
 
 
 def well(broker: Broker) -> bool:

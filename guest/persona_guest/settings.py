@@ -25,6 +25,13 @@ class Mode(StrEnum):
     ENFORCE = "enforce"
 
 
+class WhenFull(StrEnum):
+    """What becomes of records that find no room while the broker takes none."""
+
+    DROP = "drop"  # they are lost, and the broker is told which
+    DENY = "deny"  # and in enforce mode, who has no room left starts nothing more
+
+
 class SettingsError(PersonaError):
     """guest.toml says something that is not understood; the message names file and key."""
 
@@ -103,6 +110,14 @@ class Dependencies:
 
 
 @dataclass(frozen=True, slots=True)
+class Audit:
+    """What becomes of the records of what is decided, on their way to the broker."""
+
+    spool_mib: int = 64  # on disk, until the broker has them: some 200,000 records
+    when_full: WhenFull = WhenFull.DROP  # a broker that is away for long must not stop a machine unasked
+
+
+@dataclass(frozen=True, slots=True)
 class Paths:
     """Where the agent keeps its sockets and its state; a trial moves them to a private directory."""
 
@@ -122,6 +137,7 @@ class Settings:
     broker: Broker = field(default_factory=Broker)
     gate: Gate = field(default_factory=Gate)
     dependencies: Dependencies = field(default_factory=Dependencies)
+    audit: Audit = field(default_factory=Audit)
     paths: Paths = field(default_factory=Paths)
 
 
@@ -167,6 +183,7 @@ def parse(document: dict[str, Any], source: str) -> Settings:
         ("broker.url", _is_url(settings.broker.url), "https://HOST:PORT or unix:/PATH"),
         ("broker.events_url", _is_url(settings.broker.events_url), "https://HOST:PORT or unix:/PATH"),
         ("dependencies.deadline_s", 1 <= settings.dependencies.deadline_s <= 3600, "1 to 3600 seconds"),
+        ("audit.spool_mib", 1 <= settings.audit.spool_mib <= 65536, "1 to 65536"),
         ("gate.uid_min", 0 <= settings.gate.uid_min <= 0x7FFFFFFF, "0 or more"),
         ("gate.secure_path", all(map(os.path.isabs, settings.gate.secure_path)), "absolute directories"),
         ("gate.user_command", os.path.isabs(settings.gate.user_command), "an absolute path"),
@@ -212,10 +229,10 @@ def _table(kind: type[Any], document: object, prefix: str) -> Any:
 
 
 def _value(hint: Any, value: object, key: str) -> Any:
-    if hint is Mode:
-        if not isinstance(value, str) or value not in list(Mode):
-            raise SettingsError(f"{key}: expected one of {', '.join(Mode)}, not {value!r}")
-        return Mode(value)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        if not isinstance(value, str) or value not in list(hint):
+            raise SettingsError(f"{key}: expected one of {', '.join(hint)}, not {value!r}")
+        return hint(value)
     if hint is bool or hint is str:
         if type(value) is not hint:
             raise SettingsError(f"{key}: expected {'true or false' if hint is bool else 'a string'}")

@@ -2,17 +2,21 @@
 
 import json
 import os
+import random
 import socket
 import struct
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from persona_guest.audit import upload
 from persona_guest.audit.journal import PER_SECOND, Journal
+from persona_guest.audit.room import Room
+from persona_guest.audit.spool import Spool
 from persona_guest.broker.client import _bounded
 from persona_guest.broker.fair_queue import FairQueue
 from persona_guest.broker.http import BrokerError, Connection
@@ -310,8 +314,7 @@ def test_one_with_many_uids_leaves_room_for_root(served: Served, monkeypatch: py
 
 
 def test_a_flood_of_one_while_the_broker_is_away_costs_nobody_elses_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[str] = []
-    lost: list[int] = []
+    kept: list[dict[str, Any]] = []
     away = threading.Event()
     away.set()
 
@@ -319,41 +322,89 @@ def test_a_flood_of_one_while_the_broker_is_away_costs_nobody_elses_records(monk
         if away.is_set():
             raise BrokerError(Reason.BROKER_UNREACHABLE, "away")
         said = body(wire.CURRENT)
-        kept.extend(item["session"] for item in said["records"])
-        lost.append(said["lost"])
+        kept.extend(said["records"])
+        assert said["lost"] == 0
         return 204, None
 
     monkeypatch.setattr(Connection, "call", call)
-    monkeypatch.setattr(upload, "_SHARE_MAX", 50)
-    monkeypatch.setattr(upload, "_BATCH", 10)
     journal: list[Record] = []
-    recorder = upload.Recorder(Broker(), journal.append)
+    recorder = upload.Recorder(Broker(), journal.append, Spool(bound=64 * 1024))
     for _ in range(300):
         recorder.add(record("s-a"))
     for _ in range(5):
-        recorder.add(record("s-b"))
+        recorder.add(replace(record("s-b"), user="other"))
     deadline = time.monotonic() + 5
     while len(journal) < 305 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(journal) == 305
     away.clear()
     recorder.close()
-    assert kept.count("s-b") == 5
-    assert 50 <= kept.count("s-a") <= 60  # a batch was on its way already
-    assert kept.count("s-a") + sum(lost) == 300
+    assert sum(item["session"] == "s-b" for item in kept) == 5
+    flood = sum(item["session"] == "s-a" for item in kept)
+    assert 20 <= flood <= 60
+    (lost,) = (item["lost"] for item in kept if item["event"] == "lost")
+    assert flood + lost["last"] - lost["first"] + 1 == 300
+    numbers = [*(item["number"] for item in kept), *range(lost["first"], lost["last"] + 1)]
+    assert sorted(numbers) == list(range(1, 307))
 
 
-def test_without_a_thread_to_be_had_a_request_waits_for_one(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = threading.Thread.start
-    refused: list[threading.Thread] = []
+@pytest.mark.parametrize("decision", ["denied", "granted"])
+def test_a_flood_of_one_while_the_journal_hangs_costs_nobody_elses_records(
+    monkeypatch: pytest.MonkeyPatch, decision: str
+) -> None:
+    monkeypatch.setattr(upload, "_QUEUE_MAX", 100)
+    hangs = threading.Event()
+    journal: list[Record] = []
+    spool = Spool()
 
-    def scarce(thread: threading.Thread) -> None:
-        if thread.name == "caller" and not refused:
-            refused.append(thread)
-            raise RuntimeError("can't start new thread")
-        start(thread)
+    def write(record: Record) -> None:
+        hangs.wait(10)
+        journal.append(record)
 
-    with served.connect() as connection:
-        monkeypatch.setattr(threading.Thread, "start", scarce)
-        assert ask(connection, "now") == {"ok": True}
-    assert refused
+    recorder = upload.Recorder(Broker(), write, spool)
+    for _ in range(500):
+        recorder.add(record("s-a", decision=decision))
+    refusal = recorder.refusal("u")
+    assert refusal is not None and refusal.reason is Reason.AUDIT_FULL
+    assert recorder.refusal("other") is None
+    for _ in range(5):
+        recorder.add(replace(record("s-b"), user="other"))
+    hangs.set()
+    recorder.close()
+    assert sum(found.user == "other" for found in journal) == 5
+    lost = spool.status().lost["queue_full"]
+    assert len(journal) + lost == 505
+    assert 25 <= len(journal) <= 35
+
+
+def test_denials_find_room_where_granted_starts_find_none() -> None:
+    room = Room(1000)
+    for user in map(str, range(300)):
+        while room.has(user, 10, grant=True):
+            room.take(user, 10, grant=True)
+    assert room.used <= 750
+    assert room.has("new", 50, grant=False) and not room.has("new", 50, grant=True)
+    assert room.has("0", 10, grant=False)
+
+
+def test_each_that_takes_all_they_can_leaves_four_fifths_of_what_was_free() -> None:
+    chance = random.Random(3)  # noqa: S311 - the same each time
+    for _ in range(50):
+        room = Room(chance.randrange(2000, 100_000))
+        taken: dict[tuple[str, bool], int] = {}
+        greedy = chance.randrange(1, 9)
+        for _ in range(3000):
+            user, grant, size = f"u{chance.randrange(greedy)}", chance.random() < 0.5, chance.randrange(1, 200)
+            if chance.random() < 0.1 and taken.get((user, grant), 0) >= size:
+                room.give_back(user, size, grant=grant)
+                taken[user, grant] -= size
+            elif room.has(user, size, grant=grant):
+                room.take(user, size, grant=grant)
+                taken[user, grant] = taken.get((user, grant), 0) + size
+            assert room.used == sum(taken.values()) <= room.bound
+        free = room.bound * 0.8 ** (2 * greedy)  # of either kind
+        assert room.bound - room.used >= free
+        assert room.has("new", int(free) // 5 - 1, grant=False)
+        for (user, grant), size in taken.items():
+            room.give_back(user, size, grant=grant)
+        assert room.used == 0 and room.has("new", room.bound * 3 // 20 - 1, grant=True)

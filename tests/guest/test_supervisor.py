@@ -102,6 +102,7 @@ def supervise(
     record: Callable[[Record], None] = lambda _record: None,
     gate: Gate | None = None,
     fresh: bool = False,
+    unrecordable: Denied | None = None,
 ) -> Supervised:
     """``before`` is called once the session has begun, and the program starts after it."""
     loop = Loop()
@@ -116,7 +117,7 @@ def supervise(
     supervisor = Supervisor(
         settings, loop, registry, Identifier(Settings().gate), LeaseBook(), InFlight(), hang_watchdog,
         KernelLayer(settings, loop, lambda event: None), Waiting(hang_watchdog), ask, Placing(place), denials,
-        record, lambda asked: home if asked == uid else "",
+        record, lambda asked: home if asked == uid else "", lambda user: unrecordable if user == "u" else None,
     )  # fmt: skip
     owner = os.getuid() if uid is None else uid
     session = Session("s-1", Subject("u", (), "vm"), owner, "t", "", shell, os.getpid(), None, 0)
@@ -147,6 +148,16 @@ def test_granted() -> None:
 
 def denied(_request: Request) -> Decision:
     return Denied(Reason.NO_MATCHING_POLICY)
+
+
+def test_what_could_not_be_recorded_does_not_start() -> None:
+    records: list[Record] = []
+    pid, listener = gated_child("/usr/bin/true")
+    full = Denied(Reason.AUDIT_FULL, help="no room")
+    supervisor = supervise(listener, granted, record=records.append, unrecordable=full)
+    assert outcome(pid) == errno.EACCES
+    assert [(record.decision, record.reason) for record in records] == [("denied", Reason.AUDIT_FULL)]
+    assert [denial.reason for denial in supervisor.denials.of(os.getuid())] == [Reason.AUDIT_FULL]
 
 
 @pytest.mark.parametrize("upgraded", [False, True])

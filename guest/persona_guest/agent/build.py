@@ -18,6 +18,7 @@ from persona_guest.agent.resource_status import ResourceStatus
 from persona_guest.audit.denials import Kept
 from persona_guest.audit.journal import Journal
 from persona_guest.audit.logins import Logins
+from persona_guest.audit.spool import MIB, Spool
 from persona_guest.audit.upload import Recorder
 from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.documents import Personas
@@ -54,7 +55,7 @@ from persona_guest.reassign.reevaluate import Reevaluator
 from persona_guest.reassign.user_notices import Notices
 from persona_guest.session.model import Login, State
 from persona_guest.session.registry import Registry
-from persona_guest.settings import Mode, Settings
+from persona_guest.settings import Mode, Settings, WhenFull
 from persona_guest.system import systemd
 from persona_guest.system.homes import Homes
 from persona_guest.system.units import Units
@@ -121,7 +122,8 @@ def build(
     broker_client = BrokerClient(pool, leases, registry.subject_of)
     journal = Journal(systemd.journal)
     ends.add("the journal", journal.flush)
-    recorder = Recorder(settings.broker, journal.add)
+    spool = Spool(Path(settings.paths.state_dir) / "spool", state / "numbers", settings.audit.spool_mib * MIB)
+    recorder = Recorder(settings.broker, journal.add, spool)
     ends.add("the recorder", recorder.close)
     personas = Personas(Path(settings.paths.state_dir) / "personas", broker_client.persona)
 
@@ -162,6 +164,7 @@ def build(
     supervisor = Supervisor(
         settings, loop, registry, identifier, leases, inflight, hang_watchdog, kernel_layer, waiting, decider.decide,
         placing, denials, recorder.add, homes.of,
+        recorder.refusal if settings.audit.when_full is WhenFull.DENY else _always_room,
     )  # fmt: skip
     ends.add("what was allowed since the last record", supervisor.notes.flush)
 
@@ -224,3 +227,7 @@ def _forget(keeping: Keeping, login: Login) -> None:
 
 def _nobody(_session: str) -> None:
     """In complain mode nothing follows."""
+
+
+def _always_room(_user: str) -> None:
+    """What cannot be recorded starts all the same; that it was not recorded, is."""

@@ -51,7 +51,7 @@ class Supervisor:
     """Answers for every session of ``registry`` that is gated, and closes its listener when it ends.
 
     ``ask`` puts a question to the broker and calls back in the loop's thread; ``home_of`` says where a uid has its
-    home (empty = not known).
+    home (empty = not known); ``unrecordable`` why a user's start must not be, for there is no room to record it.
     """
 
     def __init__(
@@ -70,12 +70,14 @@ class Supervisor:
         denials: Book,
         record: Callable[[Record], None],
         home_of: Callable[[int], str] = lambda _uid: "",
+        unrecordable: Callable[[str], Denied | None] = lambda _user: None,
     ) -> None:
         self.settings = settings
         self.released = False
         self._registry = registry
         self._placing = placing
         self._home_of = home_of
+        self._unrecordable = unrecordable
         self.verifier = Verifier(loop, time.monotonic, hang_watchdog)
         self._loop = loop
         self._identifier = identifier
@@ -285,6 +287,10 @@ class Supervisor:
 
     def _allow(self, pending: Pending, granted: Granted | None) -> None:
         login = pending.login
+        full = self._unrecordable(login.session.subject.user)
+        if full is not None:
+            self._deny(pending, full)
+            return
         layer = self._kernel_layer.layer
         # complain mode lets go on what it would deny: a look could not tell that from a race
         verifying = self.settings.mode is Mode.ENFORCE and not (layer.active and pending.exec_request.final.is_unique)

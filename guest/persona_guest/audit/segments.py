@@ -1,0 +1,292 @@
+"""The spool's files: written at their end, read from their beginning, removed when the broker has all of one.
+
+Nothing is ever overwritten.  What cannot be read is renamed, and left to the operator.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from persona import codec
+from persona.codec import CodecError, Stream
+from persona_guest import files
+from persona_guest.audit import spool_format
+from persona_guest.audit.spool_format import FormatError, Header
+
+log = logging.getLogger("persona.record")
+
+MACHINE_ID = Path("/etc/machine-id")
+_MACHINE = "machine"  # the file that says whose spool this is
+_SUFFIX = ".records"
+_ASIDE = ".aside"
+
+Held = tuple[str, bool]  # whose a record is, and whether it is a granted start
+
+
+@dataclass(slots=True)
+class Segment:
+    """One file.  The broker has it up to ``sent`` and ``sent_number``; it is whole up to ``end`` and ``last``."""
+
+    path: Path
+    stream: Stream
+    sent: int
+    sent_number: int
+    end: int
+    last: int
+    damaged: bool = False  # in the middle: it is kept when all that can be read of it was sent
+    bytes_of: Counter[Held] = field(default_factory=Counter)  # of the records after ``sent``
+
+
+class Segments:
+    """The files of one directory, oldest first.  Not for two threads at once."""
+
+    def __init__(self, directory: Path, machine_id: Path = MACHINE_ID) -> None:
+        """Makes the directory where there is none; another machine's is renamed.  Raises ``OSError``."""
+        self._directory = directory
+        self.all: list[Segment] = []
+        self._fd = -1  # of the newest, where this agent made it
+        self._unsynced = False
+        self.aside: list[str] = []  # what was renamed
+        self.machine = self._prepare(machine_id)
+        self._next = 1
+
+    def _prepare(self, machine_id: Path) -> str:
+        directory, of = self._directory, _owner(machine_id)
+        machine = None
+        try:
+            directory.mkdir(mode=0o700, parents=True)
+        except FileExistsError:
+            why, machine = _look_at(directory, of)
+            if why:
+                _rename_aside(directory, why, self.aside)
+                directory.mkdir(mode=0o700)
+                machine = None
+        os.chmod(directory, 0o700)
+        files.clear_unfinished(directory)
+        if machine is None:
+            machine = os.urandom(16).hex()
+            files.write(directory / _MACHINE, json.dumps({"machine": machine, "of": of}))
+        return machine
+
+    # --- what an agent before this one left ---
+
+    def restore(self) -> list[tuple[Segment, tuple[bytes, ...]]]:
+        """Takes up each file, with the payloads in it.  Call it once, before anything is written."""
+        found = []
+        paths = sorted(self._directory.glob("*" + _SUFFIX))
+        for path in paths:
+            with contextlib.suppress(ValueError):
+                self._next = max(self._next, int(path.name.removesuffix(_SUFFIX)) + 1)
+            try:
+                data = path.read_bytes()
+                if not data:  # made, and cut off with the power before anything was in it
+                    path.unlink()
+                    continue
+                segment, payloads = self._read_whole(path, data, newest=path == paths[-1])
+            except (OSError, FormatError) as error:
+                self.set_aside(path, str(error))
+                continue
+            self.all.append(segment)
+            found.append((segment, payloads))
+        return found
+
+    def _read_whole(self, path: Path, data: bytes, *, newest: bool) -> tuple[Segment, tuple[bytes, ...]]:
+        """Raises ``FormatError``."""
+        head = spool_format.read(data, limit=1)
+        if not head.payloads:
+            raise FormatError("it does not begin as a segment does")
+        header = spool_format.decode_header(head.payloads[0])
+        if header.stream.machine != self.machine:
+            raise FormatError("it is of another machine")
+        frames = spool_format.read(data, head.end)
+        segment = Segment(path, header.stream, head.end, header.first - 1, frames.end, header.first - 1)
+        left = len(data) - frames.end
+        if left and newest and spool_format.is_torn(data, frames.end):
+            log.warning(
+                "%s: its last %d bytes are no whole record; they are cut off (a crash, a loss of power)", path, left
+            )
+        elif left:
+            log.error("%s: its last %d bytes cannot be read; it is kept when the others were sent", path, left)
+            segment.damaged = True
+        return segment, frames.payloads
+
+    # --- writing ---
+
+    def append(
+        self, stream: Stream, numbers: Sequence[int], frames: Sequence[bytes], held: Sequence[Held], most: int
+    ) -> None:
+        """Writes whole frames at the end, into a new file where the newest has ``most`` bytes or is not this agent's.
+
+        Raises ``OSError``; then nothing of it is there.
+        """
+        if self._fd < 0 or self.all[-1].end >= most or self.all[-1].stream != stream:
+            self._begin(stream, numbers[0])
+        segment = self.all[-1]
+        try:
+            _write(self._fd, b"".join(frames), segment.end)
+        except OSError:
+            self._give_up_tail(segment)
+            raise
+        self._unsynced = True
+        segment.end += sum(map(len, frames))
+        segment.last = numbers[-1]
+        for who, frame in zip(held, frames, strict=True):
+            segment.bytes_of[who] += len(frame)
+
+    def _begin(self, stream: Stream, first: int) -> None:
+        if self._fd >= 0:
+            os.fdatasync(self._fd)
+        path = self._directory / f"{self._next:012d}{_SUFFIX}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            header = spool_format.encode_header(Header(stream, first))
+            _write(fd, header, 0)
+            self._sync_directory()
+        except OSError:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+        self.rest()
+        self._next += 1
+        self._fd = fd
+        self.all.append(Segment(path, stream, len(header), first - 1, len(header), first - 1))
+
+    def _give_up_tail(self, segment: Segment) -> None:
+        """After a write that failed: its part is cut off, or the file is written no more."""
+        try:
+            os.ftruncate(self._fd, segment.end)
+        except OSError:
+            self.rest()
+
+    def sync(self, lock: threading.Lock) -> str:
+        """Has the disk keep what is written; ``lock`` guards these files, and is not held while the disk works.
+
+        Returns why it could not, and the file is written no more then; empty where it could.
+        """
+        with lock:
+            if not self._unsynced or self._fd < 0:
+                return ""
+            self._unsynced, written = False, self._fd
+            try:
+                fd = os.dup(written)
+            except OSError as error:
+                return str(error)
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            with lock:
+                if self._fd == written:
+                    self.rest()
+            return str(error)
+        finally:
+            os.close(fd)
+        return ""
+
+    def rest(self) -> None:
+        """Closes the newest file; what comes goes into a new one."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _sync_directory(self) -> None:
+        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    # --- reading ---
+
+    def read(self, segment: Segment, count: int, size: int) -> spool_format.Frames:
+        """Frames after what was sent, at most ``count``, and of ``size`` bytes and one more.  Raises ``OSError``."""
+        with segment.path.open("rb") as file:
+            file.seek(segment.sent)
+            room = min(segment.end - segment.sent, size + spool_format.PAYLOAD_MAX)
+            frames = spool_format.read(file.read(room), 0, count)
+        return spool_format.Frames(frames.payloads, segment.sent + frames.end)
+
+    def drop_sent(self) -> None:
+        """Removes files that the broker has all of.  The newest stays: it says which number was the last."""
+        while len(self.all) > 1 and self.all[0].sent >= self.all[0].end:
+            segment = self.all.pop(0)
+            if segment.damaged:
+                self.set_aside(segment.path, "a part of it cannot be read; the rest was sent")
+                continue
+            try:
+                segment.path.unlink(missing_ok=True)
+            except OSError as error:
+                log.error("%s cannot be removed: %s", segment.path, error)
+
+    def damaged(self, segment: Segment, why: str) -> None:
+        """Renames a file of which no more can be read."""
+        if segment is self.all[-1]:
+            self.rest()
+        self.all.remove(segment)
+        self.set_aside(segment.path, why)
+
+    def set_aside(self, path: Path, why: str) -> None:
+        """Renames a file, which then nothing here touches any more.  Raises nothing."""
+        _rename_aside(path, why, self.aside)
+
+
+def _owner(machine_id: Path) -> str:
+    """What tells one machine's spool from another's; machine-id(5) asks not to show the id itself."""
+    try:
+        text = machine_id.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    return hashlib.sha256(b"persona-spool " + text.encode()).hexdigest()[:32]
+
+
+def _look_at(directory: Path, of: str) -> tuple[str, str | None]:
+    """Why a directory cannot be gone on with, empty where it can; and the number of the incarnation, if it has one."""
+    if directory.is_symlink() or not directory.is_dir():
+        return "it is no directory", None
+    if directory.stat().st_uid != os.geteuid():
+        return "it is another user's", None
+    path = directory / _MACHINE
+    try:
+        value = codec.known(json.loads(path.read_text("ascii")), "", ("machine", "of"))
+        machine = codec.decode_stream({"machine": value["machine"], "boot": value["machine"]}).machine
+    except FileNotFoundError:
+        return ("it does not say whose it is" if any(directory.iterdir()) else ""), None
+    except (OSError, ValueError, CodecError, RecursionError) as error:
+        return f"{path.name}: {error}", None
+    return ("" if value["of"] == of else "it is another machine's (/etc/machine-id differs)"), machine
+
+
+def _rename_aside(path: Path, why: str, aside: list[str]) -> None:
+    """Raises ``OSError`` for a directory, which is in the way; nothing for a file."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    for turn in range(1, 100):
+        name = f"{path.name}.{stamp}-{turn}{_ASIDE}"
+        target = path.with_name(name)
+        if os.path.lexists(target):
+            continue
+        try:
+            path.rename(target)
+        except OSError as error:
+            log.error("%s cannot be used (%s), and cannot be renamed: %s", path, why, error)
+            if path.is_file() and not path.is_symlink():
+                return
+            raise
+        log.error("%s cannot be used (%s); it is kept as %s, and nothing in it is sent", path, why, target)
+        aside.append(name)
+        return
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    """Raises ``OSError``."""
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(fd, left, offset)
+        left, offset = left[written:], offset + written
