@@ -16,6 +16,7 @@ from persona.patterns import SECURE_PATH
 from persona.problems import Fault, PersonaError
 from persona.wildcards import matches
 from persona_guest.core.accounts import UID_MIN, uid_min_of
+from persona_guest.core.masks import MaskError, Masks
 
 
 class Mode(StrEnum):
@@ -114,6 +115,7 @@ class Audit:
     """What becomes of the records of what is decided, on their way to the broker."""
 
     spool_mib: int = 64  # on disk, until the broker has them: some 200,000 records
+    mask: tuple[str, ...] = ()  # what is secret in command lines, beside what core/masks.py knows
     when_full: WhenFull = WhenFull.DROP  # a broker that is away for long must not stop a machine unasked
 
 
@@ -194,6 +196,10 @@ def parse(document: dict[str, Any], source: str) -> Settings:
     ):
         if not ok:
             raise SettingsError(f"{source}: {key}: expected {want}")
+    try:
+        Masks(settings.audit.mask)
+    except MaskError as error:
+        raise SettingsError(f"{source}: audit.mask: {error}") from None
     return settings
 
 

@@ -10,6 +10,7 @@ from typing import NoReturn, cast
 
 from persona_guest.broker.documents import Personas
 from persona_guest.core.denials import Book
+from persona_guest.core.masks import Masks
 from persona_guest.core.reassignment import NOBODY, NOBODYS, Applicable, Word
 from persona_guest.enforce.cgroups.facility import Cgroups
 from persona_guest.enforce.enforcer import Enforcer
@@ -100,7 +101,7 @@ class Site:
         self.denials = Book()
         self.notices = notices = Notices(
             self.loop, self.registry, self.tree, personas, HangWatchdog(lambda: None), self.denials,
-            self.records.append,
+            Masks(), self.records.append,
         )  # fmt: skip
         self.migrator = Migrator(
             Settings(), self.loop, self.registry, enforcer, Identifier(Gate()), HangWatchdog(lambda: None),

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook, Question
+from persona_guest.core.masks import Masks
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.notes import Notes
 from persona_guest.gate.placing import NoPlacing
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.gate.waiting import Waiting
@@ -40,7 +42,7 @@ class Site:
         self.supervisor = Supervisor(
             settings, self.loop, self.registry, Identifier(Settings().gate), self.leases, InFlight(), hang_watchdog,
             KernelLayer(settings, self.loop, lambda event: None), Waiting(hang_watchdog), self._ask, NoPlacing(),
-            Book(), lambda record: None,
+            Notes(self.loop, lambda record: None, Book(), Masks(), complain=False),
         )  # fmt: skip
 
     def _ask(self, request: Request, done: object) -> None:

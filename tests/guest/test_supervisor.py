@@ -15,9 +15,11 @@ from unittest.mock import Mock
 import pytest
 from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook
+from persona_guest.core.masks import Masks
 from persona_guest.gate import implicit_allow
 from persona_guest.gate.hang_watchdog import INTERRUPT, HangWatchdog
 from persona_guest.gate.inflight import InFlight
+from persona_guest.gate.notes import Notes
 from persona_guest.gate.pending import Pending
 from persona_guest.gate.placing import NoPlacing
 from persona_guest.gate.post_exec_check import Wrong
@@ -116,8 +118,9 @@ def supervise(
     registry.at_end(lambda _login: loop.stop())
     supervisor = Supervisor(
         settings, loop, registry, Identifier(Settings().gate), LeaseBook(), InFlight(), hang_watchdog,
-        KernelLayer(settings, loop, lambda event: None), Waiting(hang_watchdog), ask, Placing(place), denials,
-        record, lambda asked: home if asked == uid else "", lambda user: unrecordable if user == "u" else None,
+        KernelLayer(settings, loop, lambda event: None), Waiting(hang_watchdog), ask, Placing(place),
+        Notes(loop, record, denials, Masks(), complain=False), lambda asked: home if asked == uid else "",
+        lambda user: unrecordable if user == "u" else None,
     )  # fmt: skip
     owner = os.getuid() if uid is None else uid
     session = Session("s-1", Subject("u", (), "vm"), owner, "t", "", shell, os.getpid(), None, 0)

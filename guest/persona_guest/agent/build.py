@@ -25,6 +25,7 @@ from persona_guest.broker.documents import Personas
 from persona_guest.broker.pool import Pool
 from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook
+from persona_guest.core.masks import Masks
 from persona_guest.dependencies.check import DependencyCheck
 from persona_guest.dependencies.dpkg import Dpkg
 from persona_guest.dependencies.installer.client import Installation
@@ -39,6 +40,7 @@ from persona_guest.gate.decider import Decider
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.kernel_stops import Stops
+from persona_guest.gate.notes import Notes
 from persona_guest.gate.placing import NoPlacing, Placing
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.gate.waiting import Waiting
@@ -153,7 +155,8 @@ def build(
     facilities += net.facilities if net is not None else ()
     enforcing = bool(facilities) and settings.mode is Mode.ENFORCE
     user_rules: UserRules | NoUserRules = net.user_rules if enforcing and net is not None else NoUserRules()
-    notices = Notices(loop, registry, tree, personas, hang_watchdog, denials, recorder.add)
+    masks = Masks(settings.audit.mask)
+    notices = Notices(loop, registry, tree, personas, hang_watchdog, denials, masks, recorder.add)
     alarms = Alarms(loop, tree, notices.alarm)
     enforcer = Enforcer(loop, registry, tree, facilities, personas, alarms.watch)
     placing: Placing = enforcer if enforcing else NoPlacing()
@@ -161,12 +164,13 @@ def build(
     # the gate
     kernel_layer = KernelLayer(settings, loop, Stops(recorder.add, registry, denials, identifier.where))
     fallback = Fallback(settings, kernel_layer)
+    notes = Notes(loop, recorder.add, denials, masks, complain=settings.mode is Mode.COMPLAIN)
+    ends.add("what was allowed since the last record", notes.flush)
     supervisor = Supervisor(
         settings, loop, registry, identifier, leases, inflight, hang_watchdog, kernel_layer, waiting, decider.decide,
-        placing, denials, recorder.add, homes.of,
+        placing, notes, homes.of,
         recorder.refusal if settings.audit.when_full is WhenFull.DENY else _always_room,
     )  # fmt: skip
-    ends.add("what was allowed since the last record", supervisor.notes.flush)
 
     # what runs follows what holds
     migrator = Migrator(

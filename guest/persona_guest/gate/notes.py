@@ -10,11 +10,13 @@ from persona.decisions import Decision, Denied, Granted
 from persona.problems import Reason
 from persona.shown import words
 from persona_guest.core.denials import COMMAND_MAX, Book
+from persona_guest.core.masks import LOOK, Masks
 from persona_guest.gate.pending import Pending
 from persona_guest.loop import Loop
 from persona_guest.session.model import Session
 
 _WAIT_S = 0.01
+_ARGUMENTS_MAX, _ARGUMENT_MAX = 16, 256  # of a record
 UNKNOWN = "unknown"  # as a program: no path, as it begins with no '/'
 
 
@@ -33,8 +35,11 @@ class Notes:
     What was denied, and not only would have been, is noted in ``denials`` for its user as well.
     """
 
-    def __init__(self, loop: Loop, record: Callable[[Record], None], denials: Book, *, complain: bool) -> None:
+    def __init__(
+        self, loop: Loop, record: Callable[[Record], None], denials: Book, masks: Masks, *, complain: bool
+    ) -> None:
         self._loop = loop
+        self._masks = masks
         self._record = record
         self._denials = denials
         self._complain = complain
@@ -83,7 +88,7 @@ class Notes:
         """Hands on what waits; call before the agent ends."""
         waiting, self._waiting = self._waiting, []
         for note in waiting:
-            record = _to_record(note, complain=self._complain)
+            record = _to_record(note, self._masks, complain=self._complain)
             self._record(record)
             if isinstance(note.decision, Denied) and not self._complain and not note.pending.again:
                 uid = note.pending.login.session.uid
@@ -91,18 +96,19 @@ class Notes:
                 self._denials.note(uid, note.at, note.event, record.program, command, note.decision, record.session)
 
 
-def _to_record(note: _Note, *, complain: bool) -> Record:
+def _to_record(note: _Note, masks: Masks, *, complain: bool) -> Record:
     pending, decision = note.pending, note.decision
     session = pending.login.session
     granted = decision if isinstance(decision, Granted) else None
     denied = decision if isinstance(decision, Denied) else None
     argv = pending.exec_request.command if note.argv is None else note.argv
+    program = note.ran or pending.exec_request.program
     return Record(
         at=note.at,
         session=session.id,
         user=session.subject.user,
-        program=note.ran or pending.exec_request.program,
-        argv=tuple(os.fsdecode(argument[:256]) for argument in argv[:16]),
+        program=program,
+        argv=masks.argv(program, [os.fsdecode(argument[:LOOK]) for argument in argv[:_ARGUMENTS_MAX]], _ARGUMENT_MAX),
         decision="denied" if denied else "granted",
         reason=denied.reason if denied else None,
         persona=granted.persona.name if granted else denied.persona if denied else None,

@@ -13,11 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from persona.codec import Record
 from persona.decisions import Decision, Denied, Granted, Request
 from persona.problems import PersonaError, Reason
 from persona_guest.broker.client import UNANSWERED
-from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook, Question
 from persona_guest.core.messages import denial_line
 from persona_guest.gate import implicit_allow
@@ -67,8 +65,7 @@ class Supervisor:
         waiting: Waiting,
         ask: AskBroker,
         placing: Placing,
-        denials: Book,
-        record: Callable[[Record], None],
+        notes: Notes,
         home_of: Callable[[int], str] = lambda _uid: "",
         unrecordable: Callable[[str], Denied | None] = lambda _user: None,
     ) -> None:
@@ -86,7 +83,7 @@ class Supervisor:
         self._hang_watchdog = hang_watchdog
         self._kernel_layer = kernel_layer
         self._ask = ask
-        self.notes = Notes(loop, record, denials, complain=settings.mode is Mode.COMPLAIN)
+        self.notes = notes
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._holders: dict[object, int] = {}
         self._waiting = waiting

@@ -11,6 +11,7 @@ from persona.problems import PersonaError, Reason
 from persona.shown import words
 from persona_guest.broker.documents import Personas
 from persona_guest.core.denials import COMMAND_MAX, Book
+from persona_guest.core.masks import Masks
 from persona_guest.core.messages import limit_line, printable, refusal_line
 from persona_guest.core.persona_cgroups import PersonaCgroup
 from persona_guest.enforce.cgroups.user_memory import lacking
@@ -43,6 +44,7 @@ class Notices:
         personas: Personas,
         hang_watchdog: HangWatchdog,
         denials: Book,
+        masks: Masks,
         record: Callable[[Record], None],
     ) -> None:
         self._loop = loop
@@ -51,6 +53,7 @@ class Notices:
         self._personas = personas
         self._hang_watchdog = hang_watchdog
         self._denials = denials
+        self._masks = masks
         self._record = record
 
     def tell(self, placement: Placement, line: str) -> None:
@@ -131,7 +134,7 @@ class Notices:
         login = self._registry.get(placement.session)
         place = next((place for place in placement.places.values() if place.persona.name == persona.name), None)
         if login is not None:
-            shown = tuple(argument[:256] for argument in running.stages[-1][1][:16])
+            shown = self._masks.argv(running.path, running.stages[-1][1][:16], 256)
             reason = Reason.PERSONA_WITHDRAWN
             self._record(_record(login.session, place, event, reason, running.path, shown))
             help = f"persona {persona.name} does not apply any more; 'persona list' shows what does"
