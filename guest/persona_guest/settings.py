@@ -16,7 +16,8 @@ from persona.patterns import SECURE_PATH
 from persona.problems import Fault, PersonaError
 from persona.wildcards import matches
 from persona_guest.core.accounts import UID_MIN, uid_min_of
-from persona_guest.core.masks import MaskError, Masks
+from persona_guest.core.mask_rules import MaskError
+from persona_guest.core.masks import Masks
 
 
 class Mode(StrEnum):

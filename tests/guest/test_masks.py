@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from persona_guest.core.masks import HIDDEN, LOOK, MaskError, Masks
+from persona_guest.core.mask_rules import MaskError
+from persona_guest.core.masks import HIDDEN, LOOK, Masks
 
 from tests.guest.conftest import Run
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from persona_guest.audit.without_agent import StandbyNotes, take
 from persona_guest.gate.inflight import InFlight
 from persona_guest.ipc.standby import FDS_MAX, Keeping, PacketError, batches, decode, encode
 from persona_guest.kernel import seccomp
@@ -18,6 +19,8 @@ from persona_guest.standby import service
 from persona_guest.standby.service import Standby, enforcing
 from persona_guest.system.start_progress import LOADER, Progress, Start
 
+from persona.codec import decode_record, encode_record
+from persona.problems import Reason
 from tests.guest.apt_root import until
 from tests.guest.conftest import no_descriptor
 from tests.guest.test_supervisor import gated_child, outcome
@@ -36,7 +39,9 @@ class Running:
         self.state = directory / "gate.state"
         self.loop = Loop()
         self.starting = directory / "starting"
-        self.standby = Standby(self.loop, self.path, self.state, kept or {}, Progress(self.starting), waits)
+        self.noted = directory / "noted"
+        notes = StandbyNotes(self.noted)
+        self.standby = Standby(self.loop, self.path, self.state, kept or {}, Progress(self.starting), waits, notes)
         self._thread = threading.Thread(target=self.loop.run)
         self._thread.start()
 
@@ -90,6 +95,44 @@ def test_enforce_mode_starts_nothing_and_nothing_hangs(running: Running, state: 
     pid, agent = handed_over(running)
     agent.close()
     assert outcome(pid) == 13
+
+
+@pytest.mark.parametrize("enforce", [True, False])
+def test_what_it_answers_is_recorded_by_the_next_agent(running: Running, enforce: bool) -> None:
+    running.state.write_text(f"mode={'enforce' if enforce else 'complain'}\nuid_min=1000\n")
+    pid, agent = handed_over(running)
+    agent.close()
+    assert outcome(pid) == (13 if enforce else 0)
+    back = running.agent()
+    taken = back.take()
+    until(running.noted.exists)
+    before = time.time()
+    (record,) = take(running.noted, {NAME: "alice"}.__getitem__)
+    assert (record.session, record.user, record.program, record.event) == (NAME, "alice", "unknown", "exec")
+    assert (record.decision, record.reason, record.complain) == ("denied", Reason.AGENT_STOPPING, not enforce)
+    assert encode_record(record)["count"] == 1
+    assert decode_record(encode_record(record)) == record
+    assert before - 10 < record.at <= before
+    assert list(take(running.noted, lambda _session: "")) == [], "once"
+    for fd in taken.values():
+        os.close(fd)
+    back.close()
+
+
+def test_notes_are_bounded_and_what_is_none_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    notes = StandbyNotes(tmp_path / "noted")
+    for turn in range(30_000):
+        notes.add(NAME, denied=True)
+        notes.flush(float(turn))
+    assert (tmp_path / "noted").stat().st_size < 1_100_000
+    assert "it is full" in caplog.text
+    found = list(take(tmp_path / "noted", lambda _session: ""))
+    assert len(found) > 5000
+    notes.flush(5.0)
+    (rest,) = take(tmp_path / "noted", lambda _session: "")
+    assert encode_record(rest)["count"] == 30_000 - len(found)
+    (tmp_path / "noted").write_bytes(b'{"at": 1, "session": "s", "denied": true, "count": 2}\n[]\n\xff\n{"at": ')
+    assert [record.session for record in take(tmp_path / "noted", lambda _session: "")] == ["s"]
 
 
 def test_the_next_agent_gets_everything_back(running: Running) -> None:

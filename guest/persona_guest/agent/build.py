@@ -85,6 +85,7 @@ class Parts:
     dependencies: Dependencies
     identifier: Identifier
     kernel_layer: KernelLayer
+    recorder: Recorder
     supervisor: Supervisor
     enforcer: Enforcer
     net: Net | None
@@ -205,7 +206,8 @@ def build(
     users = Users(agent, openings, identifier, hang_watchdog, release, resource_status, decider)
     return Parts(
         settings, loop, state, ends, registry, keeping, leases, pool, broker_client, dependencies, identifier,
-        kernel_layer, supervisor, enforcer, net, enforcing, notices, reevaluator, openings, agent, users, release,
+        kernel_layer, recorder, supervisor, enforcer, net, enforcing, notices, reevaluator, openings, agent, users,
+        release,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from persona_guest.agent import state_file
 from persona_guest.agent.build import CannotServeError, Parts, build
 from persona_guest.agent.ends import Ends
+from persona_guest.audit import without_agent
 from persona_guest.broker.events import Connected, Event, Stream
 from persona_guest.gate.hang_watchdog import INTERRUPT
 from persona_guest.gate.inflight import InFlight
@@ -121,6 +122,7 @@ def restore(parts: Parts, kept: dict[str, int]) -> None:
         parts.enforcer.restore()
     elif parts.enforcer.binds:
         parts.release.unbind()  # what an enforcing agent before this one left
+    take_notes(parts)
     parts.supervisor.answer_left_over()
     parts.keeping.repeat()
 
@@ -138,6 +140,7 @@ def watch(parts: Parts) -> None:
     loop.call_every(1.0, lambda: parts.identifier.refresh(time.monotonic()))
     loop.call_every(5.0, parts.openings.announce_again)
     loop.call_every(5.0, parts.registry.save_again)
+    loop.call_every(5.0, lambda: take_notes(parts))  # the standby's last come when this agent is there
     loop.call_every(10.0, parts.kernel_layer.check)
     loop.call_every(1.0, parts.dependencies.refresh)
     loop.call_every(0.25, lambda: parts.pool.sweep(time.monotonic()))
@@ -147,6 +150,12 @@ def watch(parts: Parts) -> None:
     signal.signal(INTERRUPT, lambda _number, _frame: None)  # a system call that waits ends by it
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: loop.call_soon_threadsafe(loop.stop))
+
+
+def take_notes(parts: Parts) -> None:
+    """Records what the standby answered while there was no agent."""
+    for record in without_agent.take(parts.state / without_agent.NAME, parts.registry.user_of):
+        parts.recorder.add(record)
 
 
 def heard(parts: Parts, event: Event) -> None:

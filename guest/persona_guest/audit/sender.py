@@ -14,7 +14,8 @@ from typing import Any
 
 from persona import wire
 from persona.codec import MAX_BODY, encode_stream, record_for
-from persona_guest.audit.spool import REFUSED, Batch, Spool
+from persona_guest.audit.entries import REFUSED, Batch
+from persona_guest.audit.spool import Spool
 from persona_guest.broker.http import BrokerError, Connection
 from persona_guest.settings import Broker
 

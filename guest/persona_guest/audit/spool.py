@@ -8,7 +8,6 @@ Methods wait for the disk.  The loop, for which an exec waits, calls none of the
 nothing.
 """
 
-import json
 import logging
 import os
 import threading
@@ -18,44 +17,32 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from persona.codec import Lost, Record, Stream, encode_record
+from persona.codec import Record, Stream
 from persona_guest.audit import spool_format
 from persona_guest.audit.counter import Counter
+from persona_guest.audit.entries import (
+    AGENT_ENDED,
+    DAMAGED,
+    QUEUE_FULL,
+    SPOOL_FULL,
+    Batch,
+    Entry,
+    entry_of,
+    first_of,
+    marker_of,
+    read_entry,
+)
 from persona_guest.audit.room import Room
-from persona_guest.audit.segments import MACHINE_ID, Held, Segment, Segments
+from persona_guest.audit.segments import MACHINE_ID, Segment, Segments
 
 log = logging.getLogger("persona.record")
 
 MIB = 1024 * 1024
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-SPOOL_FULL, QUEUE_FULL, REFUSED, AGENT_ENDED, DAMAGED = (
-    "spool_full", "queue_full", "refused", "agent_ended", "damaged",
-)  # fmt: skip
 _MEMORY = 16 * MIB
 _MARKER_S = 10.0  # between two markers: what is lost meanwhile is one of them
 _SHORT = 256 * 1024  # bytes: a user who has less room left gets no more starts that could not be recorded
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One record that waits: its number, its JSON, and what it takes of whose room."""
-
-    number: int
-    value: dict[str, Any]
-    size: int
-    held: Held
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The oldest records that wait, of one stream; ``end`` is where they end in the file ``segment``."""
-
-    stream: Stream
-    entries: tuple[Entry, ...]
-    segment: Segment | None
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +120,7 @@ class Spool:
             lost.update({QUEUE_FULL: dropped} if dropped else {})
             self._lost[QUEUE_FULL] += dropped
             for record in records:
-                one = _entry(replace(record, number=given + 1))
+                one = entry_of(replace(record, number=given + 1))
                 user, grant = one[0].held
                 if self._room.has(user, one[0].size, grant=grant, free=self._free()):
                     given += 1
@@ -144,9 +131,9 @@ class Spool:
             if lost and self._clock() >= self._marker_at + _MARKER_S and self._room.used < self._bound:
                 self._marker_at = self._clock()
                 for why in list(lost):
-                    marker = _marker(given + 1, given + lost.pop(why), why)
+                    marker = marker_of(given + 1, given + lost.pop(why), why)
                     given = marker.number
-                    self._keep(_entry(marker), kept)
+                    self._keep(entry_of(marker), kept)
             self._put(kept, given, tuple(lost.items()))
             self._write()
 
@@ -243,9 +230,9 @@ class Spool:
         self._in_memory += sum(len(frame) for _, frame in kept)
 
     def _lose(self, first: int, last: int, why: str) -> None:
-        marker = replace(_marker(first, last, why), number=self._counter.now.given + 1)
+        marker = replace(marker_of(first, last, why), number=self._counter.now.given + 1)
         kept: list[tuple[Entry, bytes]] = []
-        self._keep(_entry(marker), kept)
+        self._keep(entry_of(marker), kept)
         self._lost[why] += last - first + 1
         self._put(kept, marker.number, self._counter.now.dropped)
 
@@ -292,20 +279,20 @@ class Spool:
             why = "it does not read as it was written"
             try:
                 frames = self._segments.read(segment, count, size)
-                entries = [_read(payload) for payload in frames.payloads]
+                entries = [read_entry(payload) for payload in frames.payloads]
             except (OSError, ValueError) as error:
                 entries, why = [], str(error)
             if not entries:
                 self._damaged(self._segments, segment, why)
                 continue
-            taken = _cut(entries, size)
+            taken = first_of(entries, size)
             end = segment.sent + sum(entry.size for entry in taken)
             return Batch(segment.stream, tuple(taken), segment, end)
         return None
 
     def _from_memory(self, count: int, size: int) -> Batch | None:
         entries = [entry for entry, _ in list(self._memory)[:count]]
-        return Batch(self.stream, tuple(_cut(entries, size)), None, 0) if entries else None
+        return Batch(self.stream, tuple(first_of(entries, size)), None, 0) if entries else None
 
     def _damaged(self, segments: Segments, segment: Segment, why: str) -> None:
         for (user, grant), size in segment.bytes_of.items():
@@ -324,7 +311,7 @@ class Spool:
             for payload in payloads:
                 size = len(payload) + spool_format.OVERHEAD
                 try:
-                    entry = _read(payload)
+                    entry = read_entry(payload)
                 except ValueError as error:  # whole, and not what was written here: the rest is not touched
                     log.error("%s: %s; it is kept when the others were sent", segment.path, error)
                     segment.damaged = True
@@ -369,53 +356,3 @@ def _boot_id() -> str:
         return BOOT_ID.read_text("ascii").strip().replace("-", "")
     except (OSError, UnicodeDecodeError):
         return os.urandom(16).hex()
-
-
-def _is_grant(value: dict[str, Any]) -> bool:
-    return bool(value.get("event") == "exec" and value.get("decision") == "granted")
-
-
-def _entry(record: Record) -> tuple[Entry, bytes]:
-    value = encode_record(record)
-    frame = spool_format.frame(json.dumps(value, separators=(",", ":")).encode())
-    return Entry(record.number, value, len(frame), (record.user, _is_grant(value))), frame
-
-
-def _read(payload: bytes) -> Entry:
-    """Raises ``ValueError``."""
-    value = json.loads(payload)
-    if not isinstance(value, dict) or type(value.get("number")) is not int or not isinstance(value.get("user"), str):
-        raise ValueError("a frame that holds no record")
-    return Entry(value["number"], value, len(payload) + spool_format.OVERHEAD, (value["user"], _is_grant(value)))
-
-
-def _cut(entries: list[Entry], size: int) -> list[Entry]:
-    """The first of them, of ``size`` bytes in all and one more."""
-    taken = []
-    for entry in entries:
-        taken.append(entry)
-        size -= entry.size
-        if size <= 0:
-            break
-    return taken
-
-
-def _marker(first: int, last: int, why: str) -> Record:
-    """What says that records are lost; its number is the next after them."""
-    return Record(
-        at=time.time(),
-        session="",
-        user="",
-        program="",
-        argv=(),
-        decision="granted",
-        reason=None,
-        persona=None,
-        persona_version=None,
-        policy=None,
-        event="lost",
-        leased=False,
-        complain=False,
-        number=last + 1,
-        lost=Lost(first, last, why),
-    )

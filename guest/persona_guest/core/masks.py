@@ -8,60 +8,16 @@ shell's command line, which stay readable.  Everything here is pure, and takes t
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+
+from persona_guest.core.mask_rules import EXPECTED, SHIPPED, MaskError, Rule, rule_of
 
 HIDDEN = "***"
 LOOK = 512  # characters of an argument that are looked at; fewer are recorded
 _DEPTH = 2  # command lines in arguments of command lines
 _WORDS = 128  # in all of these; what is left of a longer one is hidden as a whole
 
-_EXPECTED = "expected an option like --my-secret, a name like MY_KEY, or 'PROGRAM -x'"
-
 Hide = Callable[[str], str]
 
-
-class MaskError(ValueError):
-    """A rule that is none; the message says what one looks like."""
-
-
-class Rule(NamedTuple):
-    """An option whose value is secret.
-
-    ``attached`` is what a word begins with that holds the value itself, ``separate`` a word that the value follows;
-    empty = there is none.  ``after`` is a word that must come before, ``keep`` the last character of what stays.
-    """
-
-    separate: str
-    attached: str
-    after: str = ""
-    keep: str = ""
-
-
-# Programs, and their options as ``rule_of`` reads them.
-SHIPPED = """
-mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlcheck mariadb mariadb-dump mariadb-admin: -p=
-curl: -u: -U: --user: --proxy-user: -b
-lftp: -u,
-sshpass: -p
-smbclient smbget smbmap smbcacls rpcclient: -U% --user%
-ldapsearch ldapmodify ldapadd ldapdelete ldapwhoami ldappasswd ldapcompare: -w -a -s
-redis-cli: -a
-mongo mongosh mongodump mongorestore mongoexport mongoimport: -p
-docker podman nerdctl: login/-p
-skopeo buildah: --creds: --src-creds: --dest-creds:
-openssl: -k -K
-zip unzip: -P
-7z 7za 7zr 7zz rar unrar: -p= -hp=
-ipmitool: -P -k
-snmpget snmpset snmpwalk snmpbulkget snmpbulkwalk snmptrap: -A -X -c
-xfreerdp wlfreerdp: /p:= /pth:=
-rdesktop plink pscp hydra: -p -pw
-useradd usermod groupadd groupmod newusers: -p
-swaks: -ap
-nmcli: password wifi-sec.psk 802-11-wireless-security.psk
-aws: aws_secret_access_key aws_session_token
-sqlplus rman expdp impdp sqlldr: USER/PASSWORD
-"""
 
 _LONG = (
     "password|passwd|passwort|passphrase|passcode|secret|token|api[_-]?key|access[_-]?key|secret[_-]?key|auth[_-]?key"
@@ -96,24 +52,6 @@ _CONNECT_RULE = "USER/PASSWORD"
 _STARTERS = frozenset({"sshpass"})  # what follows their secret is another program's
 
 
-def rule_of(text: str) -> Rule:
-    """One option of a program.
-
-    ``-p``: the value follows, or is in the same word.  ``-p=``: only in the same word (``-pVALUE``).  ``-u:``, ``-u,``,
-    ``-U%``: of the value only what comes after that character.  ``login/-p``: where the word ``login`` came before.
-    Raises ``MaskError``.
-    """
-    after, _, option = text.rpartition("/") if not text.startswith("/") else ("", "", text)
-    keep = option[-1] if option[:1] == "-" and option[-1:] in (":", ",", "%") else ""
-    name = option.removesuffix(keep) if keep else option.removesuffix("=")
-    if not re.fullmatch(r"[-/]{0,2}[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}", name):
-        raise MaskError(f"{text!r}: {_EXPECTED}")
-    if option.endswith("="):
-        return Rule("", name, after)
-    attached = name if re.fullmatch("-[A-Za-z0-9]", name) else name + "=" if name.startswith("--") else ""
-    return Rule(name, attached, after, keep)
-
-
 class Masks:
     """The shipped list and an operator's own rules."""
 
@@ -134,7 +72,7 @@ class Masks:
             elif len(words) == 1 and re.fullmatch(rf"-{{0,2}}{_NAME}", text) and len(text) <= 64:
                 self._names.add(text.lstrip("-").lower())
             else:
-                raise MaskError(f"{text!r}: {_EXPECTED}")
+                raise MaskError(f"{text!r}: {EXPECTED}")
         self._hints = (*_HINTS, *self._names)
 
     def _add(self, program: str, option: str) -> None:

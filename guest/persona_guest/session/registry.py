@@ -73,6 +73,11 @@ class Registry:
         login = self._logins.get(session)
         return login.session.subject if login is not None else None
 
+    def user_of(self, session: str) -> str:
+        """The same by name; empty where there is none."""
+        subject = self.subject_of(session)
+        return subject.user if subject is not None else ""
+
     def is_full(self, uid: int) -> bool:
         """Whether this user has as many gated sessions as they may."""
         return len(self.of_user(uid)) >= _PER_USER

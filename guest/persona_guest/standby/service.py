@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from persona_guest.audit import without_agent
+from persona_guest.audit.without_agent import StandbyNotes
 from persona_guest.core import state_line
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.terminal import tell
@@ -73,6 +75,7 @@ class Standby:
         kept: dict[str, int],
         progress: Progress,
         waits: tuple[float, float, float] = (COMPLAIN_S, ENFORCE_S, START_S),
+        notes: StandbyNotes | None = None,
     ) -> None:
         self._loop = loop
         self._state = state
@@ -88,6 +91,7 @@ class Standby:
         self._timer: Timer | None = None  # while there is no agent that answers
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._lines = (0, 0)
+        self._notes = notes
         self.answered = 0
         self._doorway = Doorway(loop, path, 0o600, self._accepted)
         self._progress.begin()
@@ -213,6 +217,7 @@ class Standby:
 
     def _look(self) -> None:
         """Again and again until there is an agent that answers: whether to do that in its place."""
+        self._write_notes()
         if self._agent is not None and not self._progress.is_starting:
             self._settle()
             return
@@ -239,8 +244,13 @@ class Standby:
             self._timer = None
         self._rest()
 
+    def _write_notes(self) -> None:
+        if self._notes is not None:
+            self._notes.flush(time.time())
+
     def _rest(self) -> None:
         """Stops answering in the agent's place."""
+        self._write_notes()
         if self._answering is not None:
             self._answering = None
             for fd in self._listeners.values():
@@ -251,14 +261,14 @@ class Standby:
     def _begin(self) -> None:
         self.answered = 0
         enforce = enforcing(self._state)
-        what = "nothing starts" if enforce else "complain mode, everything goes on unrecorded"
+        what = "nothing starts" if enforce else "complain mode, everything goes on undecided"
         if self._listeners:
             log.warning("no agent: answering %d sessions in its place, %s", len(self._listeners), what)
         self._answering = self._table()
         for slot, name, raw, _ in self._answering.left_over():
             listener = self._listeners.get(name)
             if listener is not None:
-                self._answer(listener, seccomp.parse_notification(raw))
+                self._answer(name, listener, seccomp.parse_notification(raw))
             self._answering.clear(slot)
         for name, fd in self._listeners.items():
             self._watch(name, fd)
@@ -280,17 +290,21 @@ class Standby:
         if not events & READABLE:
             self._drop(name)
             if not self._listeners and not self._state.exists():
+                self._write_notes()
                 self._loop.stop()
             return
         notification = seccomp.receive(fd, self._buffer)
         if notification is not None:
             slot = self._answering.put(name.encode(), self._buffer)  # for whoever comes, if this process is killed now
-            self._answer(fd, notification)
+            self._answer(name, fd, notification)
             self._answering.clear(slot)
 
-    def _answer(self, listener: int, notification: seccomp.Notification) -> None:
+    def _answer(self, name: str, listener: int, notification: seccomp.Notification) -> None:
         self.answered += 1
-        if not enforcing(self._state):
+        enforce = enforcing(self._state)
+        if self._notes is not None:
+            self._notes.add(name, denied=enforce)
+        if not enforce:
             seccomp.respond_continue(listener, notification.id)
             return
         now = time.monotonic()
@@ -346,7 +360,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         directory = runtime_dir.prepare(runtime)
         state = arguments.state_dir / "gate.state"
-        Standby(loop, directory / "standby.sock", state, systemd.inherited(), Progress(directory / NAME))
+        notes = StandbyNotes(directory / without_agent.NAME)
+        progress = Progress(directory / NAME)
+        Standby(loop, directory / "standby.sock", state, systemd.inherited(), progress, notes=notes)
     except OSError as error:
         print(f"persona-standby: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,85 @@
+"""One record as it waits in the spool: with its number, as JSON, and as a frame of a segment."""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from persona.codec import Lost, Record, Stream, encode_record
+from persona_guest.audit import spool_format
+from persona_guest.audit.segments import Held, Segment
+
+# Why records are lost; docs/protocol.md.
+SPOOL_FULL, QUEUE_FULL, REFUSED, AGENT_ENDED, DAMAGED = (
+    "spool_full", "queue_full", "refused", "agent_ended", "damaged",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One record that waits: its number, its JSON, and what it takes of whose room."""
+
+    number: int
+    value: dict[str, Any]
+    size: int
+    held: Held
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The oldest records that wait, of one stream; ``end`` is where they end in the file ``segment``."""
+
+    stream: Stream
+    entries: tuple[Entry, ...]
+    segment: Segment | None
+    end: int
+
+
+def _is_grant(value: dict[str, Any]) -> bool:
+    return bool(value.get("event") == "exec" and value.get("decision") == "granted")
+
+
+def entry_of(record: Record) -> tuple[Entry, bytes]:
+    value = encode_record(record)
+    frame = spool_format.frame(json.dumps(value, separators=(",", ":")).encode())
+    return Entry(record.number, value, len(frame), (record.user, _is_grant(value))), frame
+
+
+def read_entry(payload: bytes) -> Entry:
+    """Raises ``ValueError``."""
+    value = json.loads(payload)
+    if not isinstance(value, dict) or type(value.get("number")) is not int or not isinstance(value.get("user"), str):
+        raise ValueError("a frame that holds no record")
+    return Entry(value["number"], value, len(payload) + spool_format.OVERHEAD, (value["user"], _is_grant(value)))
+
+
+def first_of(entries: list[Entry], size: int) -> list[Entry]:
+    """The first of them, of ``size`` bytes in all and one more."""
+    taken = []
+    for entry in entries:
+        taken.append(entry)
+        size -= entry.size
+        if size <= 0:
+            break
+    return taken
+
+
+def marker_of(first: int, last: int, why: str) -> Record:
+    """What says that records are lost; its number is the next after them."""
+    return Record(
+        at=time.time(),
+        session="",
+        user="",
+        program="",
+        argv=(),
+        decision="granted",
+        reason=None,
+        persona=None,
+        persona_version=None,
+        policy=None,
+        event="lost",
+        leased=False,
+        complain=False,
+        number=last + 1,
+        lost=Lost(first, last, why),
+    )
