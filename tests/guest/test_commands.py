@@ -85,6 +85,8 @@ def test_every_answer_of_persona_in_a_session(gated: Run, agent: Path) -> None:
     status, listed, denials, greeting, explained = map(answer, lines)
     assert [value["ok"] for value in (status, listed, denials, greeting, explained)] == [True] * 5
     assert "session" in status
+    assert set(status["records"]) == {"waiting", "bound", "oldest_at", "lost", "not_on_disk", "aside"}  # to root
+    assert (status["records"]["lost"], status["records"]["not_on_disk"]) == ({}, "")
     assert set(listed) == {"ok", "entries"}
     assert set(greeting) == {"ok", "greeting"}
     assert set(denials) == {"ok", "items"}

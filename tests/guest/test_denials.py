@@ -127,7 +127,9 @@ class Machine:
         self.book = Book()
         registry = Mock(find=lambda _pid: Mock(session=self.session), get=lambda _id: None)
         binds = Binds(limits=False, network=False)
-        self.agent = Agent(Settings(), registry, Mock(), self.book, Mock(), Mock(), Mock(), Mock(), Mock(), binds)
+        self.agent = Agent(
+            Settings(), registry, Mock(), self.book, Mock(), Mock(), Mock(), Mock(), Mock(), binds, Mock()
+        )
         self.users = Users(self.agent, Mock(), Mock(), Mock(), Mock(), Mock(), Mock())
 
     def ask(self, uid: int, op: str = "denials") -> dict[str, Any]:

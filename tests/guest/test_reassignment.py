@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from persona_guest.broker.documents import Personas
-from persona_guest.core.messages import amount, limit_line
+from persona_guest.core.messages import limit_line
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, place_of
 from persona_guest.core.reassignment import NOBODY, NOBODYS, Applicable, bereft, choose
 from persona_guest.enforce.cgroups.limit_events import Alarms
@@ -28,6 +28,7 @@ from persona.documents import Persona, ResourceLimits, parse_document
 from persona.network import parse_rule
 from persona.patterns import Whitelist, parse_pattern
 from persona.problems import PersonaError, Reason
+from persona.shown import amount
 from tests.guest.fake_cgroups import FakeHierarchy
 
 SCOPE = "user.slice/user-1000.slice/session-5.scope"

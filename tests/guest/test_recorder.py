@@ -18,6 +18,7 @@ from persona_guest.audit.spool import MIB, Spool
 from persona_guest.audit.upload import Recorder
 from persona_guest.broker.http import Body, BrokerError, Connection
 from persona_guest.settings import Broker as Settings
+from persona_guest.shell import cli
 
 from persona import wire
 from persona.codec import Record, decode_record, decode_stream
@@ -221,3 +222,19 @@ def test_a_broker_that_is_killed_and_agents_that_follow_each_other_lose_and_doub
     assert [by_number[number]["at"] for number in sorted(by_number)] == list(range(at + 1))
     again = Counter(json.dumps(one, sort_keys=True) for one in kept(real))
     assert len(again) == at + 1, "what came twice is the same"
+
+
+def test_status_says_how_the_records_fare() -> None:
+    well: dict[str, Any] = {
+        "waiting": 0,
+        "bound": 64 * MIB,
+        "oldest_at": None,
+        "lost": {},
+        "not_on_disk": "",
+        "aside": [],
+    }
+    assert cli._records(well) == "0 B of 64 MiB wait for the broker"
+    ill = {**well, "waiting": 3 * MIB, "oldest_at": 0, "lost": {"spool_full": 7}, "not_on_disk": "no", "aside": ["x"]}
+    said = cli._records(ill)
+    assert said.startswith("3 MiB of 64 MiB wait for the broker, the oldest from 19")
+    assert said.endswith(", 7 lost (spool_full), not on disk: no, set aside: x")

@@ -175,6 +175,26 @@ def test_another_boot_has_numbers_of_its_own_and_what_is_left_of_the_last_comes_
     assert after.stream.machine == before.stream.machine
 
 
+def test_what_was_sent_before_a_boot_is_not_sent_again_after_it(place: Place) -> None:
+    spool = place.begin()
+    spool.add([record(1), record(2)])
+    take(spool)
+    spool.close()
+    assert len(place.files()) == 2
+    spool = place.begin()  # another agent of the same boot has nothing to say
+    spool.close()
+    spool = place.begin()
+    spool.add([record(3)])
+    assert numbers(take(spool)) == [3]
+    spool.close()
+    place.counter.unlink()
+    after = place.begin(boot="c" * 32)
+    after.add([record(4)])
+    assert [(one["stream"].boot[0], one["number"]) for one in take(after)] == [("c", 1)]
+    after.close()
+    assert len(place.files()) == 2
+
+
 def test_a_spool_of_another_machine_is_set_aside(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     before = place.begin()
     before.add([record(1)])

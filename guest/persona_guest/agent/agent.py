@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from persona_guest.audit.spool import Status as SpoolStatus
 from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.events import Changed, Connected, Event, Lost
 from persona_guest.core.denials import Book
@@ -44,6 +46,7 @@ class Agent:
         broker_client: BrokerClient,
         keeping: Keeping,
         binds: Binds,
+        records: Callable[[], SpoolStatus],
     ) -> None:
         self.settings = settings
         self.supervisor = supervisor
@@ -55,6 +58,7 @@ class Agent:
         self.leases = leases
         self.broker_client = broker_client
         self.keeping = keeping
+        self.records = records
         self.connection = "connecting"
 
     def event(self, event: Event) -> None:

@@ -182,7 +182,17 @@ def build(
     # logins
     binds = Binds(limits=enforcing, network=enforcing and net is not None)
     agent = Agent(
-        settings, registry, supervisor, denials, kernel_layer, fallback, leases, broker_client, keeping, binds
+        settings,
+        registry,
+        supervisor,
+        denials,
+        kernel_layer,
+        fallback,
+        leases,
+        broker_client,
+        keeping,
+        binds,
+        spool.status,
     )
     note = Logins(recorder.add, complain=settings.mode is Mode.COMPLAIN)
 

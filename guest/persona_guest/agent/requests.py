@@ -92,7 +92,8 @@ class Users:
         """Tells which persona applies to the caller's session, its limits and their use, and how the gate is."""
         call.only()
         login = self._own(call)
-        status = status_of(self._agent, login, call.caller.user if call.caller else str(call.uid))
+        user = call.caller.user if call.caller else str(call.uid)
+        status = status_of(self._agent, login, user, everything=call.uid == 0)
         if login is None or status["persona"] is None:
             respond(status)
             return

@@ -10,8 +10,11 @@ from persona_guest.agent.agent import Agent
 from persona_guest.session.model import Login
 
 
-def status(agent: Agent, login: Login | None, user: str) -> dict[str, Any]:
-    """As docs/protocol.md has it; ``gated`` is the session that ``user`` asks from, if it is one."""
+def status(agent: Agent, login: Login | None, user: str, *, everything: bool = False) -> dict[str, Any]:
+    """As docs/protocol.md has it; ``login`` is the session that ``user`` asks from, if it is one.
+
+    ``everything``: also how the records of all users fare, which is root's to know.
+    """
     session = login.session if login else None
     persona, policy = _current(agent, login)
     layer, leases = agent.kernel_layer.layer, agent.leases
@@ -36,6 +39,7 @@ def status(agent: Agent, login: Login | None, user: str) -> dict[str, Any]:
         "sessions": len(agent.registry.gated()),
         "notify_us": _percentiles(agent.supervisor.times),
         "verified": asdict(agent.supervisor.verifier.counts),
+        "records": asdict(agent.records()) if everything else None,
     }
 
 

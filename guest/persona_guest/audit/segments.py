@@ -41,6 +41,7 @@ class Segment:
     sent_number: int
     end: int
     last: int
+    is_empty: bool = True  # no record was ever in it
     damaged: bool = False  # in the middle: it is kept when all that can be read of it was sent
     bytes_of: Counter[Held] = field(default_factory=Counter)  # of the records after ``sent``
 
@@ -108,6 +109,7 @@ class Segments:
             raise FormatError("it is of another machine")
         frames = spool_format.read(data, head.end)
         segment = Segment(path, header.stream, head.end, header.first - 1, frames.end, header.first - 1)
+        segment.is_empty = not frames.payloads
         left = len(data) - frames.end
         if left and newest and spool_format.is_torn(data, frames.end):
             log.warning(
@@ -136,6 +138,7 @@ class Segments:
             self._give_up_tail(segment)
             raise
         self._unsynced = True
+        segment.is_empty = False
         segment.end += sum(map(len, frames))
         segment.last = numbers[-1]
         for who, frame in zip(held, frames, strict=True):
@@ -225,6 +228,17 @@ class Segments:
                 segment.path.unlink(missing_ok=True)
             except OSError as error:
                 log.error("%s cannot be removed: %s", segment.path, error)
+
+    def empty(self, stream: Stream, first: int) -> None:
+        """Where the broker has everything, leaves an empty file that says so: nothing is sent again after a boot.
+
+        Raises nothing: it would be sent again, that is all.
+        """
+        if self.all and all(segment.sent >= segment.end for segment in self.all) and self.all[-1].last >= first - 1:
+            if not self.all[-1].is_empty:
+                with contextlib.suppress(OSError):
+                    self._begin(stream, first)
+            self.drop_sent()
 
     def damaged(self, segment: Segment, why: str) -> None:
         """Renames a file of which no more can be read."""

@@ -4,8 +4,8 @@ On disk where that works, in memory where not: while the directory cannot be wri
 most 16 MiB of it, and goes to the disk once that takes it.  Nothing is lost unnoticed: what is not kept is counted, and
 told by a record of the event ``lost`` with the numbers that it would have had.
 
-Methods wait for the disk.  The loop, for which an exec waits, calls none of them but ``is_full``, which waits for
-nothing.
+Methods wait for the disk.  The loop, for which an exec waits, calls none of them but ``is_full`` and ``status``,
+which wait for nothing.
 """
 
 import logging
@@ -130,6 +130,7 @@ class Spool:
                     self._lost[SPOOL_FULL] += 1
             if lost and self._clock() >= self._marker_at + _MARKER_S and self._room.used < self._bound:
                 self._marker_at = self._clock()
+                log.error("records are lost: %s", ", ".join(f"{count} {why}" for why, count in lost.items()))
                 for why in list(lost):
                     marker = marker_of(given + 1, given + lost.pop(why), why)
                     given = marker.number
@@ -157,6 +158,10 @@ class Spool:
         with self._lock:
             self._held_back = False
             self._write()
+            if self._memory:
+                log.warning("%d records are neither sent nor on disk; the journal has them", len(self._memory))
+            elif self._segments is not None:
+                self._segments.empty(self.stream, self._counter.now.given + 1)
         self.sync()
         with self._lock:
             if self._segments is not None:
@@ -207,11 +212,11 @@ class Spool:
         return not self._room.has(user, min(_SHORT, self._segment_max), grant=True, free=self._free())
 
     def status(self) -> Status:
-        """How full it is."""
-        with self._lock:
-            aside = list(self._segments.aside) if self._segments is not None else []
-            lost = {why: count for why, count in self._lost.items() if count}
-            return Status(self._room.used, self._bound, self._oldest_at, lost, self.not_on_disk, aside)
+        """How full it is.  Waits for nothing."""
+        segments = self._segments
+        aside = list(segments.aside) if segments is not None else []
+        lost = {why: count for why, count in dict(self._lost).items() if count}
+        return Status(self._room.used, self._bound, self._oldest_at, lost, self.not_on_disk, aside)
 
     # --- with the lock ----------------------------------------------------------------------------
 

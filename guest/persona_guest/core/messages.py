@@ -3,7 +3,7 @@
 from persona.decisions import Denied
 from persona.documents import Persona
 from persona.problems import Reason
-from persona.shown import line, word
+from persona.shown import amount, line, word
 
 _LINE_MAX = 400
 
@@ -47,15 +47,6 @@ def limit_line(persona: Persona, reason: Reason, left: int = 0) -> str:
 def refusal_line(persona: str, target: str) -> str:
     """Where a connection may not go, or come from: programs say 'connection refused', as if the peer had."""
     return printable(f"persona: {target}: denied, {Reason.NETWORK_REFUSED} under persona {persona}")
-
-
-def amount(size: float) -> str:
-    """Bytes for people: ``512 MiB``, ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
 
 
 def printable(text: str) -> str:

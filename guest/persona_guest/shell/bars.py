@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from persona.quantities import parse_bytes, parse_cpu
-from persona_guest.core.messages import amount
+from persona.shown import amount
 
 _WIDTH = 20
 

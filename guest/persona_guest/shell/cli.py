@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from persona.answers import iso, local, refusal
-from persona.shown import line, word
+from persona.shown import amount, line, word
 from persona.version import VERSION
 from persona_guest.shell.client import SOCKET, AgentError, Client
 
@@ -115,6 +115,8 @@ def _status(arguments: argparse.Namespace) -> int:
     with Client(arguments.socket) as client:
         status: dict[str, Any] = client.call("status")
     if arguments.json:
+        if records := status.get("records"):
+            records["oldest_at"] = None if records["oldest_at"] is None else iso(records["oldest_at"])
         print(json.dumps(status))
         return 0
     from persona_guest.shell.bars import place_lines  # half of what a status takes, and --json needs none
@@ -148,13 +150,28 @@ def _status_lines(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("layers", ", ".join(layers) + (f" (not active: {', '.join(missing)})" if missing else "")),
         ("broker", f"{status['broker']}, generation {status['generation']}"),
     ]
+    if status.get("records") is not None:  # root's to know; an agent of 0.1.0 does not tell
+        lines.append(("records", _records(status["records"])))
     if not status["standby"]:
         lines.append(("standby", "not there: nobody would answer if the agent were stopped"))
     return (
         lines
         if status["gated"]
-        else [line for line in lines if line[0] in ("persona", "user", "mode", "layers", "broker", "standby")]
+        else [
+            line for line in lines if line[0] in ("persona", "user", "mode", "layers", "broker", "records", "standby")
+        ]
     )
+
+
+def _records(records: dict[str, Any]) -> str:
+    """How many wait for the broker, and what is wrong with that."""
+    said = [f"{amount(records['waiting'])} of {amount(records['bound'])} wait for the broker"]
+    if records["oldest_at"] is not None:
+        said.append(f"the oldest from {local(records['oldest_at'])}")
+    said += [f"{count} lost ({why})" for why, count in records["lost"].items()]
+    said += [f"not on disk: {records['not_on_disk']}"] if records["not_on_disk"] else []
+    said += [f"set aside: {', '.join(records['aside'])}"] if records["aside"] else []
+    return ", ".join(said)
 
 
 def _limits(limits: dict[str, Any]) -> str:
