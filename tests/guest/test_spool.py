@@ -1,6 +1,7 @@
 """The spool: real files, cut at every byte, on disks that are full or read-only, and writers that are killed."""
 
 import errno
+import json
 import logging
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from persona_guest.audit import spool_format
 from persona_guest.audit.spool import MIB, Spool
 from persona_guest.audit.spool_format import Header
 
-from persona.codec import Record, Stream, decode_record, encode_record
+from persona import wire
+from persona.codec import Record, Stream, decode_record, encode_record, record_for
 from tests.broker.conftest import environment
 from tests.guest.conftest import SmallDisk
 
@@ -307,6 +310,37 @@ def test_a_file_that_cannot_be_read_any_more_while_the_agent_runs_is_told_as_los
     assert [one["lost"]["why"] for one in found if "lost" in one] == ["damaged"]
     assert spool.status().lost == {"damaged": 3}
     assert spool.status().waiting == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        {"number": "1"}, {"user": None}, {"reason": "No Code"}, {"event": []}, {"lost": 1}, {"lost": {"first": 1}},
+        {"lost": {"first": 2, "last": 1}}, {"at": None, "session": 7},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("left_out", [(), ("argv",), ("number",)])
+def test_a_frame_that_holds_no_record_ends_no_agent(
+    place: Place, spoil: dict[str, Any], left_out: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Root's own doing: the digest is right."""
+    spool = place.begin()
+    spool.add([record(1)])
+    spool.close()
+    value = {**encode_record(replace(record(2), number=2)), **spoil}
+    payload = json.dumps({name: item for name, item in value.items() if name not in left_out}).encode()
+    with place.segment().open("ab") as file:
+        file.write(spool_format.frame(payload))
+        file.write(spool_format.frame(b"[" * 5000))
+    after = place.begin()
+    after.add([record(3)])
+    found = take(after)
+    for one in found:
+        one.pop("stream")
+        record_for(one, wire.FIRST)
+    there = [one["at"] for one in found if "lost" not in one]
+    assert (there[0], there[-1]) == (1, 3)
+    assert "it is kept when the others were sent" in caplog.text
 
 
 # --- disks ---

@@ -5,7 +5,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from persona.codec import Lost, Record, Stream, encode_record
+from persona import wire
+from persona.codec import CodecError, Lost, Record, Stream, encode_record, record_for
 from persona_guest.audit import spool_format
 from persona_guest.audit.segments import Held, Segment
 
@@ -46,11 +47,17 @@ def entry_of(record: Record) -> tuple[Entry, bytes]:
 
 
 def read_entry(payload: bytes) -> Entry:
-    """Raises ``ValueError``."""
-    value = json.loads(payload)
-    if not isinstance(value, dict) or type(value.get("number")) is not int or not isinstance(value.get("user"), str):
+    """A record from a segment, such as any broker can be told.  Raises ``ValueError``."""
+    try:
+        value = json.loads(payload)
+        record_for(value, wire.FIRST)
+        number, user, lost = value["number"], value["user"], value.get("lost")
+        whole = type(number) is int and isinstance(user, str) and (lost is None or lost["first"] <= lost["last"])
+    except (CodecError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"a frame that holds no record: {error!r}") from None
+    if not whole:
         raise ValueError("a frame that holds no record")
-    return Entry(value["number"], value, len(payload) + spool_format.OVERHEAD, (value["user"], _is_grant(value)))
+    return Entry(number, value, len(payload) + spool_format.OVERHEAD, (user, _is_grant(value)))
 
 
 def first_of(entries: list[Entry], size: int) -> list[Entry]:

@@ -75,6 +75,8 @@ class Segments:
         if machine is None:
             machine = os.urandom(16).hex()
             files.write(directory / _MACHINE, json.dumps({"machine": machine, "of": of}))
+            _sync(directory / _MACHINE)  # without it, what is in the spool would be nobody's after a loss of power
+            _sync(directory)
         return machine
 
     # --- what an agent before this one left ---
@@ -152,7 +154,7 @@ class Segments:
         try:
             header = spool_format.encode_header(Header(stream, first))
             _write(fd, header, 0)
-            self._sync_directory()
+            _sync(self._directory)
         except OSError:
             os.close(fd)
             with contextlib.suppress(OSError):
@@ -199,13 +201,6 @@ class Segments:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def _sync_directory(self) -> None:
-        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
     # --- reading ---
 
@@ -296,6 +291,15 @@ def _rename_aside(path: Path, why: str, aside: list[str]) -> None:
         log.error("%s cannot be used (%s); it is kept as %s, and nothing in it is sent", path, why, target)
         aside.append(name)
         return
+
+
+def _sync(path: Path) -> None:
+    """Has the disk keep a file, or the names in a directory.  Raises ``OSError``."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:

@@ -104,7 +104,8 @@ class Recorder:
         dropped = self._dropped
         self.spool.add(records, dropped - self._told)
         self._told = dropped
-        self._sender.wake()
+        if self.spool.status().waiting:
+            self._sender.wake()
         self.spool.sync()
 
 
