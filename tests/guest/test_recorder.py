@@ -1,10 +1,14 @@
 """From the loop to the broker: what a broker that drops answers, is slow, or is killed gets, and how often."""
 
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -23,7 +27,8 @@ from persona_guest.shell import cli
 from persona import wire
 from persona.codec import Record, decode_record, decode_stream
 from persona.problems import Reason
-from tests.broker.conftest import Broker
+from tests.broker.conftest import Broker, environment
+from tests.guest.conftest import Run, trial_of
 
 BOOT = "b" * 32
 
@@ -238,3 +243,81 @@ def test_status_says_how_the_records_fare() -> None:
     said = cli._records(ill)
     assert said.startswith("3 MiB of 64 MiB wait for the broker, the oldest from 19")
     assert said.endswith(", 7 lost (spool_full), not on disk: no, set aside: x")
+
+
+# --- a real agent ---
+
+
+def processes_of(home: Path, module: str) -> list[int]:
+    """The pids of the trial's agent or broker, workers included."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            if module.encode() in words and any(word.startswith(bytes(home)) for word in words):
+                found.append(int(entry.parent.name))
+    return found
+
+
+@contextlib.contextmanager
+def next_agent(home: Path) -> Iterator[None]:
+    """An agent with the trial's settings, once it is ready."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(home / "notify-next"))
+        notified.settimeout(15)
+        argv = [sys.executable, "-m", "persona_guest", "--config", str(home / "guest.toml")]
+        environ = {**environment(), "NOTIFY_SOCKET": str(home / "notify-next")}
+        agent = subprocess.Popen(argv, env=environ, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            while b"READY=1" not in notified.recv(4096):
+                pass
+            yield
+        finally:
+            agent.terminate()
+            agent.wait(15)
+
+
+def test_a_real_agent_that_is_killed_is_followed_by_one_that_counts_on_and_may_deny(
+    documents: Path, gated: Run, tmp_path: Path
+) -> None:
+    with trial_of(documents) as path:
+        home = path.parents[1]
+        gated("for i in 1 2 3; do true; /usr/bin/true; done; strace x", by=path)
+        until(lambda: any("strace" in one["program"] for one in kept_by_trial(home)))
+        for pid in processes_of(home, "persona_guest"):
+            os.kill(pid, signal.SIGKILL)
+        config = home / "guest.toml"
+        config.write_text(config.read_text() + '[audit]\nspool_mib = 1\nwhen_full = "deny"\n')
+        gone = tmp_path / "gone"
+        script = f"/usr/bin/true; mkdir {tmp_path}/ready; while [ ! -e {gone} ]; do sleep 0.1; done\n"
+        script += "i=0; while /usr/bin/true; do i=$((i+1)); [ $i = 4000 ] && break; done; echo $i"
+        with next_agent(home):
+            done: list[subprocess.CompletedProcess[str]] = []
+            thread = threading.Thread(target=lambda: done.append(gated(script, by=path)))
+            thread.start()
+            until((tmp_path / "ready").exists)
+            until(lambda: any("mkdir" in one["program"] for one in kept_by_trial(home)))
+            for pid in processes_of(home, "persona_broker"):
+                os.kill(pid, signal.SIGKILL)
+            gone.touch()
+            thread.join(60)
+            assert "audit_full" in done[0].stderr
+            assert 50 < int(done[0].stdout) < 4000
+        numbers = {one["number"] for one in kept_by_trial(home)}
+        explained = {
+            number
+            for one in kept_by_trial(home)
+            if "lost" in one
+            for number in range(one["lost"]["first"], one["lost"]["last"] + 1)
+        }
+        assert sorted(numbers | explained) == list(range(1, max(numbers) + 1))
+        assert not numbers & explained
+        spooled = b"".join(file.read_bytes() for file in (home / "state" / "spool").glob("*.records"))
+        assert b'"reason":"audit_full"' in spooled, "what is denied for want of room is recorded"
+
+
+def kept_by_trial(home: Path) -> list[dict[str, Any]]:
+    with sqlite3.connect(home / "db") as db:
+        rows = [json.loads(body) for (body,) in db.execute("SELECT body FROM records ORDER BY id")]
+    db.close()
+    return rows

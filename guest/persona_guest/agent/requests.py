@@ -205,8 +205,11 @@ class Users:
             self._decider.explain(request, decided)
             return
         found: dict[str, Any] = {"ok": True, "program": encode_program(question.program), "always": None}
+        full = self._agent.supervisor.unrecordable(gated.session.subject.user)
         if isinstance(verdict, Refused):
             decision = encode_decision(verdict.denied)
+        elif full is not None:
+            decision = encode_decision(full)
         elif verdict.granted is not None:
             decision = encode_decision(verdict.granted)
         else:  # no persona and no policy says so
