@@ -205,7 +205,7 @@ class Users:
             self._decider.explain(request, decided)
             return
         found: dict[str, Any] = {"ok": True, "program": encode_program(question.program), "always": None}
-        full = self._agent.supervisor.unrecordable(gated.session.subject.user)
+        full = self._agent.supervisor.unrecordable(login.session.subject.user)
         if isinstance(verdict, Refused):
             decision = encode_decision(verdict.denied)
         elif full is not None:

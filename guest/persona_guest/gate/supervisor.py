@@ -74,7 +74,7 @@ class Supervisor:
         self._registry = registry
         self._placing = placing
         self._home_of = home_of
-        self._unrecordable = unrecordable
+        self.unrecordable = unrecordable
         self.verifier = Verifier(loop, time.monotonic, hang_watchdog)
         self._loop = loop
         self._identifier = identifier
@@ -284,7 +284,7 @@ class Supervisor:
 
     def _allow(self, pending: Pending, granted: Granted | None) -> None:
         login = pending.login
-        full = self._unrecordable(login.session.subject.user)
+        full = self.unrecordable(login.session.subject.user)
         if full is not None:
             self._deny(pending, full)
             return
