@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from persona_guest.agent.requests import Users
 from persona_guest.audit.logins import Logins
 from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.documents import Personas
@@ -19,6 +20,7 @@ from persona_guest.broker.pool import Answer, Outcome
 from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.pam_protocol import Caller, Verdict
+from persona_guest.ipc.users import Call
 from persona_guest.kernel import seccomp
 from persona_guest.login.admission import Admission
 from persona_guest.login.opening import Openings
@@ -66,6 +68,7 @@ class Site:
 
     def __init__(self, directory: Path, mode: Mode = Mode.ENFORCE, **gate: Any) -> None:
         settings = replace(Settings(), mode=mode, gate=replace(Gate(), **gate))
+        self.settings = settings
         self.link = Link()
         self.records: list[Record] = []
         self.leases = LeaseBook()
@@ -295,7 +298,7 @@ def test_what_is_no_listener_ends_what_had_begun(site: Site) -> None:
     assert session is not None
     fd, other = os.pipe()
     os.close(other)
-    with pytest.raises(PersonaError, match="no listener"):
+    with pytest.raises(PersonaError, match="not a seccomp listener"):
         site.openings.listener_from_shell(session, fd)
     assert site.link.asked[-1] == "DELETE /v1/sessions"
     assert [call.args[0].session.id for call in site.user_rules.ended.call_args_list] == [session]
@@ -365,3 +368,56 @@ def test_the_journal_says_once_what_applies_to_a_session(site: Site, caplog: pyt
         f"session {session}: Rest v2 (policy at-night) applies now, before Work v1",
         f"session {session}: no persona (policy -) applies now, before Rest v2",
     ]
+
+
+def test_a_listener_that_comes_before_the_answer_leaves_nothing(site: Site) -> None:
+    site.link.hold = True
+    session = site.openings.open_from_shell(ALICE, os.getpid(), lambda _answer: None)
+    fd, other = os.pipe()
+    os.close(other)
+    with pytest.raises(PersonaError, match="not admitted"):
+        site.openings.listener_from_shell(session, fd)
+    while site.link.held:
+        site.link.held.pop(0)()
+    assert site.registry.ids() == []
+    assert site.link.asked[-1] == "DELETE /v1/sessions"
+    site.user_rules.opened.assert_not_called()
+
+
+def users_of(site: Site) -> Users:
+    agent = Mock(settings=site.settings, registry=site.registry)
+    return Users(agent, site.openings, Mock(), Mock(), Mock(), Mock(), Mock())
+
+
+@pytest.mark.parametrize("fds", [0, 1, 2])
+def test_no_user_can_leave_logins_behind(site: Site, fds: int) -> None:
+    site.link.hold = True
+    users, fd = users_of(site), os.open("/dev/null", os.O_PATH)
+    for _ in range(3):
+        gate = Call(os.getpid(), 1000, 1000, "gate", {"op": "gate", "shell": "/bin/bash"}, (), caller=ALICE)
+        users.handle(gate, lambda _answer: None)
+        with pytest.raises(PersonaError):
+            users.handle(
+                Call(os.getpid(), 1000, 1000, "listener", {"op": "listener"}, (fd,) * fds), lambda _answer: None
+            )
+        while site.link.held:
+            site.link.held.pop(0)()
+    os.close(fd)
+    assert site.registry.ids() == []
+
+
+def test_who_breaks_glass_by_persona_shell_is_recorded(site: Site) -> None:
+    caller = ALICE._replace(groups=("persona-break-glass",))
+    answers: list[dict[str, Any]] = []
+    gate = Call(os.getpid(), 1000, 1000, "gate", {"op": "gate", "shell": "/bin/bash"}, (), caller=caller)
+    users_of(site).handle(gate, answers.append)
+    assert answers == [{"ok": True, "verdict": "pass", "greeting": None}]
+    assert site.events() == [("break_glass", "granted")]
+    assert site.exempted == [caller.uid]
+
+
+def test_who_has_too_many_sessions_is_told_so_before_the_filter(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site.registry, "is_full", lambda _uid: True)
+    answers: list[dict[str, Any]] = []
+    site.openings.open_from_shell(ALICE, os.getpid(), answers.append)
+    assert [(answer["ok"], answer["code"]) for answer in answers] == [(False, Reason.AGENT_OVERLOADED)]

@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from persona_guest.broker.documents import Personas
@@ -181,3 +182,21 @@ def test_every_operation_has_its_words() -> None:
     named = set(re.findall(r'"((?:cgroup|network|routes)\.[a-z_]+)"', code)) - set(FILES)
     used = {op for op in named if re.search(rf'"op":[^\n]*"{op}"', code)}
     assert used == WORDS.keys()
+
+
+def test_a_place_that_was_taken_apart_does_not_come_back(
+    enforcer: Enforcer, tree: FakeHierarchy, placement: Placement
+) -> None:
+    """As where an agent of complain mode did that on a full disk, and could not write it down."""
+    tree.make(placement.places["One"].cgroup)
+    enforcer.restore()
+    assert list(placement.places) == ["One"]
+
+
+def test_after_a_release_nothing_is_bound_anew(enforcer: Enforcer) -> None:
+    """Not even an exec that waited for the broker meanwhile."""
+    enforcer.release()
+    pending = Mock()
+    enforcer.place(pending, Mock(persona=REFS[0]))
+    assert enforcer.wanted() == {}
+    assert pending.mock_calls == []

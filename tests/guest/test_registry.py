@@ -155,11 +155,11 @@ def test_what_could_not_be_written_is_written_later(small_disk: SmallDisk) -> No
     with pytest.raises(OSError, match="No space left"):
         registry.save(login)
     registry.try_to_save(login)
-    assert not registry.is_saved("s-1")
+    assert registry._unsaved == {"s-1"}
     registry.save_again()
     small_disk.empty()
     registry.save_again()
-    assert registry.is_saved("s-1")
+    assert registry._unsaved == set()
     assert json.loads((small_disk.path / "sessions" / "s-1.json").read_text())["session"]["id"] == "s-1"
     registry.end(login)
     assert not list((small_disk.path / "sessions").iterdir())

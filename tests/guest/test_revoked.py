@@ -123,7 +123,8 @@ def test_what_an_older_broker_is_not_asked_does_not_make_a_session_hold_again(tm
     site.leases.advance(2)
     tool = Program("/home/u/tool", (), ("/home/u/tool",), home="tool")
     question = Question(login.holder, 1, b"tool", (b"tool",), True, tool)
-    site.supervisor._told(login, question, Denied(Reason.PROGRAM_NOT_TRUSTED))  # as it is of a broker of 0.1.0
+    unasked = Denied(Reason.PROGRAM_NOT_TRUSTED)  # as it is of a broker of 0.1.0
+    site.supervisor._broker_answered(login, question, unasked)
     assert login.revoked is not None
     site.away = True
     assert site.run("s-a", "/usr/bin/dash", login_shell="/usr/bin/dash") == 13

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import signal
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from persona_guest.kernel import seccomp
 from persona_guest.loop import Loop
 from persona_guest.standby import service
 from persona_guest.standby.service import Standby, enforcing
+from persona_guest.system import systemd
 from persona_guest.system.start_progress import LOADER, Progress, Start
 
 from persona.codec import decode_record, encode_record
@@ -433,3 +435,26 @@ def test_a_listener_that_the_agent_cannot_take_is_nobodys(running: Running) -> N
         assert back.take() == {}
     assert outcome(pid) == errno.ENOSYS
     back.close()
+
+
+def test_what_the_standby_cannot_hand_over_and_systemd_has_is_answered(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid, listener = gated_child("/usr/bin/true")
+    agent = running.agent()
+    assert agent.take() == {}
+    agent.keep(NAME, listener)
+    agent.close()
+    until(lambda: running.standby._agent is None, 10)
+    back = running.agent()
+    connection = back._connect(10.0)
+    until(lambda: running.standby._agent is not None, 10)
+    monkeypatch.setattr(systemd, "inherited", lambda: {NAME: listener})
+    monkeypatch.setattr(back, "_connect", lambda _timeout: connection)
+    with no_descriptor():
+        taken = back.take()
+    assert taken == {NAME: listener}
+    back.close()
+    os.close(listener)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -84,38 +85,38 @@ class Placing(NoPlacing):
 
 @dataclass
 class Supervised:
-    """What is left of a session that has ended."""
+    """A session, and what answers for it."""
 
     supervisor: Supervisor
     registry: Registry
     denials: Book
+    loop: Loop
+    session: Session
 
 
-def supervise(
+AskBroker = Callable[[Request, Callable[[Decision], None]], None]
+
+
+def supervised(
     listener: int,
-    decide: Callable[[Request], Decision],
+    ask: AskBroker,
     place: Callable[[Pending, Granted | None], None] = lambda _pending, _granted: None,
     hang_watchdog: HangWatchdog | None = None,
     *,
     shell: str = "/nonexistent",
     uid: int | None = None,
     home: str = "",
-    before: Callable[[Session], None] = lambda _session: None,
     record: Callable[[Record], None] = lambda _record: None,
     gate: Gate | None = None,
     fresh: bool = False,
     unrecordable: Denied | None = None,
+    loop: Loop | None = None,
 ) -> Supervised:
-    """``before`` is called once the session has begun, and the program starts after it."""
-    loop = Loop()
-
-    def ask(request: Request, done: Callable[[Decision], None]) -> None:
-        loop.call_soon_threadsafe(lambda: done(decide(request)))  # later, as the broker answers
-
+    """A session that is gated, and what answers for it once ``loop`` runs."""
+    loop = loop or Loop()
     settings = Settings(mode=Mode.ENFORCE, paths=Paths(bpf_dir=""), gate=gate or Gate())
     hang_watchdog, denials = hang_watchdog or HangWatchdog(lambda: None), Book()
     registry = Registry(Path("/nonexistent"))
-    registry.at_end(lambda _login: loop.stop())
     supervisor = Supervisor(
         settings, loop, registry, Identifier(Settings().gate), LeaseBook(), InFlight(), hang_watchdog,
         KernelLayer(settings, loop, lambda event: None), Waiting(hang_watchdog), ask, Placing(place),
@@ -127,12 +128,32 @@ def supervise(
     login = registry.open(session)
     login.listener, login.state = listener, State.GATED
     supervisor.answer_for(login, fresh=fresh)
-    before(session)
+    return Supervised(supervisor, registry, denials, loop, session)
+
+
+def supervise(
+    listener: int,
+    decide: Callable[[Request], Decision],
+    place: Callable[[Pending, Granted | None], None] = lambda _pending, _granted: None,
+    hang_watchdog: HangWatchdog | None = None,
+    *,
+    before: Callable[[Session], None] = lambda _session: None,
+    **more: Any,
+) -> Supervised:
+    """Until the session has ended.  ``before`` is called once it has begun, and the program starts after it."""
+    loop = Loop()
+
+    def ask(request: Request, done: Callable[[Decision], None]) -> None:
+        loop.call_soon_threadsafe(lambda: done(decide(request)))  # later, as the broker answers
+
+    site = supervised(listener, ask, place, hang_watchdog, loop=loop, **more)
+    site.registry.at_end(lambda _login: loop.stop())
+    before(site.session)
     loop.call_later(10, loop.stop)
     loop.run()
-    loop.run_until(lambda: not supervisor.verifier._open, 5)  # what was started has been looked at, or is gone
-    supervisor.notes.flush()
-    return Supervised(supervisor, registry, denials)
+    loop.run_until(lambda: not site.supervisor.verifier._open, 5)  # what was started has been looked at, or is gone
+    site.supervisor.notes.flush()
+    return site
 
 
 def granted(_request: Request) -> Decision:
@@ -209,11 +230,11 @@ def test_an_error_while_judging_is_a_denial(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(exec_request, "read", broken)
     pid, listener = gated_child("/usr/bin/true")
     records: list[Record] = []
-    supervised = supervise(listener, granted, record=records.append)
+    site = supervise(listener, granted, record=records.append)
     assert outcome(pid) == 13
     seen = [(record.program, record.decision, record.reason) for record in records]
     assert seen == [("unknown", "denied", Reason.PROGRAM_UNREADABLE)]
-    assert [one.reason for one in supervised.denials.of(os.getuid())] == [Reason.PROGRAM_UNREADABLE]
+    assert [one.reason for one in site.denials.of(os.getuid())] == [Reason.PROGRAM_UNREADABLE]
 
 
 def test_what_runs_in_the_place_of_what_was_allowed_is_what_the_record_names() -> None:
@@ -287,12 +308,12 @@ def test_who_reads_a_listener_that_was_handed_over_does_not_hold_the_agent_up(mo
     before = signal.signal(INTERRUPT, lambda _number, _frame: None)
     began = time.monotonic()
     try:
-        supervised = supervise(listener, granted, hang_watchdog=HangWatchdog(lambda: None, 0.3), uid=nobody)
+        site = supervise(listener, granted, hang_watchdog=HangWatchdog(lambda: None, 0.3), uid=nobody)
     finally:
         signal.signal(INTERRUPT, before)
         os.close(thief)
     assert time.monotonic() - began < 8
-    assert supervised.registry.ids() == []
+    assert site.registry.ids() == []
     assert outcome(child) == errno.ENOSYS  # nobody is left who could answer it
 
 
@@ -338,3 +359,23 @@ def test_only_a_listener_is_taken_for_one() -> None:
         assert not seccomp.is_listener(null.fileno())
     supervise(listener, granted)
     assert outcome(pid) == 0
+
+
+@pytest.mark.parametrize("what", ["ended", "released"])
+def test_an_answer_that_comes_late(what: str) -> None:
+    """When the session of an exec that waited has ended, nobody is there; after a release, it goes on."""
+    pid, listener = gated_child("/usr/bin/true")
+    answers: list[Callable[[], None]] = []
+    site = supervised(listener, lambda _request, done: answers.append(lambda: done(denied(_request))))
+    site.loop.run_until(lambda: answers, 10)
+    if what == "ended":
+        (login,) = site.registry.gated()
+        os.kill(pid, signal.SIGKILL)
+        site.supervisor._end(login)
+    else:
+        site.supervisor.released = True
+    answers.pop()()
+    assert outcome(pid) == (-signal.SIGKILL if what == "ended" else 0)
+    assert not site.supervisor._waiting._execs
+    for login in site.registry.gated():
+        site.supervisor._end(login)

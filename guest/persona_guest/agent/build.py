@@ -110,7 +110,8 @@ def build(
 ) -> Parts:
     """``released`` is set once root releases the gate; ``hung`` is called when the loop hangs for a user.
 
-    Raises ``CannotServeError``.  What starts a thread registers its end in ``ends``.
+    Raises ``CannotServeError``.  What must write something down at the end, or close a connection, registers that in
+    ``ends``; other threads end with the process.
     """
     registry = Registry(state / "sessions")
     leases = LeaseBook(settings.broker.grace_s)

@@ -19,7 +19,7 @@ from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.implicit_allow import rule_for
 from persona_guest.ipc.users import Call, Respond
 from persona_guest.kernel.task import Task
-from persona_guest.login.exemptions import exemption, exemption_of_account
+from persona_guest.login.exemptions import exemption_of_account
 from persona_guest.login.opening import Openings
 from persona_guest.program import exec_request as exec_requests
 from persona_guest.program.exec_request import ExecRequest
@@ -233,7 +233,7 @@ class Users:
         try:
             if caller is None:
                 raise PersonaError(Fault.NOT_FOUND, f"uid {call.uid} is in no user database")
-            if exemption(caller.uid, caller.groups, settings.gate):
+            if self._openings.exempt(caller):
                 respond({"ok": True, "verdict": "pass", "greeting": None})
                 return
             self._make_room(call)
@@ -256,9 +256,16 @@ class Users:
         if session is not None and uid != call.uid:  # the number of a process that has ended is another user's by now
             self._openings.abandoned(session)
             session = None
-        if session is None or len(call.fds) != 1:
-            raise PersonaError(Reason.SESSION_UNKNOWN, "expected one descriptor, after 'gate'")
-        self._openings.listener_from_shell(session, os.dup(call.fds[0]))
+        if session is None:
+            raise PersonaError(Reason.SESSION_UNKNOWN, "expected 'gate' before the listener")
+        try:
+            if len(call.fds) != 1:
+                raise PersonaError(Fault.BAD_REQUEST, "expected one descriptor")
+            listener = os.dup(call.fds[0])
+        except (PersonaError, OSError):
+            self._openings.abandoned(session)
+            raise
+        self._openings.listener_from_shell(session, listener)
         respond({"ok": True, "session": session})
 
     def _release_all(self, call: Call, respond: Respond) -> None:

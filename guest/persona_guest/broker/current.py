@@ -11,7 +11,7 @@ from persona_guest.core.reassignment import Applicable, Word
 
 log = logging.getLogger("persona.enforce")
 
-_UNREADABLE = (TypeError, KeyError, ValueError, AttributeError)
+_UNREADABLE = (TypeError, KeyError, ValueError, AttributeError, OverflowError)  # int() of a JSON 1e999
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class Enforcer:
         self._personas = personas
         self._watch = watch
         self._fetching: set[PersonaRef] = set()
+        self._released = False
 
     @property
     def binds(self) -> bool:
@@ -74,6 +75,8 @@ class Enforcer:
         Raises ``PersonaError`` (or ``OSError`` where the task is gone): then it must not start.
         """
         login = pending.login
+        if self._released:
+            return
         placement = login.placement
         before = pending.before()
         if placement is None:
@@ -131,7 +134,7 @@ class Enforcer:
         place = place_of(placement.session, placement.uid, ref, found, shared=shared, withdrawn=withdrawn)
         known = placement.places.get(place.key)
         if known == place:
-            if not self._registry.is_saved(placement.session):
+            if placement.unsaved:
                 self._save(placement)
             return place
         plans.apply(self._entering(place, bereft(persona) if withdrawn else persona))
@@ -172,6 +175,7 @@ class Enforcer:
     def _save(self, placement: Placement) -> None:
         """Raises ``PersonaError``: nothing starts in a place that the next agent would not know."""
         login = self._registry.get(placement.session)
+        placement.unsaved = True
         try:
             if login is not None:
                 self._registry.save(login)
@@ -202,7 +206,10 @@ class Enforcer:
                 if login.placement is None and manager_of(found, session.uid) is not None:
                     login.placement = Placement(session.id, session.uid, found, Image(0, 0))
         for placement in self._registry.placements():
-            for place in placement.places.values():
+            for key, place in list(placement.places.items()):
+                if not self.tree.exists(place.cgroup):  # taken apart meanwhile, and nobody could write that down
+                    placement.drop(key)
+                    continue
                 self._watch(place)
                 if not place.withdrawn and not place.managed:
                     self._thaw(place)
@@ -265,7 +272,8 @@ class Enforcer:
                 self._personas.ensure(ref, functools.partial(arrived, ref))
 
     def release(self) -> None:
-        """Nothing of ours stays; the sessions go on without limits."""
+        """Nothing of ours stays, and nothing is bound any more; the sessions go on without limits."""
+        self._released = True
         for login in self._registry.gated():
             for place in login.placement.places.values() if login.placement is not None else ():
                 if place.managed:

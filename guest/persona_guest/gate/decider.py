@@ -35,7 +35,7 @@ class Decider:
 
     async def _decide(self, request: Request) -> Decision:
         decision = await self._ask(request)
-        # what comes before any terminal is the session's own, whatever the persona says: it waits for no installation
+        # a plumbing program (gate.plumbing) starts before there is a terminal: nobody could be told what it waits for
         if not self._gate.is_plumbing(request.program.path):
             found = await Answer[Decision | Installed](partial(self._dependencies.installed, decision, request))
             if not isinstance(found, Installed):

@@ -36,7 +36,7 @@ from persona_guest.program import exec_request as exec_requests
 from persona_guest.program.identity import Identifier, images_of
 from persona_guest.program.own_home import Owner
 from persona_guest.session.login_shells import real_shell
-from persona_guest.session.model import Login, Session
+from persona_guest.session.model import Login, Session, State
 from persona_guest.session.registry import Registry
 from persona_guest.settings import Mode, Settings
 
@@ -126,6 +126,7 @@ class Supervisor:
     def _end(self, login: Login) -> None:
         self._loop.remove_reader(login.listener)
         os.close(login.listener)
+        login.listener = -1  # what still waits of it must not reach whatever gets the number next
         self._registry.end(login)
 
     # --- one exec ---------------------------------------------------------------------------------
@@ -161,7 +162,8 @@ class Supervisor:
             work()
         except Exception:  # no list is complete of what may go wrong, and not to answer would be to hang
             log.exception("an exec could not be judged; it is denied")
-            self._not_judged(login, ident, slot, "the agent's journal says why")
+            with contextlib.suppress(OSError):  # the session has ended meanwhile
+                self._not_judged(login, ident, slot, "the agent's journal says why")
         finally:
             self._hang_watchdog.leave(outer)
 
@@ -244,9 +246,13 @@ class Supervisor:
             cwd=pending.task.working_directory(),
             argv_complete=question.complete,
         )
-        self._ask(request, lambda decision: self._told(login, question, decision))
+        self._ask(request, lambda decision: self._broker_answered(login, question, decision))
 
-    def _told(self, login: Login, question: Question, decision: Decision) -> None:
+    def _broker_answered(self, login: Login, question: Question, decision: Decision) -> None:
+        if login.state is State.ENDED:  # its listener is closed: nobody waits any more
+            for pending in self._waiting.take(login.session.id, question):
+                self._inflight.clear(pending.slot)
+            return
         now = time.monotonic()
         if not _is_answered(question, decision):
             if login.revoked is None:
@@ -262,7 +268,9 @@ class Supervisor:
             self._guarded(login, pending.ident, pending.slot, partial(self._resume, pending, decision))
 
     def _resume(self, pending: Pending, decision: Decision) -> None:
-        if isinstance(decision, Granted):
+        if self.released:  # meanwhile: nothing is decided or bound any more
+            self._go_on(pending.login, pending.ident, pending.slot)
+        elif isinstance(decision, Granted):
             self._allow(pending, decision)
         else:
             pending.denials += (decision,)

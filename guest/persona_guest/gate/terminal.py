@@ -1,7 +1,7 @@
 """One line onto the terminal or pipe that a task has as its standard error, without trusting either.
 
 The user chooses what descriptor 2 is.  It is duplicated (never opened by path), must be writable for
-the user himself, must be a terminal or a pipe, and is written through a non-blocking description of
+the user themselves, must be a terminal or a pipe, and is written through a non-blocking description of
 our own, so that a stopped terminal or a full pipe cannot stop the agent.
 """
 

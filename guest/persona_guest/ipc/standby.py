@@ -107,12 +107,12 @@ class Keeping:
         except (OSError, ValueError) as error:
             log.error("the standby's listeners could not be taken: %s", error)
         self._adopt(connection)
-        if (
-            lost
-        ):  # a listener that only the standby has would leave its session waiting: without any, nothing starts there
-            log.critical("no descriptor left for %d sessions: nothing starts there any more", len(lost))
+        # a listener that only the standby has would leave its session waiting: without any, nothing starts there
+        if lost:
+            log.critical("no descriptor left for %d listeners of the standby's", len(lost))
             for name in lost:
-                self.forget(name)
+                if name not in self._kept:  # systemd kept it as well: then it is answered, and none the worse
+                    self.forget(name)
         return found
 
     def ready(self) -> None:

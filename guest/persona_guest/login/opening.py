@@ -34,6 +34,8 @@ log = logging.getLogger("persona.agent")
 
 Refuse = Callable[[Denied], None]
 
+_TOO_MANY = "too many sessions of this user are open"
+
 
 class Openings:
     """``greeting`` has the line for a login in a terminal; ``began`` is told of each session that the broker knows."""
@@ -101,7 +103,7 @@ class Openings:
                 reply_to(reply(Verdict.DENY, self._admission.line(caller, denied)))
 
         if self._registry.is_full(caller.uid):
-            refuse(Denied(Reason.AGENT_OVERLOADED, help="too many sessions of this user are open"))
+            refuse(Denied(Reason.AGENT_OVERLOADED, help=_TOO_MANY))
             return None
         self._open(session, refuse, lambda login: self._gate(login, refuse, reply_to))
         return session.id
@@ -131,6 +133,10 @@ class Openings:
 
     # --- what persona-shell asks ------------------------------------------------------------------
 
+    def exempt(self, caller: Caller) -> bool:
+        """Whether this user is not looked at at all; a login by break-glass is recorded."""
+        return self._admission.exempt(caller, opens=True)
+
     def open_from_shell(self, caller: Caller, pid: int, reply_to: Callable[[dict[str, Any]], None]) -> str:
         """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
         session = self._session(caller, pid)
@@ -140,6 +146,10 @@ class Openings:
                 reply_to({"ok": True, "verdict": "pass", "greeting": None})
                 return
             reply_to({"ok": False, "code": str(denied.reason), "message": self._admission.line(caller, denied)})
+
+        if self._registry.is_full(caller.uid):
+            refuse(Denied(Reason.AGENT_OVERLOADED, help=_TOO_MANY))
+            return session.id
 
         def gate(_login: Login) -> None:
             instructions = base64.b64encode(self._filter).decode()
@@ -193,7 +203,8 @@ class Openings:
             self._admission.record(session, recent)
             if self._admitted(login, recent, refuse):
                 gate(login)
-                self._announce(login)
+                if login.state is not State.ENDED:
+                    self._announce(login)
             return
 
         def answered(result: Admitted | Denied) -> None:
@@ -250,6 +261,7 @@ class Openings:
         login = self._registry.get(session_id)
         if login is None or login.state is not State.ADMITTED:
             os.close(fd)
+            self.abandoned(session_id)  # it will not come a second time
             raise PersonaError(Reason.SESSION_UNKNOWN, "this session was not admitted")
         try:
             self._begin(login, fd)
@@ -260,8 +272,10 @@ class Openings:
 
     def _begin(self, login: Login, fd: int) -> None:
         """The filter is in place: answers for it from now on.  Raises ``PersonaError``."""
-        if not seccomp.is_listener(fd) or self._registry.is_full(login.session.uid):
-            raise PersonaError(Fault.BAD_REQUEST, "that is no listener, or this user has too many sessions")
+        if not seccomp.is_listener(fd):
+            raise PersonaError(Fault.BAD_REQUEST, "the descriptor is not a seccomp listener")
+        if self._registry.is_full(login.session.uid):
+            raise PersonaError(Reason.AGENT_OVERLOADED, _TOO_MANY)
         login.listener = fd
         try:
             self._save(login)

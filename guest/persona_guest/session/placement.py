@@ -16,7 +16,8 @@ class Placement:
     ``found`` is the cgroup in which the session was first seen.  ``opener`` is the program that
     opened it: its forks have started nothing yet and are in no place.  ``base`` is the default persona: of the login
     shell, and of whatever else starts without a grant of its own.  ``holding``: what the broker said
-    last; ``None`` = nothing yet.  ``told``: its user knows that an operator revoked it.
+    last; ``None`` = nothing yet.  ``told``: its user knows that an operator revoked it.  ``unsaved``: the session's
+    file does not say where it lives now.
     """
 
     session: str
@@ -28,6 +29,7 @@ class Placement:
     only: PersonaRef | None = None  # every process that started anything lives under this one
     holding: tuple[Applicable, ...] | None = None
     told: bool = False
+    unsaved: bool = field(default=False, compare=False)
 
     @property
     def managed(self) -> bool:

@@ -60,8 +60,9 @@ class Registry:
     def placements(self) -> Iterator[Placement]:
         """Where processes of sessions live.  Safe to call from any thread."""
         for login in self.gated():
-            if login.placement is not None:
-                yield login.placement
+            placement = login.placement  # once: the loop's thread may take it away meanwhile
+            if placement is not None:
+                yield placement
 
     def placement(self, session: str) -> Placement | None:
         """Where the processes of one session live; ``None`` where none has started, or the session is over."""
@@ -145,6 +146,8 @@ class Registry:
         self._unsaved.add(login.session.id)
         files.write(self._path(login.session.id), json.dumps(to_json(login)))
         self._unsaved.discard(login.session.id)
+        if login.placement is not None:
+            login.placement.unsaved = False
 
     def try_to_save(self, login: Login) -> None:
         """The same for what has been done already, whatever the disk says."""
@@ -154,10 +157,6 @@ class Registry:
             log.error(
                 "%s; an agent that starts before this is mended knows less of session %s", error, login.session.id
             )
-
-    def is_saved(self, session: str) -> bool:
-        """Whether its file says what is."""
-        return session not in self._unsaved
 
     def save_again(self) -> None:
         """Call now and then: writes what could not be written."""
@@ -172,7 +171,6 @@ class Registry:
         A file that cannot be read stays, and its listener in ``listeners``: nothing may start there any more.
         """
         files.clear_unfinished(self._directory)
-        old = False
         for path in sorted(self._directory.glob("s-*.json")):
             listener = listeners.get(path.stem)
             if listener is None:
@@ -188,9 +186,8 @@ class Registry:
             login.listener, login.state = listener, State.GATED
             self._logins[login.session.id] = login
             if "session" not in value:
-                old = True
                 self.try_to_save(login)
-        if old and not self._unsaved:
+        if not self._unsaved:
             from_0_1.remove(self._directory.parent)
 
     def _path(self, session: str) -> Path:

@@ -64,7 +64,7 @@ class Standby:
     """``kept`` are the descriptors that systemd kept for a standby before this one.
 
     ``waits`` are its patience with an agent that is not there in complain and in enforce mode, and with one start of
-    the agent in all, in seconds; ``progress`` is what that start tells (starting.py).
+    the agent in all, in seconds; ``progress`` is what that start tells (system/start_progress.py).
     """
 
     def __init__(
