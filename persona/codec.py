@@ -418,6 +418,8 @@ def encode_record(record: Record, version: int = wire.CURRENT) -> dict[str, Any]
     value: dict[str, Any] = {name: getattr(record, name) for name in _RECORD_OF_0_1_0}
     value["argv"] = list(record.argv)
     value["reason"] = None if record.reason is None else str(record.reason)
+    if record.policy_version is not None:
+        value["policy_version"] = record.policy_version
     if record.number:
         value["number"] = record.number
     if record.lost is not None:
