@@ -5,7 +5,7 @@
 
 #include "maps.h"
 
-#define GROUPS_MAX 65536 /* NGROUPS_MAX of the kernel: no task is in more */
+#define NGROUPS_MAX 65536 /* NGROUPS_MAX of the kernel: no task is in more */
 #define HALVINGS 17 /* after so many none of them is left */
 
 /* A group that is looked for in a task's list, from low to before high. */
@@ -47,8 +47,8 @@ static int in_group(const struct cred *cred, __u32 wanted)
 	if (cred->gid.val == wanted)
 		return 1;
 	search.high = (__u32)cred->group_info->ngroups;
-	if (search.high > GROUPS_MAX)
-		search.high = GROUPS_MAX;
+	if (search.high > NGROUPS_MAX)
+		search.high = NGROUPS_MAX;
 	if (bpf_probe_read_kernel(&search.list, sizeof(search.list), &cred->group_info))
 		return 0;
 	search.list += bpf_core_field_offset(struct group_info, gid);
@@ -63,9 +63,9 @@ static int breaks_glass(struct task_struct *task, const struct settings *set)
 
 	if (bpf_map_lookup_elem(&free_sessions, &session))
 		return 1;
-	if (set->break_glass == NOBODY || !in_group(task->cred, set->break_glass))
+	if (set->break_glass == NO_ID || !in_group(task->cred, set->break_glass))
 		return 0;
-	if (session != NOBODY)
+	if (session != NO_ID)
 		bpf_map_update_elem(&free_sessions, &session, &yes, BPF_ANY);
 	return 1;
 }
@@ -87,7 +87,7 @@ static int login_is_gated(const struct task_struct *task)
 	__u32 zero = 0, login = task->loginuid.val;
 	const struct settings *set = bpf_map_lookup_elem(&settings, &zero);
 
-	return login != NOBODY && (!set || !is_root_or_system(login, set->uid_min));
+	return login != NO_ID && (!set || !is_root_or_system(login, set->uid_min));
 }
 
 #endif

@@ -10,7 +10,7 @@
 #define PAGE_BYTES 4096
 #define PAGES_MAX 17 /* a little over the 64 KiB of arguments that the agent reads */
 #define PATH_BYTES 256 /* of a script's path that is compared, with the NUL */
-#define NOBODY 0xffffffffu
+#define NO_ID 0xffffffffu
 
 /* A file while it exists: the device of its super block and its inode number, as the kernel has them. */
 struct image {
@@ -44,7 +44,7 @@ struct page {
 struct settings {
 	__u32 enforce; /* 0: complain, record what would be stopped */
 	__u32 uid_min; /* logins of root and of system accounts are not gated: accounts.h */
-	__u32 break_glass; /* a group whose members are not gated; NOBODY: none */
+	__u32 break_glass; /* a group whose members are not gated; NO_ID: none */
 	__u32 unused;
 };
 

@@ -163,7 +163,7 @@ static uint16_t append_names(char *packet, size_t *size, size_t room, const stru
 {
 	uint16_t count = 0;
 
-	while (*at < names->size && count < GROUPS_MAX) {
+	while (*at < names->size && count < GROUPS_PER_PACKET) {
 		size_t length = strlen(names->text + *at) + 1;
 		if (*size + length > room)
 			break;
@@ -191,7 +191,7 @@ bool wire_send_caller(int fd, enum op op, const struct caller *caller, long dead
 	append(packet, &begins, caller->remote);
 	append(packet, &begins, strlen(caller->shell) > STRING_MAX ? "" : caller->shell); /* no other file's path */
 	/* What does not fit beside that goes before it; nearly always everything fits. */
-	if (caller->groups->count > GROUPS_MAX || begins + caller->groups->size > PACKET_MAX) {
+	if (caller->groups->count > GROUPS_PER_PACKET || begins + caller->groups->size > PACKET_MAX) {
 		while (at < caller->groups->size) {
 			char names[PACKET_MAX];
 			struct head of_names = { MAGIC, OP_GROUPS, 0 };

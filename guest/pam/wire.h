@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 #define STRING_MAX 255
-#define GROUPS_MAX 128 /* in one packet; there may be any number of packets */
+#define GROUPS_PER_PACKET 128 /* in one packet; there may be any number of packets */
 #define FILTER_MAX 64
 
 enum op { OP_ACCOUNT = 1, OP_OPEN = 2, OP_LISTENER = 3, OP_PRESENT = 4, OP_GROUPS = 5 };

@@ -67,7 +67,7 @@ def test_a_device_as_the_kernel_numbers_it(major: int, minor: int) -> None:
 
 
 def test_an_event_is_read() -> None:
-    raw = abi.EVENT.pack(3, 1, 10, 11, 1000, 1000, abi.NOBODY, 0, 5, 6, b"bash", b"/bin/\xff")
+    raw = abi.EVENT.pack(3, 1, 10, 11, 1000, 1000, abi.NO_ID, 0, 5, 6, b"bash", b"/bin/\xff")
     event = abi.event(raw)
     assert (event.reason, event.enforced, event.tid, event.tgid) == (Reason.OTHER_FILE, True, 10, 11)
     assert (event.login, event.audit_session, event.comm) == (1000, None, "bash")

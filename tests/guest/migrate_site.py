@@ -11,7 +11,7 @@ from typing import NoReturn, cast
 from persona_guest.broker.documents import Personas
 from persona_guest.core.denials import Book
 from persona_guest.core.masks import Masks
-from persona_guest.core.reassignment import NOBODY, NOBODYS, Applicable, Word
+from persona_guest.core.reassignment import NO_PERSONA, NO_PERSONA_DOCUMENT, Applicable, Word
 from persona_guest.enforce.cgroups.facility import Cgroups
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.gate.hang_watchdog import HangWatchdog
@@ -72,7 +72,7 @@ class Documents:
             OLD: document("Old", ["**"], on_revoke),
             COUNTED: document("Old", ["**"], on_revoke, "persona"),
             NEW: document("New", ["/usr/bin/true"], on_revoke),
-            NOBODY: NOBODYS,
+            NO_PERSONA: NO_PERSONA_DOCUMENT,
         }
 
     def get(self, ref: PersonaRef) -> Persona:

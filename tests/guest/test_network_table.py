@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from persona_guest.core.persona_cgroups import PersonaCgroup, slice_of
-from persona_guest.core.reassignment import NOBODYS
+from persona_guest.core.reassignment import NO_PERSONA_DOCUMENT
 from persona_guest.core.ruleset import access, text
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.network.build import KINDS, WAY
@@ -339,7 +339,7 @@ def test_a_thousand_personas_change_quickly(world: World, network: Network, tabl
 
 def test_what_a_first_login_needs_is_loaded_beforehand_and_no_table_is_left(world: World, table: Table) -> None:
     assert not table.exists()
-    table.warm(access(NOBODYS, {}))
+    table.warm(access(NO_PERSONA_DOCUMENT, {}))
     assert "inet persona" not in world.near_run("nft", "list", "tables")
     assert not table.exists()
 
@@ -356,5 +356,5 @@ def test_warming_up_takes_rules_of_every_kind(world: World, table: Table, networ
 def test_warming_up_leaves_a_table_that_is_there_alone(world: World, table: Table, network: Network) -> None:
     enter(network, world, "any:tcp/443")
     before = world.near_run("nft", "list", "table", "inet", "persona")
-    world.in_near(lambda: Table(number)).warm(access(NOBODYS, {}))
+    world.in_near(lambda: Table(number)).warm(access(NO_PERSONA_DOCUMENT, {}))
     assert world.near_run("nft", "list", "table", "inet", "persona") == before

@@ -12,7 +12,7 @@ import pytest
 from persona_guest.broker.documents import Personas
 from persona_guest.core.messages import limit_line
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, place_of
-from persona_guest.core.reassignment import NOBODY, NOBODYS, Applicable, bereft, choose
+from persona_guest.core.reassignment import NO_PERSONA, NO_PERSONA_DOCUMENT, Applicable, bereft, choose
 from persona_guest.enforce.cgroups.limit_events import Alarms
 from persona_guest.enforce.plan import PlanError, apply, apply_each, undo
 from persona_guest.loop import Loop
@@ -70,8 +70,8 @@ def test_a_withdrawn_persona_keeps_its_limits_and_no_network() -> None:
     persona = Persona("P", patterns("ls"), ResourceLimits(pids=3), network_access=(parse_rule("any:tcp/443"),))
     assert bereft(persona).resource_limits == persona.resource_limits
     assert bereft(persona).network_access == ()
-    assert NOBODYS.network_access == ()
-    assert NOBODYS.command_whitelist.patterns == ()
+    assert NO_PERSONA_DOCUMENT.network_access == ()
+    assert NO_PERSONA_DOCUMENT.command_whitelist.patterns == ()
 
 
 def test_a_running_process_is_known_by_its_file(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_home_outlives_the_agent() -> None:
 def test_a_service_manager_is_one_place_under_any_persona() -> None:
     manager = "user.slice/user-1000.slice/user@1000.service"
     home = Placement("s-1", 1000, f"{manager}/init.scope", Image(1, 2))
-    home.add(place_of("s-1", 1000, NOBODY, home.found))
+    home.add(place_of("s-1", 1000, NO_PERSONA, home.found))
     home.add(place_of("s-1", 1000, PersonaRef("P", 1), home.found))
     assert list(home.places) == [MANAGED]
     assert home.managed

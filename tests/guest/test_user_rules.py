@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from persona_guest.core.persona_cgroups import PersonaCgroup, slice_of
-from persona_guest.core.reassignment import NOBODYS
+from persona_guest.core.reassignment import NO_PERSONA_DOCUMENT
 from persona_guest.enforce.network.facility import Kept, Outside
 from persona_guest.enforce.network.user_rules import UserRules
 from persona_guest.enforce.plan import Plan
@@ -68,9 +68,9 @@ def test_the_last_word_holds_and_the_last_session_ends_it(bound: Bound) -> None:
 
 def test_no_persona_and_no_document_are_nothing_but_loopback(bound: Bound) -> None:
     bound.user_rules.opened(session("a"), None)
-    assert bound.user_rules.current == {1000: NOBODYS}
+    assert bound.user_rules.current == {1000: NO_PERSONA_DOCUMENT}
     bound.user_rules.opened(session("b", 1001), PersonaRef("Unheard", 3))
-    assert bound.user_rules.current[1001] == NOBODYS
+    assert bound.user_rules.current[1001] == NO_PERSONA_DOCUMENT
 
 
 def test_a_session_that_cannot_be_bound_does_not_begin(bound: Bound) -> None:
@@ -103,10 +103,10 @@ def test_a_restart_keeps_what_is_alive(bound: Bound) -> None:
     bound.user_rules.restore([Login(session("a"), State.GATED, Admitted(ONE, "p")), ended("b", 1001)])
     assert {uid: persona.name for uid, persona in bound.user_rules.current.items()} == {
         1000: "One",
-        1001: NOBODYS.name,  # of whom nothing was kept
+        1001: NO_PERSONA_DOCUMENT.name,  # of whom nothing was kept
     }
     bound.user_rules.ended(ended("a"))
-    assert bound.user_rules.current == {1001: NOBODYS}
+    assert bound.user_rules.current == {1001: NO_PERSONA_DOCUMENT}
 
 
 def test_released_is_for_good(bound: Bound) -> None:

@@ -1,4 +1,4 @@
-"""What the agent knows of itself: its broker's voice, the layers of its gate, its word for a login."""
+"""The agent's own state: whether the event stream is up, which layers are active, the greeting."""
 
 import logging
 import time

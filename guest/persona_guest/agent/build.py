@@ -208,7 +208,7 @@ def build(
     )
     openings = Openings(
         settings, registry, supervisor, keeping, admission, user_rules, fallback, leases, broker_client,
-        agent.greeting, reevaluator.began if enforcing else _nobody,
+        agent.greeting, reevaluator.began if enforcing else _follow_nothing,
     )  # fmt: skip
     registry.at_end(user_rules.ended, partial(_forget, keeping), broker_client.ended, note.ended, enforcer.ended)
 
@@ -242,7 +242,7 @@ def _forget(keeping: Keeping, login: Login) -> None:
         keeping.forget(login.session.id)
 
 
-def _nobody(_session: str) -> None:
+def _follow_nothing(_session: str) -> None:
     """In complain mode nothing follows."""
 
 

@@ -10,13 +10,13 @@ from persona.problems import Reason
 from persona_guest.agent.answers import refused
 from persona_guest.lsm.loader import KernelLayerError, Machine, load, unload
 from persona_guest.settings import Settings
-from persona_guest.system.start_progress import LOADER, Told
+from persona_guest.system.start_progress import LOADER, ProgressWriter
 
 
 @contextlib.contextmanager
-def _told(settings: Settings) -> Iterator[None]:
+def _progress_shown(settings: Settings) -> Iterator[None]:
     """The verifier takes seconds, on a slow machine many, and an agent that is to start waits for it."""
-    told = Told(Path(settings.paths.runtime_dir) / "state", LOADER)
+    told = ProgressWriter(Path(settings.paths.runtime_dir) / "state", LOADER)
     try:
         yield
     finally:
@@ -35,7 +35,7 @@ def run(command: str, settings: Settings, *, as_json: bool = False) -> int:
         if command == "unload-kernel":
             unload(settings.paths.bpf_dir)
         elif (lacking := machine.lacks(settings.paths.bpf_dir)) is None:
-            with _told(settings):
+            with _progress_shown(settings):
                 load(settings, machine)
             kept.unlink(missing_ok=True)
     except KernelLayerError as error:

@@ -32,7 +32,7 @@ ARGUMENTS_MAX = 1024
 _NO_SESSION = "this process is in no gated session: nothing is decided here"
 log = logging.getLogger("persona.agent")
 
-_NOBODYS = Granted(PersonaRef("", 0), "", Lease(0.0, Width.ARGV))  # granted by no policy
+_IMPLICIT = Granted(PersonaRef("", 0), "", Lease(0.0, Width.ARGV))  # granted by no policy
 _OPENING_MAX = 64  # of one user: each holds a session of the broker's
 
 
@@ -71,7 +71,7 @@ class Users:
         }
 
     def handle(self, call: Call, respond: Respond) -> None:
-        """Raises ``PersonaError`` for what is refused."""
+        """Runs the operation that the call names.  Raises ``PersonaError`` for what is refused."""
         op = self._ops.get(call.op)
         if op is None:
             raise PersonaError(Fault.BAD_REQUEST, f"op: unknown; known: {', '.join(sorted(self._ops))}")
@@ -213,7 +213,7 @@ class Users:
         elif verdict.granted is not None:
             decision = encode_decision(verdict.granted)
         else:  # no persona and no policy says so
-            decision = {**encode_decision(_NOBODYS), "persona": None, "policy": None}
+            decision = {**encode_decision(_IMPLICIT), "persona": None, "policy": None}
             found["always"] = str(verdict.own)
         respond({**found, "decision": decision})
 

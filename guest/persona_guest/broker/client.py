@@ -77,7 +77,7 @@ class BrokerClient:
                 why = f"it is too old to know what kind of program {request.program.path} is; upgrade it"
                 # what no older broker allows is no fault of this one: a program in a home is refused as ever
                 raise NotAsked(Reason.PROGRAM_NOT_TRUSTED if request.program.home else Reason.BROKER_MISBEHAVED, why)
-            told = replace(request, subject=_told(request.subject, groups, version))
+            told = replace(request, subject=_subject_for(request.subject, groups, version))
             return {"request": encode_request(_bounded(told)), "explain": explain}
 
         self._ask(request.subject.user, "/v1/decisions", body, received)
@@ -133,7 +133,7 @@ class BrokerClient:
         def body(groups: GroupsInUse, version: int) -> dict[str, Any]:
             return {
                 "session": session.id,
-                "subject": encode_subject(_told(session.subject, groups, version)),
+                "subject": encode_subject(_subject_for(session.subject, groups, version)),
                 "service": session.service,
                 "remote": session.remote,
             }
@@ -235,12 +235,12 @@ class BrokerClient:
                 done(_problem(outcome))
 
         def body(groups: GroupsInUse, version: int) -> dict[str, Any]:
-            return {"groups": _told(session.subject, groups, version).groups}
+            return {"groups": _subject_for(session.subject, groups, version).groups}
 
         self._ask(session.subject.user, path, body, received)
 
 
-def _told(subject: Subject, groups: GroupsInUse, version: int) -> Subject:
+def _subject_for(subject: Subject, groups: GroupsInUse, version: int) -> Subject:
     """The subject with the groups that a broker of this version of the protocol is told.
 
     Raises ``NotAsked`` where they are more than it takes: without some of them another policy might match.

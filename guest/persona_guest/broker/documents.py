@@ -19,7 +19,7 @@ from persona.documents import Persona, parse_document
 from persona.problems import PersonaError, Reason
 from persona.schema import NAME
 from persona_guest import files
-from persona_guest.core.reassignment import NOBODY, NOBODYS
+from persona_guest.core.reassignment import NO_PERSONA, NO_PERSONA_DOCUMENT
 
 log = logging.getLogger("persona.agent")
 
@@ -43,8 +43,8 @@ class Personas:
 
     def get(self, ref: PersonaRef) -> Persona:
         """One that is here, as that of nobody always is.  Raises ``PersonaError`` (persona_unavailable)."""
-        if ref == NOBODY:
-            return NOBODYS
+        if ref == NO_PERSONA:
+            return NO_PERSONA_DOCUMENT
         persona = self._kept.get(ref) or self._load(ref)
         if persona is None:
             raise PersonaError(Reason.PERSONA_UNAVAILABLE, f"persona {ref.name} v{ref.version} is not here")

@@ -80,7 +80,7 @@ class Book:
     def note(
         self, uid: int, at: float, event: str, program: str, command: str, denied: Denied, session: str = ""
     ) -> None:
-        """The same, of a decision."""
+        """Adds the denial that ``denied`` tells of."""
         reason, policy, persona, help = denied.reason, denied.policy, denied.persona, denied.help
         self.add(uid, Denial(at, event, program, command, reason, policy, persona, help, session, at))
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 MAGIC = 0x314E5350
 PACKET_MAX = 8192
 _STRING_MAX = 255
-_GROUPS_MAX = 128  # in one packet
+_GROUPS_PER_PACKET = 128  # in one packet
 _MESSAGE_MAX = 1023
 _HEAD = struct.Struct("=IHH")
 _UID = struct.Struct("=I")
@@ -73,7 +73,7 @@ def parse(packet: bytes) -> tuple[Op, Caller | Groups | None]:
         if body or count:
             raise WireError(f"{op.name} has no body")
         return op, None
-    if count > _GROUPS_MAX:
+    if count > _GROUPS_PER_PACKET:
         raise WireError("bad length")
     if op is Op.GROUPS:
         return op, Groups(_group_names(_strings(body, count)))

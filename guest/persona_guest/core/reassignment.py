@@ -10,9 +10,9 @@ from persona.patterns import Whitelist
 
 # A session whose user no persona is for right now still has its shell, which is admission's: with
 # enough to type, and to be told why a command is denied, and nothing else.
-NOBODY = PersonaRef("_nobody", 0)
-NOBODYS = Persona(
-    name=NOBODY.name,
+NO_PERSONA = PersonaRef("_nobody", 0)
+NO_PERSONA_DOCUMENT = Persona(
+    name=NO_PERSONA.name,
     command_whitelist=Whitelist(()),
     resource_limits=ResourceLimits(cpu_percent=20.0, memory_bytes=256 << 20, pids=32),
     priority=1,
@@ -59,4 +59,4 @@ def bereft(persona: Persona) -> Persona:
 
 def named(ref: PersonaRef | None) -> str:
     """What people call a version of a persona, or that there is none."""
-    return "no persona" if ref is None or ref == NOBODY else f"{ref.name} v{ref.version}"
+    return "no persona" if ref is None or ref == NO_PERSONA else f"{ref.name} v{ref.version}"

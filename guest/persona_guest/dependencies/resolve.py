@@ -57,7 +57,7 @@ class DependencyChecker:
         threading.Thread(target=self._work, name="dependencies", daemon=True).start()
 
     def look(self, wanted: Wanted, done: Lookup) -> None:
-        """One look."""
+        """Queues one check; ``done`` is called in the loop's thread with what is lacking, or an error."""
         self._asked.put((wanted, done))
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ class Lacking:
 
 
 def named(lacking: Iterable[Lacking]) -> str:
-    """For a sentence."""
+    """The first eight, comma-separated."""
     words = [str(item) for item in lacking]
     return ", ".join(words[:_NAMED_MAX]) + (", ..." if len(words) > _NAMED_MAX else "")
 

@@ -15,7 +15,7 @@ from persona.documents import Persona
 from persona.problems import PersonaError, Reason
 from persona_guest.broker.documents import Personas
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, manager_of, place_of, scope_of
-from persona_guest.core.reassignment import NOBODY, bereft, named
+from persona_guest.core.reassignment import NO_PERSONA, bereft, named
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.facility import Facility
 from persona_guest.enforce.plan import Plan
@@ -81,7 +81,7 @@ class Enforcer:
         before = pending.before()
         if placement is None:
             placement = login.placement = Placement(
-                login.session.id, login.session.uid, cgroup_of(pending.task.tid), before, login.persona or NOBODY
+                login.session.id, login.session.uid, cgroup_of(pending.task.tid), before, login.persona or NO_PERSONA
             )
         elif before != placement.opener and (granted is None or granted.persona == placement.only or placement.managed):
             return  # most execs: it was born where it belongs (docs/decisions/0011-where-processes-live.md)
@@ -264,7 +264,7 @@ class Enforcer:
             if denied is None and not self._fetching:
                 self.reconcile()
 
-        for ref in refs - self._fetching - {NOBODY}:
+        for ref in refs - self._fetching - {NO_PERSONA}:
             try:
                 self._personas.get(ref)
             except PersonaError:

@@ -306,7 +306,7 @@ class Supervisor:
                 self._placing.place(pending, granted)
             finally:
                 self._hang_watchdog.resume(outer)
-            look = self._before(pending, granted) if verifying else None
+            expected = self._expectation(pending, granted) if verifying else None
         except PersonaError as error:
             reason = error.code if isinstance(error.code, Reason) else Reason.ENFORCEMENT_FAILED
             self._deny(pending, Denied(reason, help=error.message))
@@ -316,23 +316,23 @@ class Supervisor:
             return
         if layer.active:
             if self._drop_if_gone(pending):  # its number may be another exec's by now
-                if look is not None:
-                    look[0].close()
+                if expected is not None:
+                    expected[0].close()
                 return
             hangs, script = pending.hangs_on(granted), pending.script(granted)
             layer.approve(pending.task.tid, login.session.uid, pending.exec_request, hangs_on=hangs, script=script)
         if not self._go_on(login, pending.ident, pending.slot):
             layer.withdraw(pending.task.tid)
-            if look is not None:
-                look[0].close()
+            if expected is not None:
+                expected[0].close()
             return  # what was read may have been another task's
-        if look is not None:
-            self.verifier.expect(*look, login.session, lambda found: self._caught(pending, found))
+        if expected is not None:
+            self.verifier.expect(*expected, login.session, lambda found: self._caught(pending, found))
         if granted is not None:
             login.last = granted
         self.notes.add(pending, "exec", granted)
 
-    def _before(self, pending: Pending, granted: Granted | None) -> tuple[Process, Expectation]:
+    def _expectation(self, pending: Pending, granted: Granted | None) -> tuple[Process, Expectation]:
         """The waiting process, held, and what it must be once it goes on.  Raises ``OSError`` when it is gone."""
         exec_request, task = pending.exec_request, pending.task
         before = pending.before()

@@ -17,7 +17,7 @@ log = logging.getLogger("persona.agent")
 
 _CONNECTIONS_MAX = 256
 _DEADLINE_S = 10.0  # longer than the module's own
-_GROUPS_MAX = 65536  # NGROUPS_MAX: the kernel lets nobody be in more
+_NGROUPS_MAX = 65536  # NGROUPS_MAX: the kernel lets nobody be in more
 _AGAIN_S = 0.1
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # what there may be again in a moment
 _UCRED = struct.Struct("=iII")
@@ -221,8 +221,8 @@ class _Conversation:
         if caller is not None:
             if self._session is not None:
                 raise WireError(f"{op.name} in the middle of a conversation")
-            if len(self._groups) >= _GROUPS_MAX:
-                raise WireError(f"more than {_GROUPS_MAX} groups")
+            if len(self._groups) >= _NGROUPS_MAX:
+                raise WireError(f"more than {_NGROUPS_MAX} groups")
             if isinstance(caller, Groups):
                 self._groups += caller.names
                 return

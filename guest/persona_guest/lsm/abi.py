@@ -15,7 +15,7 @@ CHAIN_MAX = 6
 ARGV_MAX = 17 * 4096
 PATH_BYTES = 256
 NO_IMAGE = (0, 0)
-NOBODY = 0xFFFFFFFF
+NO_ID = 0xFFFFFFFF
 
 TID = struct.Struct("=I")
 PAGE_KEY = struct.Struct("=II")
@@ -82,8 +82,8 @@ def event(raw: bytes) -> Event:
         tid,
         tgid,
         uid,
-        None if login == NOBODY else login,
-        None if session == NOBODY else session,
+        None if login == NO_ID else login,
+        None if session == NO_ID else session,
         device,
         inode,
         comm.split(b"\0", 1)[0].decode("utf-8", "replace"),

@@ -274,7 +274,7 @@ def _gid(group: str) -> int:
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:
-        return abi.NOBODY
+        return abi.NO_ID
 
 
 def _pinned(directory: str, name: str) -> int:

@@ -14,14 +14,14 @@ from persona.decisions import PersonaRef
 from persona.documents import Persona
 from persona.problems import PersonaError
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, manager_of
-from persona_guest.core.reassignment import NOBODY, Applicable, Word, choose
+from persona_guest.core.reassignment import NO_PERSONA, Applicable, Word, choose
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.loop import Loop
 from persona_guest.program.identity import Identifier, Image, images_of
 from persona_guest.program.own_home import Owner
 from persona_guest.program.process import Running, look
-from persona_guest.reassign.terminate import NAMED_MAX, Noted, Termination, Told, names_of, started
+from persona_guest.reassign.terminate import NAMED_MAX, RecordProcess, TellUser, Termination, names_of, started
 from persona_guest.session.model import Login
 from persona_guest.session.placement import Placement
 from persona_guest.session.registry import Registry
@@ -52,8 +52,8 @@ class Migrator:
         enforcer: Enforcer,
         identifier: Identifier,
         hang_watchdog: HangWatchdog,
-        tell: Told,
-        note: Noted,
+        tell: TellUser,
+        note: RecordProcess,
         home_of: Callable[[int], str] = lambda _uid: "",
     ) -> None:
         self._home_of = home_of
@@ -68,7 +68,7 @@ class Migrator:
 
     def follow(self, placement: Placement, login: Login, holding: tuple[Applicable, ...], word: Word) -> bool:
         """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
-        placement.base = holding[0].ref if holding else NOBODY
+        placement.base = holding[0].ref if holding else NO_PERSONA
         self._patience_s = _STOPPED_S
         placement.holding = None  # until all of it is done: from the middle, the way back is one to follow too
         outer = self._hang_watchdog.enter(login.session)  # what its processes call themselves is in their own memory
@@ -164,7 +164,7 @@ class Migrator:
         running: Running, placement: Placement, old: Persona, pairs: Pairs, shells: Shells
     ) -> PersonaRef | None:
         ref = choose(running.trusted, pairs)
-        if ref is None and (running.image in shells or (old.on_revoke == "finish" and placement.base != NOBODY)):
+        if ref is None and (running.image in shells or (old.on_revoke == "finish" and placement.base != NO_PERSONA)):
             return placement.base  # the login shell is admission's, until the session itself is revoked
         return ref
 

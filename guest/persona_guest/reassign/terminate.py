@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from persona.documents import Persona
 from persona.problems import PersonaError
-from persona_guest.core.reassignment import NOBODY
+from persona_guest.core.reassignment import NO_PERSONA
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.kernel.task import Task
 from persona_guest.loop import Loop, Timer
@@ -31,12 +31,12 @@ AGAIN_S = 1.0
 NAMED_MAX = 64  # of what is frozen or killed at once, so many are recorded one by one
 _ENDED = (errno.ESRCH, errno.EINVAL, errno.ENOENT)  # of pidfd_open(2): it is nobody now, or a thread
 
-Told = Callable[[Placement, str], None]
-Noted = Callable[[Placement, Persona, str, Running], None]
+TellUser = Callable[[Placement, str], None]
+RecordProcess = Callable[[Placement, Persona, str, Running], None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Notice:
+class _CgroupDeadline:
     """To what lives in a cgroup under ``persona``: at ``due`` (monotonic seconds) all of it ends."""
 
     cgroup: str
@@ -46,7 +46,7 @@ class _Notice:
 
 
 @dataclass(eq=False, slots=True)
-class _Some:
+class _ProcessDeadline:
     """The same to some of what lives there, by when they ``started``."""
 
     cgroup: str
@@ -58,14 +58,14 @@ class _Some:
 class Termination:
     """``tell`` tells a session's user, ``note`` records what becomes of one process."""
 
-    def __init__(self, loop: Loop, registry: Registry, enforcer: Enforcer, tell: Told, note: Noted) -> None:
+    def __init__(self, loop: Loop, registry: Registry, enforcer: Enforcer, tell: TellUser, note: RecordProcess) -> None:
         self._loop = loop
         self._registry = registry
         self._enforcer = enforcer
         self._tell = tell
         self._note = note
-        self._notices: dict[str, _Notice] = {}  # by cgroup; what comes into it later postpones nothing
-        self._some: list[_Some] = []
+        self._notices: dict[str, _CgroupDeadline] = {}  # by cgroup; what comes into it later postpones nothing
+        self._some: list[_ProcessDeadline] = []
 
     def under_way(self, cgroup: str) -> bool:
         """Whether all of a cgroup was asked to end, and its grace lasts."""
@@ -81,7 +81,7 @@ class Termination:
         notice = self._notices.get(cgroup)
         if notice is None:
             timer = self._loop.call_later(GRACE_S, lambda: self._over(placement, cgroup))
-            notice = self._notices[cgroup] = _Notice(cgroup, old.name, now + GRACE_S, timer)
+            notice = self._notices[cgroup] = _CgroupDeadline(cgroup, old.name, now + GRACE_S, timer)
         self._ask(placement, old, rest, notice.due - now)
 
     def void(self, cgroup: str) -> None:
@@ -94,7 +94,7 @@ class Termination:
         self, placement: Placement, old: Persona, cgroup: str, rest: dict[int, Running], started: dict[int, int]
     ) -> None:
         """The same for some of a cgroup, by when they ``started``: descriptors for all might be too many."""
-        some = _Some(cgroup, old.name, time.monotonic() + GRACE_S, started)
+        some = _ProcessDeadline(cgroup, old.name, time.monotonic() + GRACE_S, started)
         self._some.append(some)
         self._loop.call_later(GRACE_S, lambda: self._over_each(some))
         self._ask(placement, old, rest, GRACE_S)
@@ -120,7 +120,7 @@ class Termination:
         del self._notices[cgroup]
         self._loop.call_later(0.5, lambda: self._gone(placement, cgroup))
 
-    def _over_each(self, some: _Some) -> None:
+    def _over_each(self, some: _ProcessDeadline) -> None:
         if some not in self._some:
             return
         left: dict[int, int] = {}
@@ -139,7 +139,7 @@ class Termination:
 
     def _ask(self, placement: Placement, old: Persona, rest: dict[int, Running], seconds: float) -> None:
         names = names_of(rest) or "all of the service manager"
-        why = "no persona applies" if old.name == NOBODY.name else f"{old.name} no longer applies"
+        why = "no persona applies" if old.name == NO_PERSONA.name else f"{old.name} no longer applies"
         self._tell(placement, f"persona: {why}: {names} is asked to end, and killed after {seconds:.0f} s")
         for pid in rest:
             with contextlib.suppress(OSError):  # it ended meanwhile

@@ -62,16 +62,16 @@ class Notices:
         What a process has as its standard error may hang: the caller is between the watchdog's ``enter`` and ``leave``.
         A terminal that another one is just writing to takes nothing: once more then, and the record has it anyway.
         """
-        if not self._told(placement, line):
+        if not self._written(placement, line):
             self._loop.call_later(_AGAIN_S, lambda: self._tell_again(placement, line))
 
     def _tell_again(self, placement: Placement, line: str) -> None:
         login = self._registry.get(placement.session)
         if login is not None:
             with self._hang_watchdog.watching(login.session):
-                self._told(placement, line)
+                self._written(placement, line)
 
-    def _told(self, placement: Placement, line: str) -> bool:
+    def _written(self, placement: Placement, line: str) -> bool:
         try:
             pids = [
                 pid

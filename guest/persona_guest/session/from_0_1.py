@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from persona.decisions import PersonaRef
-from persona_guest.core.reassignment import NOBODY
+from persona_guest.core.reassignment import NO_PERSONA
 from persona_guest.session.model import Admitted, Login, session_from_json
 from persona_guest.session.placement import Placement
 
@@ -41,7 +41,7 @@ def _base(path: Path, session: str) -> Admitted | None:
         ref = PersonaRef(str(name), int(version))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # until the broker says it, the user's own processes reach nothing
-    return Admitted(None if ref == NOBODY else ref, None)
+    return Admitted(None if ref == NO_PERSONA else ref, None)
 
 
 def remove(state: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from persona.decisions import PersonaRef
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, place_of
-from persona_guest.core.reassignment import NOBODY, Applicable
+from persona_guest.core.reassignment import NO_PERSONA, Applicable
 from persona_guest.program.identity import Image
 
 
@@ -24,7 +24,7 @@ class Placement:
     uid: int
     found: str
     opener: Image
-    base: PersonaRef = NOBODY
+    base: PersonaRef = NO_PERSONA
     places: dict[str, PersonaCgroup] = field(default_factory=dict)
     only: PersonaRef | None = None  # every process that started anything lives under this one
     holding: tuple[Applicable, ...] | None = None

@@ -19,7 +19,7 @@ _LOOK_S = 0.25
 _MOVED_S = 0.001  # CPU time of a thread that does something, be it wait for a disk again and again
 
 
-class Told:
+class ProgressWriter:
     """Tells that the thread which makes it is at work, until ``ready``.
 
     A thread of its own looks every quarter of a second whether that one did anything.  ``who`` is the number of the
@@ -70,11 +70,11 @@ class Start:
     def __init__(self, state: Path) -> None:
         """Raises ``OSError``, also where an agent runs with this directory already."""
         self._lock = _alone(state)
-        self._told = Told(state, str(os.getpid()))
+        self._progress_shown = ProgressWriter(state, str(os.getpid()))
 
     def ready(self) -> None:
         """Ends the start: the agent answers from now on."""
-        self._told.ready()
+        self._progress_shown.ready()
 
     def close(self) -> None:
         """Ends the start and releases the lock, so that another agent may start."""

@@ -30,7 +30,7 @@ class Setting:
 
     @property
     def text(self) -> str:
-        """What is written."""
+        """The line that is written to the cgroup file."""
         return f"{self.device} {self.value}" if self.device else self.value
 
     @property

@@ -9,7 +9,7 @@ from persona.documents import Persona
 from persona.network import parse_rule, parse_via
 from persona.patterns import Whitelist
 from persona.problems import PersonaError
-from persona_guest.core.reassignment import NOBODYS
+from persona_guest.core.reassignment import NO_PERSONA_DOCUMENT
 from persona_guest.core.ruleset import access
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.facility import Facility
@@ -61,7 +61,7 @@ class Net:
 
     def warm(self) -> None:
         """Before the first login, which would wait for it."""
-        for persona, who in ((NOBODYS, "every login"), (KINDS, "some kind of rule")):
+        for persona, who in ((NO_PERSONA_DOCUMENT, "every login"), (KINDS, "some kind of rule")):
             try:
                 self.table.warm(access(persona, {WAY: 1}))
             except OSError as error:

@@ -17,7 +17,7 @@ from persona.documents import Persona
 from persona_guest import files
 from persona_guest.core import ruleset
 from persona_guest.core.persona_cgroups import PersonaCgroup, slice_of
-from persona_guest.core.reassignment import NOBODYS
+from persona_guest.core.reassignment import NO_PERSONA_DOCUMENT
 from persona_guest.core.ruleset import Access
 from persona_guest.enforce.facility import Wanted
 from persona_guest.enforce.network.table import Bound, Key, Number, Table
@@ -28,7 +28,7 @@ log = logging.getLogger("persona.enforce")
 _KNOWN_MAX = 2048  # what was worked out once, for when everything is looked at again
 _ENDED_MAX = 256  # cgroups of ended sessions, and slices, from which a socket may have been handed on
 _EXEMPT = -1  # stands for who is not looked at
-_NOBODYS = "nobody"  # the name under which those of users are bound who have no session any more
+_ORPHANS = "nobody"  # the name under which those of users are bound who have no session any more
 
 
 class Kept(NamedTuple):
@@ -158,8 +158,8 @@ class Spare:
 
     def apply(self) -> None:
         self.outside.spare(self.number, self.cgroup)
-        if _NOBODYS in self.table.bound:
-            self.table.bind({_NOBODYS: self.nobody()})
+        if _ORPHANS in self.table.bound:
+            self.table.bind({_ORPHANS: self.nobody()})
 
     def undo(self) -> None:
         """Nothing."""
@@ -187,7 +187,7 @@ class Network:
 
     def enter(self, place: PersonaCgroup, persona: Persona) -> Plan:
         access = self._access(persona)
-        names = (place.cgroup, _owner(place.uid), _NOBODYS)
+        names = (place.cgroup, _owner(place.uid), _ORPHANS)
 
         def changes() -> Mapping[str, Bound | None]:
             return self._with_owner(place, Bound((self._cgroup(place.cgroup),), access))
@@ -197,7 +197,7 @@ class Network:
     def leave(self, place: PersonaCgroup) -> Plan:
         if place.cgroup not in self._table.bound:
             return ()
-        return self._bind((place.cgroup, _owner(place.uid), _NOBODYS), None, lambda: self._with_owner(place, None))
+        return self._bind((place.cgroup, _owner(place.uid), _ORPHANS), None, lambda: self._with_owner(place, None))
 
     def base(self, uid: int) -> Plan:
         """Binds, or lets go, a user's slice of cgroups and whatever else is theirs, as ``user_rules`` has it.
@@ -205,7 +205,7 @@ class Network:
         To be asked again at each login: the slice may be another by then.
         """
         where, persona = _owner(uid), self._user_rules.get(uid)
-        names = (where, _NOBODYS)
+        names = (where, _ORPHANS)
         if persona is None:
             return self._bind(names, None, lambda: self._without_owner(uid)) if where in self._table.bound else ()
         access = self._access(persona)
@@ -220,7 +220,7 @@ class Network:
         with contextlib.suppress(FileNotFoundError):
             cgroup = slice_of(uid)
             number = self._cgroup(cgroup).number
-            return (Spare(cgroup, number, self._table, self._outside, lambda: self._nobody(self._table.bound)),)
+            return (Spare(cgroup, number, self._table, self._outside, lambda: self._orphans(self._table.bound)),)
         return ()
 
     def release(self) -> Plan:
@@ -236,8 +236,8 @@ class Network:
         for uid, base in self._user_rules.items():
             owner = bound[_owner(uid)] = Bound(self._owner_keys(uid, bound), self._access(base))
             kept |= _slice_of(uid, owner)
-        if (nobody := self._nobody(bound)) is not None:
-            bound[_NOBODYS] = nobody
+        if (nobody := self._orphans(bound)) is not None:
+            bound[_ORPHANS] = nobody
         there = self._table.exists()
         if there == bool(bound) and bound == self._table.bound and not self._table.disturbed:
             return ()
@@ -289,19 +289,19 @@ class Network:
 
     def _with_nobody(self, changes: Mapping[str, Bound | None]) -> Mapping[str, Bound | None]:
         """Changes, and what they make of what is nobody's."""
-        nobody = self._nobody({**self._table.bound, **changes})
-        return changes if nobody == self._table.bound.get(_NOBODYS) else {**changes, _NOBODYS: nobody}
+        nobody = self._orphans({**self._table.bound, **changes})
+        return changes if nobody == self._table.bound.get(_ORPHANS) else {**changes, _ORPHANS: nobody}
 
-    def _nobody(self, bound: Mapping[str, Bound | None]) -> Bound | None:
+    def _orphans(self, bound: Mapping[str, Bound | None]) -> Bound | None:
         """What users without a session any more may have handed on to others reaches nothing."""
         if not self._user_rules:  # nobody to hand on to
             return None
         others = self._outside.of_others({*self._user_rules, _EXEMPT})
         if not others:
             return None
-        taken = {key for name, item in bound.items() if item is not None and name != _NOBODYS for key in item.keys}
+        taken = {key for name, item in bound.items() if item is not None and name != _ORPHANS for key in item.keys}
         keys = tuple(key for number, cgroup in others if (key := Key(_level(cgroup), number)) not in taken)
-        return Bound(keys, self._access(NOBODYS)) if keys else None
+        return Bound(keys, self._access(NO_PERSONA_DOCUMENT)) if keys else None
 
     def _owner_keys(self, uid: int, bound: Mapping[str, Bound]) -> tuple[Key, ...]:
         keys = [Key(0, uid)]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from persona.decisions import PersonaRef
 from persona.documents import Persona
 from persona.problems import PersonaError
-from persona_guest.core.reassignment import NOBODY, NOBODYS
+from persona_guest.core.reassignment import NO_PERSONA, NO_PERSONA_DOCUMENT
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.plan import Plan
 from persona_guest.session.model import Login, Session
@@ -41,7 +41,7 @@ class UserRules:
         """A session begins; afterwards it is bound.  Raises ``PersonaError``: then it must not begin."""
         if self._released:
             return
-        self._sessions[session.id] = (session.uid, ref or NOBODY)
+        self._sessions[session.id] = (session.uid, ref or NO_PERSONA)
         try:
             self._settle(session.uid)
         except (PersonaError, OSError):
@@ -54,7 +54,7 @@ class UserRules:
         known = self._sessions.pop(session, None)
         if known is None:
             return
-        self._sessions[session] = (known[0], ref or NOBODY)  # the last of them now
+        self._sessions[session] = (known[0], ref or NO_PERSONA)  # the last of them now
         self._try(known[0])
 
     def ended(self, login: Login) -> None:
@@ -74,7 +74,7 @@ class UserRules:
     def restore(self, logins: Iterable[Login]) -> None:
         """Takes up the sessions that the agent before this one had; binds nothing yet."""
         for login in sorted(logins, key=lambda login: login.session.opened_at):
-            self._sessions[login.session.id] = (login.session.uid, login.persona or NOBODY)
+            self._sessions[login.session.id] = (login.session.uid, login.persona or NO_PERSONA)
             self._choose(login.session.uid)
 
     def release(self) -> None:
@@ -105,7 +105,7 @@ class UserRules:
             return self._document(ref)
         except PersonaError as error:
             log.error("%s; its users' own processes reach nothing", error.message)
-            return NOBODYS
+            return NO_PERSONA_DOCUMENT
 
 
 class NoUserRules:
