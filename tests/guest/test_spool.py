@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from persona_guest.audit import spool_format
+from persona_guest.audit.entries import entry_of
 from persona_guest.audit.spool import MIB, Spool
 from persona_guest.audit.spool_format import Header
 
@@ -478,6 +479,13 @@ def test_what_finds_no_room_is_counted_and_told_with_its_numbers(place: Place) -
     assert sum(one["user"] == "loop" for one in found) + told == 2001
     assert [one["at"] for one in found if one["user"] == "other"] == [2], "one user's loop costs no other anything"
     assert 3 in [one["at"] for one in found], "nor their own denials"
+
+
+def test_what_complain_mode_lets_go_on_takes_no_room_from_denials() -> None:
+    started = replace(record(1, granted=True)), replace(record(1), complain=True)
+    assert {entry_of(one)[0].held for one in started} == {("u", True)}
+    others = record(1), replace(record(1), complain=True, event="admission"), replace(record(1), event="limit")
+    assert {entry_of(one)[0].held for one in others} == {("u", False)}
 
 
 def test_what_was_dropped_and_not_told_is_told_by_the_agent_after(place: Place) -> None:

@@ -36,14 +36,15 @@ class Batch:
     end: int
 
 
-def _is_grant(value: dict[str, Any]) -> bool:
-    return bool(value.get("event") == "exec" and value.get("decision") == "granted")
+def _is_start(value: dict[str, Any]) -> bool:
+    """Whether something started: also what complain mode let go on, which is no denial that room is kept for."""
+    return bool(value["event"] == "exec" and (value["decision"] == "granted" or value["complain"]))
 
 
 def entry_of(record: Record) -> tuple[Entry, bytes]:
     value = encode_record(record)
     frame = spool_format.frame(json.dumps(value, separators=(",", ":")).encode())
-    return Entry(record.number, value, len(frame), (record.user, _is_grant(value))), frame
+    return Entry(record.number, value, len(frame), (record.user, _is_start(value))), frame
 
 
 def read_entry(payload: bytes) -> Entry:
@@ -57,7 +58,7 @@ def read_entry(payload: bytes) -> Entry:
         raise ValueError(f"a frame that holds no record: {error!r}") from None
     if not whole:
         raise ValueError("a frame that holds no record")
-    return Entry(number, value, len(payload) + spool_format.OVERHEAD, (user, _is_grant(value)))
+    return Entry(number, value, len(payload) + spool_format.OVERHEAD, (user, _is_start(value)))
 
 
 def first_of(entries: list[Entry], size: int) -> list[Entry]:

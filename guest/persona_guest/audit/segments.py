@@ -28,7 +28,7 @@ _MACHINE = "machine"  # the file that says whose spool this is
 _SUFFIX = ".records"
 _ASIDE = ".aside"
 
-Held = tuple[str, bool]  # whose a record is, and whether it is a granted start
+Held = tuple[str, bool]  # whose a record is, and whether it is a start (room.py)
 
 
 @dataclass(slots=True)

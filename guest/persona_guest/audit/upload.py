@@ -55,7 +55,7 @@ class Recorder:
     def add(self, record: Recordable) -> None:
         """Takes a record; where too many wait for the journal already, counts it as lost instead."""
         user = _user(record)
-        if self._has_room(user, grant=_is_grant(record)):
+        if self._has_room(user, grant=_is_start(record)):
             self._queue.append(record)
             self._added[user] += 1
         else:
@@ -113,5 +113,6 @@ def _user(record: Recordable) -> str:
     return record.user if isinstance(record, Record) else ""
 
 
-def _is_grant(record: Recordable) -> bool:
-    return isinstance(record, Record) and record.event == "exec" and record.decision == "granted"
+def _is_start(record: Recordable) -> bool:
+    """As in a spool: what started, also what complain mode let go on."""
+    return isinstance(record, Record) and record.event == "exec" and (record.decision == "granted" or record.complain)
