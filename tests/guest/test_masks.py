@@ -69,6 +69,14 @@ SHOWN = [
     (f"sqlplus scott/{S}@db @x.sql", "sqlplus 'scott/***@db' @x.sql"),
     (f"nmcli dev wifi connect net password {S}", "nmcli dev wifi connect net password ***"),
     (f"aws configure set aws_secret_access_key {S}", "aws configure set aws_secret_access_key ***"),
+    (f"vault login {S}", "vault login ***"),
+    (f"ssh-keygen -N {S} -f x", "ssh-keygen -N *** -f x"),
+    # names within values
+    (f"kubectl create secret generic x --from-literal=password={S} --from-literal=a=b",
+     "kubectl create secret generic x --from-literal=password=*** --from-literal=a=b"),
+    (f"mount -o username=a,password={S},ro //h/s /mnt", "mount -o username=a,password=***,ro //h/s /mnt"),
+    (f"git -c 'http.extraHeader=Authorization: Basic {S}' clone x",
+     "git -c 'http.extraHeader=Authorization: Basic ***' clone x"),
     # URLs
     (f"git clone https://alice:{S}@github.com/x/y", "git clone https://alice:***@github.com/x/y"),
     (f"git clone https://alice:{S}/{S}@{S}@h/y", None),
@@ -161,7 +169,8 @@ def test_what_is_left_of_a_command_line_of_too_many_words_is_hidden() -> None:
     [
         "a" * LOOK, "-" * LOOK, "a=" * LOOK, "://" * LOOK, "://a:" * LOOK, "@" * LOOK, '"a":' * LOOK, '"' * LOOK,
         "password" * LOOK, " " * LOOK, "' \"" * LOOK, "mysql -p " * LOOK, "eyJ" * LOOK, "://u:" + "@" * LOOK,
-        "token token" * LOOK, '"\\' * LOOK, "://a:@" * LOOK, "a." * LOOK, "\\" * LOOK, "://a/" * 700 + " @",
+        "token token" * LOOK, '"\\' * LOOK,
+        "://a:@" * LOOK, "a=a" * LOOK, "a." * LOOK, "\\" * LOOK, "://a/" * 700 + " @",
     ],
     ids=lambda text: str(text[:9]),
 )  # fmt: skip

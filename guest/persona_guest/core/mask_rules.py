@@ -44,6 +44,11 @@ xfreerdp wlfreerdp: /p:= /pth:=
 rdesktop plink pscp hydra: -p -pw
 useradd usermod groupadd groupmod newusers: -p
 swaks: -ap
+http https: -a:
+az twine: -p
+ssh-keygen: -N -P
+rclone: pass
+vault: login
 nmcli: password wifi-sec.psk 802-11-wireless-security.psk
 aws: aws_secret_access_key aws_session_token
 sqlplus rman expdp impdp sqlldr: USER/PASSWORD

@@ -33,9 +33,9 @@ _HINTS = (
 
 _NAME = r"[A-Za-z0-9_.-]+"
 _NAMED = re.compile(rf"(-{{0,2}})({_NAME})=(.+)", re.DOTALL)
-_HEADER = re.compile(r"((?:-H|--(?:proxy-)?header=)?)\s*([A-Za-z][A-Za-z0-9-]*)(\s*:\s*)(\S+)(.*)", re.DOTALL)
+_HEADER = re.compile(r"((?:-H|[A-Za-z.-]*[hH]eader=)?)\s*([A-Za-z][A-Za-z0-9-]*)(\s*:\s*)(\S+)(.*)", re.DOTALL)
 _HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie"})
-_PAIR = re.compile(rf"""(?<![A-Za-z0-9_.-])({_NAME})=("[^"]*"?|'[^']*'?|[^&;,\s"']+)""")
+_PAIR = re.compile(rf"""(?<![A-Za-z0-9_.-])({_NAME})=(?=("[^"]*"?|'[^']*'?|[^&;,\s"']+))""")
 _JSON = re.compile(r'("([^"\\]{1,64})"\s*:\s*)"((?:[^"\\]|\\.)*)("|$)', re.DOTALL)
 _PORT = re.compile(r"[0-9]+(?:[/?#]|$)")
 _TOKEN_AS_USER = 20  # characters; nobody's name is that long
@@ -141,14 +141,16 @@ class Masks:
     def _argument(self, text: str, last: str, budget: "_Budget") -> str:
         has_space = any(map(str.isspace, text))
         is_line = has_space and bool(_SHELLS_C.fullmatch(last))
+        header = _HEADER.fullmatch(text)
+        if header and (
+            header[2].lower() in _HEADERS or (not is_line and header[3][-1:].isspace() and self._is_secret(header[2]))
+        ):
+            scheme = f"{header[4]} " if header[5].strip() and "authorization" in header[2].lower() else ""
+            return f"{header[1]}{header[2]}{header[3]}{scheme}{HIDDEN}"
         if not is_line:
             named = _NAMED.fullmatch(text)
             if named and self._is_secret(named[2]):
                 return f"{named[1]}{named[2]}={HIDDEN}"
-            header = _HEADER.fullmatch(text)
-            if header and (header[2].lower() in _HEADERS or (header[3][-1:].isspace() and self._is_secret(header[2]))):
-                scheme = f"{header[4]} " if header[5].strip() and "authorization" in header[2].lower() else ""
-                return f"{header[1]}{header[2]}{header[3]}{scheme}{HIDDEN}"
             if _PASS.fullmatch(text):
                 return f"pass:{HIDDEN}"
         if has_space and budget.depth < _DEPTH:
@@ -174,12 +176,21 @@ class Masks:
     def _anywhere(self, text: str) -> str:
         """What is recognised wherever it is."""
         if "=" in text:
-            text = _PAIR.sub(lambda m: f"{m[1]}={HIDDEN}" if self._is_secret(m[1]) else m[0], text)
+            text = self._pairs(text)
         if '"' in text:
             text = _JSON.sub(lambda m: f'{m[1]}"{HIDDEN}{m[4]}' if self._is_secret(m[2]) else m[0], text)
         if "://" in text:
             text = re.sub(r"\S+", lambda m: _without_userinfo(m[0]), text)
         return _SHAPES.sub(HIDDEN, text)
+
+    def _pairs(self, text: str) -> str:
+        """``NAME=VALUE`` wherever it begins, also as the value of another name (``--set=password=x``)."""
+        out, at = [], 0
+        for match in _PAIR.finditer(text):
+            if match.start() >= at and self._is_secret(match[1]):
+                out += [text[at : match.end()], HIDDEN]
+                at = match.end(2)
+        return "".join(out) + text[at:]
 
     def _is_secret(self, name: str) -> bool:
         lowered = name.lower()
