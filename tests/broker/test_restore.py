@@ -190,6 +190,7 @@ def test_what_is_lost_comes_back_with_all_guests_in_quarantine(path: Path, tmp_p
         assert (store.generation() > before, set(store.quarantined())) == (True, {"vm-2", "vm-3"})
         store.remove_guest("vm-2")
         assert set(store.quarantined()) == {"vm-3"}
+        assert store.rows("SELECT 1 FROM meta WHERE key = 'backup_at'") == []
     assert list(tmp_path.glob(".restore-*")) == []
 
 

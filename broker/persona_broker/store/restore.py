@@ -221,6 +221,7 @@ def replace_lost(
 def _renumber(db: sqlite3.Connection, author: Author, known: Removals) -> Restored:
     at, number = meta_of(db, "backup_at"), change_sets.revision(db)
     at = at if isinstance(at, float) else None
+    db.execute("DELETE FROM meta WHERE key = 'backup_at'")  # of the copy, and not of the database that it becomes
     change_sets.catch_up(db)
     _take_again(db, known)
     if not known.complete:
