@@ -189,7 +189,8 @@ def test_guests_of_a_served_broker(broker: Broker, tmp_path: Path) -> None:
         until(state, "told")
         file = write(tmp_path / "x.yaml", persona("X"), policy("x", "xavier", "X") | {"order": 9})
         assert broker.run("apply", file).returncode == 0
-        generation = json.loads(response.readline())["generation"]
+        with closing(SqliteStore(broker.directory / "db")) as store:
+            generation = store.generation()
         until(state, "told")
         request = {
             "subject": {"user": "alice", "groups": [], "vm": VM}, "session": "s", "argv": ["ls"], "cwd": "/",
