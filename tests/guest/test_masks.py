@@ -1,8 +1,8 @@
 """What is secret in a command line is in no record of it."""
 
+import json
 import random
 import shlex
-import sqlite3
 import time
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 from persona_guest.core.mask_rules import MaskError
 from persona_guest.core.masks import HIDDEN, LOOK, Masks
 
+from tests.broker.audited import audited
 from tests.guest.conftest import Run
 
 MASKS = Masks()
@@ -189,10 +190,7 @@ def test_no_record_and_no_denial_of_a_gated_shell_has_it(gated: Run, agent: Path
     assert S not in done.stdout
 
     def records() -> list[str]:
-        with sqlite3.connect(home / "db") as db:
-            found = [body for (body,) in db.execute("SELECT body FROM records")]
-        db.close()
-        return [body for body in found if "https://u:" in body]
+        return [body for body in map(json.dumps, audited(home)) if "https://u:" in body]
 
     deadline = time.monotonic() + 10
     while len(records()) < 2 and time.monotonic() < deadline:

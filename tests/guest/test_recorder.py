@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from persona_guest.shell import cli
 from persona import wire
 from persona.codec import Record, decode_record, decode_stream
 from persona.problems import Reason
+from tests.broker.audited import audited
 from tests.broker.conftest import Broker, environment
 from tests.guest.conftest import Run, trial_of
 
@@ -187,10 +187,7 @@ def kill(broker: Broker) -> None:
 
 
 def kept(broker: Broker) -> list[dict[str, Any]]:
-    with sqlite3.connect(broker.directory / "db") as db:
-        rows = [json.loads(body) for (body,) in db.execute("SELECT body FROM records ORDER BY id")]
-    db.close()
-    return rows
+    return audited(broker.directory)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.soak)])
@@ -317,7 +314,4 @@ def test_a_real_agent_that_is_killed_is_followed_by_one_that_counts_on_and_may_d
 
 
 def kept_by_trial(home: Path) -> list[dict[str, Any]]:
-    with sqlite3.connect(home / "db") as db:
-        rows = [json.loads(body) for (body,) in db.execute("SELECT body FROM records ORDER BY id")]
-    db.close()
-    return rows
+    return audited(home)
