@@ -196,8 +196,11 @@ def test_what_root_makes_is_the_services(cli: Broker, tmp_path: Path) -> None:
     os.chown(state, user.pw_uid, user.pw_gid)
     assert cli.run("--db", str(state / "db"), "apply", str(ROOT / "examples")).returncode == 0
     assert cli.run("tls", "init", "--dir", str(tmp_path / "tls"), "--host", "b", "--user", "nobody").returncode == 0
-    for file in (*state.iterdir(), tmp_path / "tls" / "broker.key"):
-        assert (file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) == (user.pw_uid, 0o600)
+    made = list(state.rglob("*"))
+    assert any(file.parent.name == "audit" for file in made)
+    for file in (*made, tmp_path / "tls" / "broker.key"):
+        mode = 0o700 if file.is_dir() else 0o600
+        assert (file.stat().st_uid, stat.S_IMODE(file.stat().st_mode)) == (user.pw_uid, mode)
 
 
 @pytest.mark.parametrize(
