@@ -136,7 +136,7 @@ def test_without_nftables_complain_mode_stops_nothing_and_enforce_mode_everythin
     assert "Nmap version" in machine.ssh("alice", "nmap --version").out
     assert "no nftables" in machine.must("journalctl -u persona-agent --no-pager")
     machine.root("sed -i s/complain/enforce/ /etc/persona/guest.toml; systemctl restart persona-agent")
-    refused = machine.ssh("alice", "ls -d /etc", timeout=60)
+    refused = machine.ssh("alice", "ls -d /etc", timeout=180)  # as long as a start of the agent may take, and a bit
     assert refused.code != 0
     assert "/etc\n" not in refused.out
     assert machine.ssh("root", "echo in").out == "in\n"
