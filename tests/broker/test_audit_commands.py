@@ -225,7 +225,7 @@ def test_export_as_ocsf(filled: Broker) -> None:
 
 def test_prune_takes_whole_days_and_leaves_a_signed_checkpoint(filled: Broker) -> None:
     done = filled.run("audit", "prune", "--before", "2026-09-23")
-    assert (done.returncode, "--yes does it unasked" in done.stderr) == (1, True)
+    assert (done.returncode, "add --yes" in done.stderr) == (1, True)
     assert days(filled) == ["21", "22", "23", "24"]
     value = answer(filled, "prune", "--before", "2026-09-23", "--dry-run")
     assert [item["segment"] for item in value["pruned"]] == ["2026-09-21", "2026-09-22"]

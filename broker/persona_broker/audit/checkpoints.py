@@ -24,7 +24,7 @@ _THIN = (
 
 
 def make(chain: Chain, key: SigningKey, clock: Callable[[], float] = time.time) -> Checkpoint | None:
-    """One of the newest record, ``None`` where there is no record.  Raises ``sqlite3.Error``."""
+    """Signs a checkpoint of the newest record; ``None`` where the chain is empty.  Raises ``sqlite3.Error``."""
     paths = chain.segments()
     if not paths:
         return None

@@ -173,7 +173,7 @@ def index_of(segment: Path) -> Path:
 
 
 def remove(segment: Path) -> None:
-    """Deletes the index of a segment that is no more."""
+    """Deletes the index of a segment that was pruned."""
     path = index_of(segment)
     for end in ("", "-wal", "-shm"):
         path.with_name(path.name + end).unlink(missing_ok=True)

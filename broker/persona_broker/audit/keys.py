@@ -67,7 +67,10 @@ def key_file(directory: Path) -> Path:
 
 
 def load(path: Path) -> SigningKey | None:
-    """The key in a file, ``None`` where there is none.  Raises ``PersonaError`` for what is no key, ``OSError``."""
+    """Reads the signing key from a file; ``None`` where the file is missing.
+
+    Raises ``PersonaError`` where the file holds something else, ``OSError`` where it cannot be read.
+    """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 

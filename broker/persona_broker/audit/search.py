@@ -11,7 +11,11 @@ from persona_broker.audit.core.format import Row, Stream, joined
 from persona_broker.audit.lookup import Lookup, Part, Progress
 
 _BLOCK = 2000  # records that are in memory at once
-_QUIET: Progress = lambda _done, _all: None  # noqa: E731
+
+
+def _quiet(_done: int, _all: int) -> None:
+    """For whom progress does not matter."""
+
 
 # records that differ in these only are alike; they are all among the facts
 _SAME_BUT_FOR = "json_remove(facts, '$.at', '$.session', '$.leased')"
@@ -56,7 +60,7 @@ class Found:
         return self.row.guest
 
 
-def newest(chain: Chain, wanted: Wanted, limit: int, progress: Progress = _QUIET) -> tuple[list[Found], int]:
+def newest(chain: Chain, wanted: Wanted, limit: int, progress: Progress = _quiet) -> tuple[list[Found], int]:
     """The newest ``limit`` records, oldest first, and the number of the newest that there is of any kind.
 
     Raises ``sqlite3.Error``.
@@ -94,7 +98,7 @@ def later(chain: Chain, wanted: Wanted, after: int, limit: int) -> tuple[list[Fo
     return found, last
 
 
-def each(chain: Chain, wanted: Wanted, progress: Progress = _QUIET) -> Iterator[Found]:
+def each(chain: Chain, wanted: Wanted, progress: Progress = _quiet) -> Iterator[Found]:
     """All records, oldest first.  Raises ``sqlite3.Error``."""
     for path in chain.segments():
         with closing(Lookup(path, progress)) as entries:

@@ -62,7 +62,7 @@ def _checkpoints_of(file: Path) -> Iterable[Checkpoint]:
     except CheckpointError as error:
         raise ValueError(f"{file}: {error}") from None
     if not found:
-        raise ValueError(f"{file}: there is no checkpoint in it")
+        raise ValueError(f"{file} holds no checkpoint: name a file that the sink audit.json_lines wrote")
     return found
 
 
@@ -150,7 +150,7 @@ def key(arguments: argparse.Namespace, settings: Settings) -> int:
     found = keys.load(keys.key_file(chain.directory))
     if found is None:
         file = keys.key_file(chain.directory)
-        raise PersonaError(Fault.NOT_FOUND, f"there is no key {file} yet; 'persona-broker serve' makes it")
+        raise PersonaError(Fault.NOT_FOUND, f"{file} is missing; 'persona-broker serve' makes it when it first starts")
     public = found.public
     say(arguments, {"key": public.id, "public": public.raw.hex(), "pem": public.pem()}, public.pem().rstrip())
     return 0

@@ -58,7 +58,11 @@ def prune(arguments: argparse.Namespace, settings: Settings) -> int:
 def _key(file: Path) -> SigningKey:
     found = keys.load(file)
     if found is None:
-        raise PersonaError(Fault.NOT_FOUND, f"there is no key {file}, so nothing can be signed; nothing was deleted")
+        raise PersonaError(
+            Fault.NOT_FOUND,
+            f"{file} is missing, and a checkpoint must be signed first; nothing was deleted. Start the broker, which"
+            " makes the key, or put the key back from your backup",
+        )
     return found
 
 
@@ -108,6 +112,6 @@ def _confirmed(arguments: argparse.Namespace, lines: Sequence[str], question: st
         return True
     print("\n".join(lines), file=sys.stderr)
     if not sys.stdin.isatty():
-        raise PersonaError(Fault.CONFLICT, "refused: there is no terminal on which to ask you; --yes does it unasked")
+        raise PersonaError(Fault.CONFLICT, "refused: there is no terminal on which to ask; add --yes to go on unasked")
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

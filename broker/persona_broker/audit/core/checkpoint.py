@@ -37,7 +37,7 @@ class Checkpoint:
 
 
 class CheckpointError(ValueError):
-    """What is no checkpoint; the message says why."""
+    """A text that cannot be read as a checkpoint; the message says what is wrong with it."""
 
 
 def parse(value: object) -> Checkpoint:
