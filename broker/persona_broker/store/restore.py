@@ -226,7 +226,8 @@ def _renumber(db: sqlite3.Connection, author: Author, known: Removals) -> Restor
     _take_again(db, known)
     if not known.complete:
         db.execute("INSERT OR IGNORE INTO quarantine SELECT name, ? FROM guests", (time.time(),))
-    generation = _begin_epoch(db, time.time())
+    # a second ahead: nobody knows whether the lost one had begun an epoch in this very second
+    generation = _begin_epoch(db, time.time() + 1)
     epoch = epoch_of(generation)
     put_meta(db, "version_floor", epoch)  # who knows which versions the lost one had given out
     change_sets.add(db, change_sets.applied(db), _said(author, at, number), generation, above=epoch)
