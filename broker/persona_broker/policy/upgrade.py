@@ -103,6 +103,8 @@ def _of_program(word: Word) -> Iterator[tuple[str, str]]:
 
 
 def _of_argument(word: Word, negative: bool) -> Iterator[tuple[str, str]]:
+    if word.is_many and word.text != "**":  # three stars and more
+        yield "it matches one argument", f"'{word.text}' is '**', any number of arguments"
     if word.is_any or word.is_many:
         return
     quoted = [token for token in word.tokens if isinstance(token, str)]
