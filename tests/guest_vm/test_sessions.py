@@ -198,7 +198,8 @@ def test_the_persona_command(guest: Machine) -> None:
     assert "layers:    seccomp, bpf, limits, network\n" in done.out
     assert "AnalystOnBusyHost v1, policy analysts-on-busy-host: applies now" in done.out
     assert "nmap: would be denied, no_matching_policy under DataAnalyst" in done.out
-    assert re.search(r"^1\nls: would run under DataAnalyst v1 .*\n0$", done.out, re.MULTILINE)
+    granted = r"^1\nls: would run under DataAnalyst v1, policy analysts-by-day \(\S+:\d+\)\n0$"
+    assert re.search(granted, done.out, re.MULTILINE)
     denial = "  /usr/bin/nmap: denied, no_matching_policy under persona DataAnalyst (policy analysts-by-day)\n"
     assert denial + "    command: nmap -p 7 localhost\n" in done.out
 
