@@ -26,7 +26,7 @@ pictures: ## docs/*.svg from their sources; needs apt's graphviz
 	dot -Tsvg docs/pieces.dot -o docs/pieces.svg
 
 test-fast: ## tests that need no guest, in a minute and a half
-	$(PYTHON) -m pytest -q -n 3 -m "not guest"
+	$(PYTHON) -m pytest -q -n 4 -m "not guest"
 
 test: ## everything, guests included (root)
 	scripts/test

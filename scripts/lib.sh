@@ -75,12 +75,12 @@ need_venv() {
 # The broker's libraries in their newest releases, against which its tests run a second time.
 need_newest_venv() {
     newest=build/venv-newest
-    if [ ! -e "$newest/.complete" ]; then
+    if [ ! "$newest/.complete" -nt scripts/lib.sh ]; then
         say "making a virtual environment of the newest cryptography, Flask, gunicorn, PyYAML and psutil"
         rm -rf "$newest"
         /usr/bin/python3 -m venv "$newest"
         quietly "$newest/bin/pip" install --disable-pip-version-check cryptography flask gunicorn pyyaml psutil \
-            pytest pytest-timeout hypothesis jsonschema
+            pytest pytest-timeout pytest-xdist hypothesis jsonschema
         touch "$newest/.complete"
     fi
 }
