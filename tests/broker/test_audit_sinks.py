@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from persona_broker.store.sqlite import SqliteStore
 
 from tests.broker.conftest import Broker
 from tests.broker.test_audit_chain import said
+from tests.waiting import until
 
 RFC5424 = re.compile(
     rb"<(\d{1,3})>1 \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z (\S+) persona-broker (\d+) (record|checkpoint) - ([ -~]+)"
@@ -82,13 +83,6 @@ class Server:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self._thread.join(5)
-
-
-def until(right: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not right():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture

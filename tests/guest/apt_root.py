@@ -3,8 +3,6 @@
 import gzip
 import hashlib
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +103,3 @@ def wish(*texts: str) -> list[Package]:
 def installed(root: AptRoot) -> set[str]:
     """The names of what dpkg has there."""
     return set(Dpkg(root.status).installed().versions)
-
-
-def until(holds: Callable[[], object], seconds: float = 20) -> None:
-    """Waits for something; fails after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -13,7 +13,8 @@ import pytest
 from persona_guest.dependencies.dpkg import Dpkg
 from persona_guest.dependencies.installer.apt import AptError
 
-from tests.guest.apt_root import AptRoot, apt, installed, until, wish
+from tests.guest.apt_root import AptRoot, apt, installed, wish
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt"),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from persona_guest.agent.ends import Ends
 
-from tests.guest.apt_root import until
 from tests.guest.conftest import ROOT
+from tests.waiting import until
 
 
 def test_whatever_one_end_raises_the_others_come(caplog: pytest.LogCaptureFixture) -> None:

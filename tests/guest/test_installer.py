@@ -24,7 +24,8 @@ from persona_guest.settings import Settings
 from persona_guest.system.units import Units
 
 from persona.dependencies import Dependency, Service, parse_dependency
-from tests.guest.apt_root import AptRoot, apt, installed, until, wish
+from tests.guest.apt_root import AptRoot, apt, installed, wish
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt"),

@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -16,13 +14,7 @@ from persona_guest.shell.client import Client
 
 from persona.decisions import Subject
 from tests.guest.conftest import GATED
-
-
-def until(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 20
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return holds()
+from tests.waiting import until
 
 
 def test_a_machine_that_was_installed_anew_or_let_go_leaves_no_session(documents: Path) -> None:
@@ -32,16 +24,16 @@ def test_a_machine_that_was_installed_anew_or_let_go_leaves_no_session(documents
         for ident, guest in (("s-left", trial.VM), ("s-stray", "removed")):
             store.open_session(SessionRow(ident, guest, Subject("alice", (), guest), "sshd", "", 1.0, revoked=False))
         trial.start(stack, home, [str(documents)])
-        assert until(lambda: store.sessions() == [])
+        until(lambda: store.sessions() == [])
         agent = str(home / "run" / "agent.sock")
         command = [sys.executable, "-c", GATED, agent, "/usr/bin/sleep", "60"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         process = stack.enter_context(subprocess.Popen(command, env=environment, start_new_session=True))
         stack.callback(lambda: os.killpg(process.pid, 9))
-        assert until(lambda: len(store.sessions()) == 1)
+        until(lambda: len(store.sessions()) == 1)
         with Client(agent) as client:  # needs root, as all tests do
             # the broker knows of it first: one that is still being opened is not let go
-            assert until(lambda: client.call("status")["sessions"] == 1)
+            until(lambda: client.call("status")["sessions"] == 1)
             client.call("release")
-        assert until(lambda: store.sessions() == [])
+        until(lambda: store.sessions() == [])
         assert process.poll() is None  # it goes on, ungated

@@ -25,8 +25,8 @@ from persona import codec
 from persona.decisions import Decision, PersonaRef, Request
 from persona.documents import Persona, Policy, parse_document
 from persona.patterns import Whitelist, parse_pattern
-from tests.guest.apt_root import until
 from tests.guest.test_supervisor import gated_child, outcome, supervise
+from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files to others")
 

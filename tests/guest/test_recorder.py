@@ -29,6 +29,7 @@ from persona.problems import Reason
 from tests.broker.audited import audited
 from tests.broker.conftest import Broker, environment
 from tests.guest.conftest import Run, trial_of
+from tests.waiting import until
 
 BOOT = "b" * 32
 
@@ -65,13 +66,6 @@ class FakeBroker:
         return [one for body in self.bodies for one in body["records"]]
 
 
-def until(done: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_broker_that_drops_answers_gets_the_same_numbers_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +79,7 @@ def test_a_broker_that_drops_answers_gets_the_same_numbers_again(
         recorder = Recorder(Settings(), journal.append, spool_in(tmp_path))
         for turn in range(100):
             recorder.add(record(100 * agent + turn))
-        until(lambda agent=agent: len(journal) == 100 * (agent + 1))
+        until(lambda: len(journal) == 100 * (agent + 1))  # noqa: B023 - it is waited for here
         if agent == 2:
             broker.does = lambda: "answers"
         recorder.close()

@@ -21,8 +21,8 @@ from persona_guest.ipc.users import UserSocket
 from persona_guest.loop import Loop
 from persona_guest.system import runtime_dir, systemd
 
-from tests.guest.apt_root import until
 from tests.guest.conftest import SmallDisk, no_descriptor
+from tests.waiting import until
 
 
 class Counting(Loop):

@@ -23,9 +23,9 @@ from persona_guest.system.start_progress import LOADER, Progress, Start
 
 from persona.codec import decode_record, encode_record
 from persona.problems import Reason
-from tests.guest.apt_root import until
 from tests.guest.conftest import no_descriptor
 from tests.guest.test_supervisor import gated_child, outcome
+from tests.waiting import until
 
 NAME = "s-0123456789abcdef"
 SOON = (0.1, 0.1, 5.0)  # after how long it answers
