@@ -75,12 +75,14 @@ need_venv() {
 # The broker's libraries in their newest releases, against which its tests run a second time.
 need_newest_venv() {
     newest=build/venv-newest
-    if [ ! "$newest/.complete" -nt scripts/lib.sh ]; then
+    with="pytest pytest-timeout pytest-xdist hypothesis jsonschema"
+    stamp="$newest/.$(echo "$with" | cksum | cut -d ' ' -f 1)"
+    if [ ! -e "$stamp" ]; then
         say "making a virtual environment of the newest cryptography, Flask, gunicorn, PyYAML and psutil"
         rm -rf "$newest"
         /usr/bin/python3 -m venv "$newest"
-        quietly "$newest/bin/pip" install --disable-pip-version-check cryptography flask gunicorn pyyaml psutil \
-            pytest pytest-timeout pytest-xdist hypothesis jsonschema
-        touch "$newest/.complete"
+        # shellcheck disable=SC2086 # a list of words
+        quietly "$newest/bin/pip" install --disable-pip-version-check cryptography flask gunicorn pyyaml psutil $with
+        touch "$stamp"
     fi
 }
