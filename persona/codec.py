@@ -26,7 +26,7 @@ MAX_GROUPS_IN_USE = 65536  # named by policies of one VM
 MAX_RECORDS = 500
 MAX_EXTRA = 4096  # characters of JSON: what a record says that this version does not know
 _DEPTH_EXTRA = 8
-_NAME, _PATH, _HELP, _TAG, _PLACE = 256, 4096, 2000, 64, 256
+_NAME, _PATH, _HELP, _TAG, _ORIGIN = 256, 4096, 2000, 64, 256
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _HEX = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
@@ -236,7 +236,7 @@ def encode_decision(decision: Decision, version: int = wire.CURRENT) -> dict[str
     }
     if version > wire.FIRST:  # 0.1.0 would refuse the whole answer
         common["policy_version"] = decision.policy_version
-        common["policy_place"] = decision.policy_place
+        common["policy_origin"] = decision.policy_origin
     if isinstance(decision, Granted):
         persona = {"name": decision.persona.name, "version": decision.persona.version}
         return {"decision": "granted", "persona": persona, **common}
@@ -292,7 +292,7 @@ def _version(value: Mapping[str, Any], path: str, name: str) -> int | None:
 
 
 def _place(value: Mapping[str, Any], path: str) -> str:
-    return string(value.get("policy_place", ""), _join(path, "policy_place"), _PLACE)
+    return string(value.get("policy_origin", ""), _join(path, "policy_origin"), _ORIGIN)
 
 
 def _decode_lease(value: object, path: str) -> Lease:

@@ -2,8 +2,8 @@
 
 A decision is never a bare boolean: it names the persona and policy that it came from, so that
 whoever is refused can be told why and whoever audits can tell from what: versions of policy and persona, where the
-broker said them, are those of its store, which keeps every one.  A policy's place (``10-analysts.yaml:3``) is where its
-operator finds it.
+broker said them, are those of its store, which keeps every one.  A policy's origin (``10-analysts.yaml:3``) is where
+its operator finds it.
 """
 
 from dataclasses import dataclass, field
@@ -89,7 +89,7 @@ class Granted:
     lease: Lease
     generation: int = field(default=0, compare=False)
     policy_version: int | None = field(default=None, compare=False)
-    policy_place: str = field(default="", compare=False)
+    policy_origin: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Denied:
     generation: int = field(default=0, compare=False)
     persona_version: int | None = field(default=None, compare=False)
     policy_version: int | None = field(default=None, compare=False)
-    policy_place: str = field(default="", compare=False)
+    policy_origin: str = field(default="", compare=False)
 
 
 Decision = Granted | Denied

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from persona_broker.policy.conditions import Sample
 from persona_broker.policy.merge import ADD, WHOLE
-from persona_broker.policy.place import Place
+from persona_broker.policy.origin import Origin
 from persona_broker.policy.rollout import Seen
 from persona_broker.store.interface import Author, SessionRow, Store, StoreError
 from persona_broker.store.sqlite import SqliteStore
@@ -188,15 +188,15 @@ def test_what_guests_were_told_and_say_only_rises(connect: Open) -> None:
 def test_where_documents_are_written_is_told_by_revision(connect: Open) -> None:
     store, one = connect(), documents(persona("A"))
     key = ("Persona", "A")
-    store.change(one, WHOLE, ANN, {key: Place("a.yaml", 1)})
-    store.change(documents(persona("A", "cat")), WHOLE, ANN, {key: Place("b.yaml", 2)})
+    store.change(one, WHOLE, ANN, {key: Origin("a.yaml", 1)})
+    store.change(documents(persona("A", "cat")), WHOLE, ANN, {key: Origin("b.yaml", 2)})
     before = store.stamp()
-    store.change(documents(persona("A", "cat")), WHOLE, ANN, {key: Place("b.yaml", 3)})
+    store.change(documents(persona("A", "cat")), WHOLE, ANN, {key: Origin("b.yaml", 3)})
     assert (store.stamp()[0] == before[0], store.stamp() == before, store.revision()) == (True, False, 2)
-    assert [str(store.places(number)[key]) for number in (1, 2)] == ["a.yaml:1", "b.yaml:3"]
-    assert (str(store.place_of(*key, 1)), store.places()[key]) == ("a.yaml:1", Place("b.yaml", 3))
+    assert [str(store.origins(number)[key]) for number in (1, 2)] == ["a.yaml:1", "b.yaml:3"]
+    assert (str(store.origin_of(*key, 1)), store.origins()[key]) == ("a.yaml:1", Origin("b.yaml", 3))
     store.change(one, WHOLE, ANN)
-    assert store.places() == {}  # nobody said
+    assert store.origins() == {}  # nobody said
 
 
 def test_one_that_cannot_be_used_says_so_everywhere(connect: Open) -> None:

@@ -71,7 +71,7 @@ def add_files(paths: list[Path], store: "Store") -> None:
     loaded = _loaded(paths, _present(store))
     if not loaded.documents:
         raise _no_documents(paths)
-    store.change(loaded.documents, ADD, Author("persona-broker serve", "--apply"), loaded.places)
+    store.change(loaded.documents, ADD, Author("persona-broker serve", "--apply"), loaded.origins)
 
 
 def _no_documents(paths: "Sequence[Path]", effect: str = "") -> PersonaError:
@@ -175,7 +175,7 @@ def apply(arguments: argparse.Namespace, settings: Settings) -> int:
         count = store.count() if removing else 0
         effect = f": this would remove all {plural(count, 'document')}; --allow-empty does it" if count else ""
         raise _no_documents(paths, effect)
-    plan = store.plan(loaded.documents, how, loaded.places)
+    plan = store.plan(loaded.documents, how, loaded.origins)
     if (how.before or how.after) and not unplaced(plan.before, loaded.documents):
         note = "no policy of the files is new and without an order, so --before and --after move nothing"
         print(
@@ -347,7 +347,7 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     from persona_broker.policy.conditions import ConditionInputs
     from persona_broker.policy.explain import explain, world_of
     from persona_broker.policy.order import arrange
-    from persona_broker.policy.place import named
+    from persona_broker.policy.origin import named
     from persona_broker.policy.vm_health import HealthJudge, Reported
     from persona_broker.store.health import Reports
     from persona_broker.store.stored_text import make_snapshot
@@ -356,7 +356,7 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     quarantined: Mapping[str, float] = {}
     if arguments.files:
         loaded = _loaded(arguments.files)
-        snapshot = make_snapshot(((document, 0) for document in arrange(loaded.documents)), loaded.places)
+        snapshot = make_snapshot(((document, 0) for document in arrange(loaded.documents)), loaded.origins)
         world = world_of(snapshot, {}, now)
         reports: Mapping[str, Reported] = {}
     else:
@@ -372,8 +372,8 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     unhealthy = HealthJudge(settings.health_max_age_s).look(snapshot.vm_conditions, reports, now)
     found = explain(snapshot, subject, tuple(arguments.command), world, unhealthy)
     decision = found.decision
-    lines = [f"  {named(c.policy, c.place)} -> {c.persona}: {c.verdict}" for c in found.considered]
-    policy = named(decision.policy, decision.policy_place) if decision.policy else ""
+    lines = [f"  {named(c.policy, c.origin)} -> {c.persona}: {c.verdict}" for c in found.considered]
+    policy = named(decision.policy, decision.policy_origin) if decision.policy else ""
     if isinstance(decision, Granted):
         head = f"granted under {decision.persona.name}, policy {policy}"
     else:
@@ -384,7 +384,7 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
             f"{word(arguments.vm)} is in quarantine since a restore: it is denied everything until 'guest readmit'"
         )
     considered = [
-        {"policy": c.policy, "place": c.place or None, "persona": c.persona, "verdict": c.verdict}
+        {"policy": c.policy, "origin": c.origin or None, "persona": c.persona, "verdict": c.verdict}
         for c in found.considered
     ]
     value = {"decision": encode_decision(decision), "considered": considered, "notes": notes}

@@ -15,10 +15,10 @@ from persona_broker.cli.store import existing, for_reading, say, with_history
 from persona_broker.policy.diff import in_another_order
 from persona_broker.policy.field_diff import FieldChange, compare
 from persona_broker.policy.merge import WHOLE, Stored, key_of
-from persona_broker.policy.place import NOWHERE, Place, named
+from persona_broker.policy.origin import NOWHERE, Origin, named
 from persona_broker.policy.unreadable import Unreadable
 from persona_broker.settings import Settings
-from persona_broker.store.interface import ChangeSet, Item, Places, Store
+from persona_broker.store.interface import ChangeSet, Item, Origins, Store
 
 _KINDS = ("CommandSet", "Persona", "Policy")
 
@@ -48,7 +48,7 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``show NAME``: the document as YAML, the version that is applied or another one; 1 where one cannot be read."""
     store = for_reading(settings)
     applied = {(kind, name): version for kind, name, version, _ in store.texts()}
-    now, places = store.places(), dict[tuple[str, str], Place]()
+    now, origins = store.origins(), dict[tuple[str, str], Origin]()
     kinds = [arguments.kind] if arguments.kind else _KINDS
     found: list[Versioned] = []
     for kind in kinds:
@@ -56,23 +56,23 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
         stored = store.version(kind, arguments.name, version) if version is not None else None
         if stored is not None:
             found.append((stored[1], stored[0]))
-            places[kind, arguments.name] = (
+            origins[kind, arguments.name] = (
                 now.get((kind, arguments.name), NOWHERE)
                 if version == applied.get((kind, arguments.name))
-                else store.place_of(kind, arguments.name, stored[0])
+                else store.origin_of(kind, arguments.name, stored[0])
             )
     if not found:
         what = "is applied" if arguments.version is None else f"has a version {arguments.version}"
         fix = f"'persona-broker history {word(arguments.name)}' shows what there was"
         raise PersonaError(Fault.NOT_FOUND, f"no document {arguments.name!r} {what}; {fix}")
-    return _print_documents(arguments, store, found, places, heads=True)
+    return _print_documents(arguments, store, found, origins, heads=True)
 
 
 def export(arguments: argparse.Namespace, settings: Settings) -> int:
     """``export``: all documents of a revision as YAML, which ``apply --all`` takes back; 1 where one cannot be read."""
     store = with_history(settings)
     number = store.revision() if arguments.revision is None else arguments.revision
-    return _print_documents(arguments, store, store.documents_at(number), store.places(number), heads=False)
+    return _print_documents(arguments, store, store.documents_at(number), store.origins(number), heads=False)
 
 
 def diff(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -80,13 +80,13 @@ def diff(arguments: argparse.Namespace, settings: Settings) -> int:
     store = with_history(settings)
     other = store.revision() if arguments.other is None else arguments.other
     before, after = ({key_of(item[0]): item for item in store.documents_at(n)} for n in (arguments.revision, other))
-    places = {**store.places(arguments.revision), **store.places(other)}
+    origins = {**store.origins(arguments.revision), **store.origins(other)}
     lines, items = [], []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if old is not None and new is not None and (old[1] == new[1] or _same(old[0], new[0])):
             continue  # going back to an old text makes a new version
-        change = Item(*key, old[1] if old else None, new[1] if new else None, places.get(key, NOWHERE))
+        change = Item(*key, old[1] if old else None, new[1] if new else None, origins.get(key, NOWHERE))
         broken = [item[0] for item in (old, new) if item is not None and isinstance(item[0], Unreadable)]
         fields = _fields(old[0], new[0]) if old is not None and new is not None else []
         lines.append(_what(change))
@@ -128,11 +128,11 @@ def rollback(arguments: argparse.Namespace, settings: Settings) -> int:
         head = f"refused: of revision {number} cannot be read (apply files instead, 'export' writes the others):"
         raise PersonaError(Fault.BAD_DOCUMENT, "\n".join([head, *broken]))
     message = f"rollback to {number}" + (f": {arguments.message}" if arguments.message else "")
-    return documents.carry_out(arguments, settings, store, store.plan(found, WHOLE, store.places(number)), message)
+    return documents.carry_out(arguments, settings, store, store.plan(found, WHOLE, store.origins(number)), message)
 
 
 def _print_documents(
-    arguments: argparse.Namespace, store: Store, found: list[Versioned], places: Places, *, heads: bool
+    arguments: argparse.Namespace, store: Store, found: list[Versioned], origins: Origins, *, heads: bool
 ) -> int:
     """As YAML, in UTF-8 whatever the locale says: it may become a file.  Of what cannot be read, the stored text."""
     from persona_broker.policy_files.writer import as_yaml  # only these two pay for it
@@ -145,9 +145,9 @@ def _print_documents(
     values: list[dict[str, Any]] = []
     texts = []
     for document, version in found:
-        place = places.get(key_of(document), NOWHERE)
-        where = _place_value(place)
-        head = f"# {line(named(f'{key_of(document)[0]} {document.name}, version {version}', str(place)))}\n"
+        origin = origins.get(key_of(document), NOWHERE)
+        where = _origin_value(origin)
+        head = f"# {line(named(f'{key_of(document)[0]} {document.name}, version {version}', str(origin)))}\n"
         if isinstance(document, Unreadable):
             stored = store.text(document.kind, document.name, version)
             unread = {"document": None, "problem": document.problem, "stored": stored}
@@ -176,20 +176,20 @@ def _fields(old: Stored, new: Stored) -> Iterable[FieldChange]:
 def _what(change: Item) -> str:
     name = f"{change.kind} {word(change.name)}"
     if change.after is None:
-        return named(f"{name}: removed, was version {change.before}", str(change.place))
+        return named(f"{name}: removed, was version {change.before}", str(change.origin))
     change_of = (
         f"added, version {change.after}" if change.before is None else f"version {change.before} -> {change.after}"
     )
-    return named(f"{name}: {change_of}", str(change.place))
+    return named(f"{name}: {change_of}", str(change.origin))
 
 
 def _item(change: Item) -> dict[str, Any]:
     versions = {"before": change.before, "after": change.after}
-    return {"kind": change.kind, "name": change.name, **versions, **_place_value(change.place)}
+    return {"kind": change.kind, "name": change.name, **versions, **_origin_value(change.origin)}
 
 
-def _place_value(place: Place) -> dict[str, Any]:
-    return {"file": place.file or None, "line": place.line or None}
+def _origin_value(origin: Origin) -> dict[str, Any]:
+    return {"file": origin.file or None, "line": origin.line or None}
 
 
 def _value(item: ChangeSet) -> dict[str, Any]:

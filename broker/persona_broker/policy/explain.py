@@ -24,7 +24,7 @@ class Considered:
     """
 
     policy: str
-    place: str
+    origin: str
     persona: str
     verdict: str
 
@@ -68,7 +68,7 @@ def explain(
     program = program_named(argv[0], subject.user)
     decision = snapshot.decide(Request(subject, "", program, argv, "/"), condition_state)
     considered = tuple(
-        _consider(entry, snapshot.sources.get(entry.policy.name, Source()).place, program, argv)
+        _consider(entry, snapshot.sources.get(entry.policy.name, Source()).origin, program, argv)
         for entry in snapshot.entries(subject, condition_state)
     )
     notes = _notes(decision, program, argv)
@@ -94,7 +94,7 @@ def _notes(decision: Decision, program: Program, argv: tuple[str, ...]) -> tuple
     return ()
 
 
-def _consider(entry: Entry, place: str, program: Program, argv: tuple[str, ...]) -> Considered:
+def _consider(entry: Entry, origin: str, program: Program, argv: tuple[str, ...]) -> Considered:
     if not entry.policy.commands.speaks_for(program, argv):
         verdict = "does not speak for this command"
     elif entry.flaw is not None or entry.versioned is None:
@@ -106,4 +106,4 @@ def _consider(entry: Entry, place: str, program: Program, argv: tuple[str, ...])
         verdict = f"does not hold: {entry.unmet.detail}"
     else:
         verdict = "applies"
-    return Considered(entry.policy.name, place, entry.policy.persona, verdict)
+    return Considered(entry.policy.name, origin, entry.policy.persona, verdict)

@@ -49,7 +49,7 @@ class Source:
     """Which version of a policy decides, and where that is written; neither is known of what is not stored."""
 
     version: int | None = None
-    place: str = ""
+    origin: str = ""
 
 
 _NOT_STORED = Source()
@@ -88,7 +88,7 @@ class Entry:
 
 
 def _of(source: Source) -> tuple[int | None, str]:
-    return source.version, source.place
+    return source.version, source.origin
 
 
 def _hides(flaw: Flaw | None, unmet: Unmet | None) -> bool:

@@ -10,7 +10,7 @@ from persona.sets import expand, pointless, used
 from persona.shown import line as printable
 from persona_broker.policy.cautions import Caution, cautions
 from persona_broker.policy.merge import key_of
-from persona_broker.policy.place import Place, place
+from persona_broker.policy.origin import Origin, origin
 from persona_broker.policy_files.folders import TOTAL_MAX, NotUtf8, find_files, read_text
 from persona_broker.policy_files.json_text import read_json
 from persona_broker.policy_files.raw import VALUES_MAX, Raw, TextError
@@ -30,7 +30,7 @@ def _printable(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A finding with its place; no line where it is about the whole file."""
+    """A finding with its origin; no line where it is about the whole file."""
 
     file: str
     line: int | None
@@ -76,7 +76,7 @@ class Skipped:
 class Loaded:
     """The documents that could be read, in order, how many there are, what is wrong with any, and warnings.
 
-    ``skipped`` are files that were left out though their names say that they may have been meant.  ``places`` says by
+    ``skipped`` are files that were left out though their names say that they may have been meant.  ``origins`` says by
     kind and name where each document begins.
     """
 
@@ -85,7 +85,7 @@ class Loaded:
     problems: tuple[Located, ...]
     warnings: tuple[Warned, ...]
     skipped: tuple[Skipped, ...] = ()
-    places: Mapping[tuple[str, str], Place] = field(default_factory=dict)
+    origins: Mapping[tuple[str, str], Origin] = field(default_factory=dict)
 
 
 class _Loader:
@@ -171,12 +171,12 @@ def load(paths: Iterable[Path], present: Present = Present()) -> Loaded:
     problems = [Located(path, None, Finding("", said)) for path, said in names.problems] + loader.problems
     refused = None if names.problems else loader.refused
     found = _expanded(loader.found, present, None if refused is None else loader.broken, problems)
-    places = {id(document): (where, lines) for document, where, lines in found}
+    origins = {id(document): (where, lines) for document, where, lines in found}
     for document, finding in check_set((document for document, _, _ in found), present.personas):
         missing = document.persona if isinstance(document, Policy) and finding.path == "persona" else None
         if missing is not None and (refused is None or missing in refused):
             continue  # the problem is in its persona's document, which is named already
-        where, lines = places[id(document)]
+        where, lines = origins[id(document)]
         problems.append(Located(where, _line(finding.path, lines), finding))
     order = {str(file): index for index, file in enumerate(names.files, 1)}
     problems.sort(key=lambda problem: (order.get(problem.file, 0), problem.line or 0))
@@ -197,7 +197,7 @@ def load(paths: Iterable[Path], present: Present = Present()) -> Loaded:
     skipped = tuple(Skipped(path, why) for path, why in sorted(names.skipped))
     documents = tuple(document for document, _, _ in found)
     begins = {
-        key_of(document): place(names.names.get(Path(where), Path(where).name), _line("", lines))
+        key_of(document): origin(names.names.get(Path(where), Path(where).name), _line("", lines))
         for document, where, lines in found
     }
     return Loaded(documents, loader.count, tuple(problems), warnings, skipped, begins)

@@ -13,8 +13,8 @@ from typing import Any
 
 from persona.shown import line
 from persona_broker.policy.diff import in_another_order
-from persona_broker.policy.place import NOWHERE, Place
-from persona_broker.store.interface import Author, ChangeSet, Item, Places, Versions
+from persona_broker.policy.origin import NOWHERE, Origin
+from persona_broker.store.interface import Author, ChangeSet, Item, Origins, Versions
 from persona_broker.store.pending import note
 
 _EVERY = "SELECT revision, at, author, message, policies IS NOT NULL, generation FROM change_sets"
@@ -77,9 +77,9 @@ def catch_up(db: sqlite3.Connection) -> None:
     """Writes down what such a broker applied, where it did."""
     if is_behind(db):
         before, after = versions_at(db, revision(db)), applied(db)
-        known = places_at(db, revision(db))
+        known = origins_at(db, revision(db))
         add(db, before, Author("", "what a broker that keeps no revisions applied"), _generation(db))
-        put_places(db, {key: NOWHERE for key in known if before.get(key) != after.get(key)})
+        put_origins(db, {key: NOWHERE for key in known if before.get(key) != after.get(key)})
 
 
 def _generation(db: sqlite3.Connection) -> int:
@@ -138,26 +138,28 @@ def versions_at(db: sqlite3.Connection, number: int) -> Versions:
     return {(kind, name): version for kind, name, version in db.execute(query, (number,))}
 
 
-def places_at(db: sqlite3.Connection, number: int) -> dict[tuple[str, str], Place]:
+def origins_at(db: sqlite3.Connection, number: int) -> dict[tuple[str, str], Origin]:
     """Where the documents of a revision were written, of those of which anybody knows."""
     query = (
-        "SELECT kind, name, file, line FROM (SELECT kind, name, file, line, max(revision) FROM places"
+        "SELECT kind, name, file, line FROM (SELECT kind, name, file, line, max(revision) FROM origins"
         " WHERE revision <= ? GROUP BY kind, name) WHERE file != ''"
     )
-    return {(kind, name): Place(file, number) for kind, name, file, number in db.execute(query, (number,))}
+    return {(kind, name): Origin(file, number) for kind, name, file, number in db.execute(query, (number,))}
 
 
-def place_of(db: sqlite3.Connection, kind: str, name: str, number: int) -> Place:
+def origin_of(db: sqlite3.Connection, kind: str, name: str, number: int) -> Origin:
     """The same of one document."""
-    query = "SELECT file, line FROM places WHERE kind = ? AND name = ? AND revision <= ? ORDER BY revision DESC LIMIT 1"
-    return Place(*(db.execute(query, (kind, name, number)).fetchone() or ("", 0)))
+    query = (
+        "SELECT file, line FROM origins WHERE kind = ? AND name = ? AND revision <= ? ORDER BY revision DESC LIMIT 1"
+    )
+    return Origin(*(db.execute(query, (kind, name, number)).fetchone() or ("", 0)))
 
 
-def put_places(db: sqlite3.Connection, moved: Places) -> None:
+def put_origins(db: sqlite3.Connection, moved: Origins) -> None:
     """As of the newest revision: a document that only moved within its files corrects it, and makes no other one."""
     now = revision(db)
-    rows = ((*key, now, place.file, place.line) for key, place in moved.items())
-    db.executemany("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?)", rows)
+    rows = ((*key, now, origin.file, origin.line) for key, origin in moved.items())
+    db.executemany("INSERT OR REPLACE INTO origins VALUES (?, ?, ?, ?, ?)", rows)
     if moved:
         db.execute("UPDATE meta SET value = value + 1 WHERE key = 'moved'")
 
@@ -172,7 +174,7 @@ def _read(db: sqlite3.Connection, row: tuple[int, float, str, str, bool, int | N
     number, at, author, message, moved, generation = row
     query = "SELECT kind, name, before, after FROM change_items WHERE revision = ? ORDER BY kind, name"
     items = tuple(
-        Item(kind, name, before, after, NOWHERE if after is None else place_of(db, kind, name, number))
+        Item(kind, name, before, after, NOWHERE if after is None else origin_of(db, kind, name, number))
         for kind, name, before, after in db.execute(query, (number,)).fetchall()
     )
     reordered = bool(moved) and in_another_order(policies_at(db, number - 1), policies_at(db, number))

@@ -13,12 +13,12 @@ from persona.documents import Document
 from persona.problems import Fault, PersonaError
 from persona_broker.policy.diff import Identity, compare
 from persona_broker.policy.merge import WHOLE, How, Stored, key_of, merge
-from persona_broker.policy.place import NOWHERE, Place
+from persona_broker.policy.origin import NOWHERE, Origin
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.unreadable import Unreadable
 from persona_broker.store import change_sets
 from persona_broker.store.database import Access, Database, raise_generation, read_only
-from persona_broker.store.interface import Author, Changed, ChangeSet, Places, Plan, Text
+from persona_broker.store.interface import Author, Changed, ChangeSet, Origins, Plan, Text
 from persona_broker.store.schema import version_of
 from persona_broker.store.stored_text import is_intact, make_snapshot, read, text_of
 
@@ -47,10 +47,10 @@ class Documents(Database):
 
     # --- changes ------------------------------------------------------------------------------------
 
-    def plan(self, documents: Sequence[Stored], how: How = WHOLE, places: Places = MappingProxyType({})) -> Plan:
+    def plan(self, documents: Sequence[Stored], how: How = WHOLE, origins: Origins = MappingProxyType({})) -> Plan:
         """What applying these would do.  A document whose stored text cannot be read is changed by the same one.
 
-        One that is given as unreadable stays as it is: it must be applied.  ``places`` are those of the documents.
+        One that is given as unreadable stays as it is: it must be applied.  ``origins`` are those of the documents.
 
         Raises ``PersonaError`` for what cannot be applied.
         """
@@ -58,7 +58,7 @@ class Documents(Database):
             revision = change_sets.revision(self._db)
             rows = self.rows(_APPLIED)
             before = [document for document, _ in self._parse(rows)]
-            known = change_sets.places_at(self._db, revision)
+            known = change_sets.origins_at(self._db, revision)
         after = merge(before, documents, how)
         kept = set(map(id, before))
         written = [document for document in after if not isinstance(document, Unreadable) and id(document) not in kept]
@@ -71,8 +71,8 @@ class Documents(Database):
             old.append((kind, name, "cannot be read" if broken else str(key)))
         new |= {key: text.digest for key, text in texts.items()}
         changes = compare(old, [(*key_of(document), new[key_of(document)]) for document in after])
-        found = {key: places.get(key, NOWHERE) for key in map(key_of, documents)}
-        moved = {key: place for key, place in found.items() if place != known.get(key, NOWHERE)}
+        found = {key: origins.get(key, NOWHERE) for key in map(key_of, documents)}
+        moved = {key: origin for key, origin in found.items() if origin != known.get(key, NOWHERE)}
         return Plan(revision, tuple(before), tuple(after), changes, texts, moved)
 
     def carry_out(self, plan: Plan, author: Author) -> Changed:
@@ -91,12 +91,12 @@ class Documents(Database):
         return self.carry_out(plan, author)
 
     def change(
-        self, documents: Sequence[Stored], how: How, author: Author, places: Places = MappingProxyType({})
+        self, documents: Sequence[Stored], how: How, author: Author, origins: Origins = MappingProxyType({})
     ) -> Changed:
         """Plans and does it at once, whatever revision holds.  Raises ``PersonaError``."""
         with self.writing() as db:
             change_sets.catch_up(db)
-            return _write(db, self.plan(documents, how, places), author)
+            return _write(db, self.plan(documents, how, origins), author)
 
     def refuse_another(self, revision: int, wanted: int) -> None:
         """Raises ``PersonaError``, with who was faster, where ``revision`` is not the one that was ``wanted``."""
@@ -145,10 +145,10 @@ class Documents(Database):
         with self.reading():
             if revision > (newest := change_sets.revision(self._db)):
                 raise PersonaError(Fault.NOT_FOUND, f"there is no revision {revision}; the newest is {newest}")
-            place = {name: number for number, name in enumerate(change_sets.policies_at(self._db, revision))}
+            rank = {name: number for number, name in enumerate(change_sets.policies_at(self._db, revision))}
             versions = sorted(
                 change_sets.versions_at(self._db, revision).items(),
-                key=lambda item: (item[0][0] == "Policy", place.get(item[0][1], 0), item[0]),
+                key=lambda item: (item[0][0] == "Policy", rank.get(item[0][1], 0), item[0]),
             )
             return [(self._version(*key, version), version) for key, version in versions]
 
@@ -203,19 +203,19 @@ class Documents(Database):
     def snapshot(self) -> Snapshot:
         """The applied set as an index."""
         with self.reading():
-            return make_snapshot(self.documents(), self.places())
+            return make_snapshot(self.documents(), self.origins())
 
-    def places(self, revision: int | None = None) -> dict[tuple[str, str], Place]:
+    def origins(self, revision: int | None = None) -> dict[tuple[str, str], Origin]:
         """Where the documents of a revision, by default the newest, are written, by kind and name; of those known."""
         with self.reading():
             number = change_sets.revision(self._db) if revision is None else revision
-            return change_sets.places_at(self._db, number)
+            return change_sets.origins_at(self._db, number)
 
-    def place_of(self, kind: str, name: str, version: int) -> Place:
+    def origin_of(self, kind: str, name: str, version: int) -> Origin:
         """Where a version of a document was written when it was last applied."""
         with self.reading():
             number = change_sets.since(self._db, kind, name, version)
-            return change_sets.place_of(self._db, kind, name, number)
+            return change_sets.origin_of(self._db, kind, name, number)
 
 
 def applied_texts(path: Path) -> list[tuple[str, str, int, str | None]]:
@@ -230,10 +230,10 @@ def applied_texts(path: Path) -> list[tuple[str, str, int, str | None]]:
 
 
 def _write(db: sqlite3.Connection, plan: Plan, author: Author) -> Changed:
-    """The documents, what is applied, the change-set with the places, and the generation."""
+    """The documents, what is applied, the change-set with the origins, and the generation."""
     if plan.changes:
         _write_documents(db, plan, author, raise_generation(db))
-    change_sets.put_places(db, plan.moved)
+    change_sets.put_origins(db, plan.moved)
     return Changed(change_sets.revision(db), plan.changes)
 
 

@@ -28,14 +28,14 @@ from persona.health import Bound, Report
 from persona_broker.policy.conditions import Latches, Sample
 from persona_broker.policy.diff import Changes
 from persona_broker.policy.merge import How, Stored
-from persona_broker.policy.place import NOWHERE, Place
+from persona_broker.policy.origin import NOWHERE, Origin
 from persona_broker.policy.rollout import Seen
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.unreadable import Unreadable
 
 Key = tuple[str, str]  # a document's kind and name
 Versions = dict[Key, int]
-Places = Mapping[Key, Place]
+Origins = Mapping[Key, Origin]
 
 
 class StoreError(Exception):
@@ -61,7 +61,7 @@ class Item:
     name: str
     before: int | None
     after: int | None
-    place: Place = NOWHERE  # where it is written since then
+    origin: Origin = NOWHERE  # where it is written since then
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Plan:
     """The applied documents before and after an ``apply``, and what it changes; ``revision`` holds before it.
 
     ``texts`` are by kind and name of the documents that are given and can be read: those that may be written.
-    ``moved`` are those of the given documents that are written in another place than before.
+    ``moved`` are those of the given documents that come from another line or file than before.
     """
 
     revision: int
@@ -127,7 +127,7 @@ class Plan:
     after: tuple[Stored, ...]
     changes: Changes
     texts: Mapping[Key, Text]
-    moved: Places
+    moved: Origins
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +184,13 @@ class Store(Protocol):
 
     # --- documents ----------------------------------------------------------------------------------
 
-    def plan(self, documents: Sequence[Stored], how: How = ..., places: Places = ...) -> Plan:
+    def plan(self, documents: Sequence[Stored], how: How = ..., origins: Origins = ...) -> Plan:
         """What applying these would do.  Raises ``PersonaError`` for what cannot be applied."""
 
     def carry_out(self, plan: Plan, author: Author) -> Changed:
         """Does what a plan says.  Raises ``PersonaError`` (conflict) where another revision holds than its own."""
 
-    def change(self, documents: Sequence[Stored], how: How, author: Author, places: Places = ...) -> Changed:
+    def change(self, documents: Sequence[Stored], how: How, author: Author, origins: Origins = ...) -> Changed:
         """Plans and does it at once, whatever revision holds.  Raises ``PersonaError``."""
 
     def documents(self) -> list[tuple[Document | Unreadable, int]]:
@@ -211,10 +211,10 @@ class Store(Protocol):
     def text(self, kind: str, name: str, version: int) -> str | None:
         """The JSON of one version as it is stored; ``None`` where it is gone."""
 
-    def places(self, revision: int | None = None) -> Places:
+    def origins(self, revision: int | None = None) -> Origins:
         """Where the documents of a revision, by default the newest, are written; of those known."""
 
-    def place_of(self, kind: str, name: str, version: int) -> Place:
+    def origin_of(self, kind: str, name: str, version: int) -> Origin:
         """Where a version of a document was written when it was last applied."""
 
     # --- history ------------------------------------------------------------------------------------

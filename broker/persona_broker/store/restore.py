@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from persona.problems import Fault, PersonaError
-from persona_broker.policy.place import NOWHERE
+from persona_broker.policy.origin import NOWHERE
 from persona_broker.store import change_sets
 from persona_broker.store.backup import Progress, copy, meta_of, nobody, open_backup, put_in_place
 from persona_broker.store.database import as_store_error, put_meta, read_write
@@ -35,7 +35,7 @@ from persona_broker.store.schema import check, migrate, version_of
 EPOCH_BITS = 20  # changes within an epoch; should there be more, the count goes on into the epoch, which rises as well
 _BEGIN = 1_767_225_600.0  # 2026-01-01T00:00:00Z
 _WITH_SITE = 4  # the first schema that has one
-_HISTORY = ("change_sets", "change_items", "places")
+_HISTORY = ("change_sets", "change_items", "origins")
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +153,8 @@ def _change(db: sqlite3.Connection, file: Path, author: Author) -> Restored:
         db.execute(f"INSERT OR IGNORE INTO main.{table} SELECT * FROM backup.{table}")  # noqa: S608 - constants
     at, number = _of_backup(db)
     before = change_sets.versions_at(db, change_sets.revision(db))
-    places = {**dict.fromkeys(change_sets.places_at(db, change_sets.revision(db)), NOWHERE)}
-    places |= change_sets.places_at(db, number)
+    origins = {**dict.fromkeys(change_sets.origins_at(db, change_sets.revision(db)), NOWHERE)}
+    origins |= change_sets.origins_at(db, number)
     db.execute("DELETE FROM main.applied")
     db.execute("INSERT INTO main.applied SELECT * FROM backup.applied")
     gone = [name for (name,) in db.execute("SELECT name FROM main.guests EXCEPT SELECT name FROM backup.guests")]
@@ -162,7 +162,7 @@ def _change(db: sqlite3.Connection, file: Path, author: Author) -> Restored:
     (theirs,) = db.execute("SELECT value FROM backup.meta WHERE key = 'generation'").fetchone()
     generation = _begin_epoch(db, time.time(), int(theirs))
     change_sets.add(db, before, _said(author, at, number), generation)
-    change_sets.put_places(db, places)
+    change_sets.put_origins(db, origins)
     restored = Restored(at, number, change_sets.revision(db), generation, tuple(gone), ())
     _note(db, author, restored, lost=False)
     return restored

@@ -55,7 +55,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "INSERT INTO change_items SELECT 1, kind, name, NULL, version FROM applied",
     ),
     (  # 4: where documents are written, as of a revision; a file without a name = nobody knows; how often they moved
-        "CREATE TABLE places (kind TEXT NOT NULL, name TEXT NOT NULL, revision INTEGER NOT NULL, file TEXT NOT NULL,"
+        "CREATE TABLE origins (kind TEXT NOT NULL, name TEXT NOT NULL, revision INTEGER NOT NULL, file TEXT NOT NULL,"
         " line INTEGER NOT NULL, PRIMARY KEY (kind, name, revision)) WITHOUT ROWID",
         "INSERT INTO meta VALUES ('moved', '0')",
         # the generation that guests learn of a change-set by; what each guest was told, and said that it knows
@@ -96,7 +96,7 @@ class NoSchemaError(SqliteError):
 
 _FIX = "'persona-broker migrate' brings it there, as a start of the service does"
 # What only a version from this one on has: SQLite's .dump keeps tables, and not the version.
-_FIRST_OF = ((5, "audit_pending"), (4, "places"), (3, "change_sets"))
+_FIRST_OF = ((5, "audit_pending"), (4, "origins"), (3, "change_sets"))
 
 
 def check(db: sqlite3.Connection) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from persona.canonical import digest, to_mapping
 from persona.documents import Document, Persona, Policy
 from persona_broker.policy.merge import key_of
-from persona_broker.policy.place import Place
+from persona_broker.policy.origin import Origin
 from persona_broker.policy.snapshot import Snapshot, Source, Versioned
 from persona_broker.policy.unreadable import Unreadable, expansion_mapping, read_stored, stored_digest
 from persona_broker.store.interface import Text
@@ -57,12 +57,12 @@ def is_intact(key: tuple[str, str], stored: Sequence[Any], wanted: Text) -> bool
 
 def make_snapshot(
     documents: Iterable[tuple[Document | Unreadable, int]],
-    places: Mapping[tuple[str, str], Place] = MappingProxyType({}),
+    origins: Mapping[tuple[str, str], Origin] = MappingProxyType({}),
 ) -> Snapshot:
     """An index over documents and their versions, policies in the order given; version 0 = not stored."""
     documents = list(documents)
     sources = {
-        name: Source(version or None, str(places.get((kind, name), "")))
+        name: Source(version or None, str(origins.get((kind, name), "")))
         for (kind, name), version in ((key_of(document), version) for document, version in documents)
         if kind == "Policy"
     }

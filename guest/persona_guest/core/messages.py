@@ -15,16 +15,16 @@ def denial_line(program: str, denied: Denied) -> str:
     """
     under = ""
     if denied.persona and denied.policy:
-        under = f" under persona {denied.persona}{by_policy(denied.policy, denied.policy_place)}"
+        under = f" under persona {denied.persona}{by_policy(denied.policy, denied.policy_origin)}"
     elif denied.policy:
-        under = by_policy(denied.policy, denied.policy_place)
+        under = by_policy(denied.policy, denied.policy_origin)
     tail = f": {denied.help}" if denied.help else ""
     return printable(f"persona: {program}: denied, {denied.reason}{under}{tail}")
 
 
-def by_policy(policy: str, place: str) -> str:
+def by_policy(policy: str, origin: str) -> str:
     """Which policy it comes from, and where its operator finds it, if the broker says so."""
-    return f", policy {policy} ({place})" if place else f" (policy {policy})"
+    return f", policy {policy} ({origin})" if origin else f" (policy {policy})"
 
 
 def admission_line(user: str, vm: str, denied: Denied) -> str:

@@ -259,5 +259,5 @@ def _denied(granted: Granted, help_: str) -> Denied:
         granted.generation,
         granted.persona.version,
         granted.policy_version,
-        granted.policy_place,
+        granted.policy_origin,
     )

@@ -298,9 +298,9 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _by_policy(decision: dict[str, Any]) -> str:
-    """An agent of before says no place."""
-    policy, place = decision["policy"], decision.get("policy_place")
-    return f", policy {policy} ({line(place)})" if place else f" (policy {policy})"
+    """An agent of before says no origin."""
+    policy, origin = decision["policy"], decision.get("policy_origin")
+    return f", policy {policy} ({line(origin)})" if origin else f" (policy {policy})"
 
 
 def _try(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_broker.policy.place import FILE_MAX, Place, place
+from persona_broker.policy.origin import FILE_MAX, Origin, origin
 from persona_broker.policy_files.reader import load
 from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
@@ -71,7 +71,7 @@ def test_a_document_is_named_with_its_file_and_line(cli: Broker, tmp_path: Path)
         if False
         else json.loads(cli.run("explain", "--user", "alice", "--vm", "vm-1", "--json", "--", "ls").stdout)
     )
-    assert value["decision"]["policy_place"] == value["considered"][0]["place"] == "teams/10-analysts.yaml:6"
+    assert value["decision"]["policy_origin"] == value["considered"][0]["origin"] == "teams/10-analysts.yaml:6"
     assert value["decision"]["policy_version"] == 1
     of_files = cli.run(
         "explain", "--user", "alice", "--vm", "vm-1", "--files", str(folder / "10-analysts.yaml"), "--", "ls"
@@ -85,20 +85,20 @@ def test_moving_a_document_raises_nothing_and_is_told_all_the_same(
     (tmp_path / "a.yaml").write_text(FILES)
     cli.run("apply", str(tmp_path / "a.yaml"))
     decide, generation = of_alice(store), store.generation()
-    assert decide("ls").policy_place == "a.yaml:6"
+    assert decide("ls").policy_origin == "a.yaml:6"
     (tmp_path / "a.yaml").write_text("# one line more\n" + FILES)
     assert cli.run("apply", str(tmp_path / "a.yaml")).stdout == "nothing changed\n"
     assert (store.generation(), store.revision()) == (generation, 1)
-    assert str(store.places()["Policy", "a"]) == "a.yaml:7"
+    assert str(store.origins()["Policy", "a"]) == "a.yaml:7"
     assert "(a.yaml:7)" in cli.run("history").stdout
     time.sleep(0.01)  # a view is so old at most
-    assert decide("ls").policy_place == "a.yaml:7"
+    assert decide("ls").policy_origin == "a.yaml:7"
     before = store.rows("SELECT value FROM meta WHERE key = 'moved'")
     cli.run("apply", str(tmp_path / "a.yaml"))
     assert store.rows("SELECT value FROM meta WHERE key = 'moved'") == before
 
 
-def test_places_are_those_of_the_revision(cli: Broker, store: SqliteStore, tmp_path: Path) -> None:
+def test_origins_are_those_of_the_revision(cli: Broker, store: SqliteStore, tmp_path: Path) -> None:
     cli.run("apply", write(tmp_path / "one.yaml", persona("A"), policy("a")))
     cli.run("apply", write(tmp_path / "two.yaml", persona("A", "cat"), policy("a")))
     assert cli.run("diff", "1").stdout.startswith("Persona A: version 1 -> 2 (two.yaml:1)\n")
@@ -107,22 +107,22 @@ def test_places_are_those_of_the_revision(cli: Broker, store: SqliteStore, tmp_p
     assert answer(cli, "show", "A", "--version", "1")["items"][0]["file"] == "one.yaml"
     assert [item["file"] for item in answer(cli, "export", "--revision", "1")["items"]] == ["one.yaml"] * 2
     cli.run("rollback", "1")
-    assert {where.file for where in store.places().values()} == {"one.yaml"}
-    with store.writing() as db:  # as 0.1.0 does, which knows no places
+    assert {where.file for where in store.origins().values()} == {"one.yaml"}
+    with store.writing() as db:  # as 0.1.0 does, which knows no origins
         db.execute("INSERT INTO documents SELECT kind, name, 9, 'x', body, at FROM documents WHERE name = 'A' LIMIT 1")
         db.execute("UPDATE applied SET version = 9 WHERE name = 'A'")
     store.catch_up()
-    assert set(store.places()) == {("Policy", "a")}
+    assert set(store.origins()) == {("Policy", "a")}
 
 
 def test_what_files_are_called_reaches_nobody_s_terminal_whole(tmp_path: Path) -> None:
     folder = tmp_path / ("d" * 250)
     folder.mkdir()
     (folder / "x\x1b[31m.yaml").write_text(FILES)
-    shown = str(load([tmp_path]).places["Policy", "a"])
+    shown = str(load([tmp_path]).origins["Policy", "a"])
     assert shown.endswith("d/x\\x1b[31m.yaml:6") and shown.startswith("…d") and shown.isprintable()
-    assert len(place("x" * 1000, 7).file) == FILE_MAX
-    assert str(Place("", 0)) == ""
+    assert len(origin("x" * 1000, 7).file) == FILE_MAX
+    assert str(Origin("", 0)) == ""
 
 
 def test_both_decisions_travel_with_versions_and_place_but_to_0_1_0() -> None:
@@ -132,11 +132,11 @@ def test_both_decisions_travel_with_versions_and_place_but_to_0_1_0() -> None:
     for decision in (granted, denied):
         value = codec.encode_decision(decision)
         found = codec.decode_decision(value)
-        assert (found.policy_version, found.policy_place) == (2, "a.yaml:6")
+        assert (found.policy_version, found.policy_origin) == (2, "a.yaml:6")
         assert isinstance(found, Granted) or found.persona_version == 3
         old = codec.encode_decision(decision, 1)
-        assert not {"policy_version", "policy_place", "persona_version"} & old.keys()
+        assert not {"policy_version", "policy_origin", "persona_version"} & old.keys()
         assert codec.decode_decision(old).policy_version is None
-        for wrong in ({"policy_version": "2"}, {"policy_place": 7}, {"policy_place": "x" * 300}):
+        for wrong in ({"policy_version": "2"}, {"policy_origin": 7}, {"policy_origin": "x" * 300}):
             with pytest.raises(codec.CodecError):
                 codec.decode_decision({**value, **wrong})

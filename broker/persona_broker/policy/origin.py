@@ -8,7 +8,7 @@ FILE_MAX = 200  # characters: it travels with each denial
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Origin:
     """``10-analysts.yaml:3``; ``file`` is empty where nobody knows."""
 
     file: str
@@ -18,15 +18,15 @@ class Place:
         return f"{self.file}:{self.line}" if self.file else ""
 
 
-NOWHERE = Place("", 0)
+NOWHERE = Origin("", 0)
 
 
-def place(name: str, number: int) -> Place:
+def origin(name: str, number: int) -> Origin:
     """Of a file's name, which may be anything, only what prints; of a long one the end, which tells files apart."""
     shown = printable(name)
-    return Place(shown if len(shown) <= FILE_MAX else "…" + shown[1 - FILE_MAX :], number)
+    return Origin(shown if len(shown) <= FILE_MAX else "…" + shown[1 - FILE_MAX :], number)
 
 
 def named(name: str, where: str) -> str:
-    """A document's name with its place behind it, where that is known."""
+    """A document's name with its origin behind it, where that is known."""
     return f"{name} ({where})" if where else name
