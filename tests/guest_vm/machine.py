@@ -150,8 +150,11 @@ class Machine:
                 argv,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+        self._await_ssh()
+
+    def _await_ssh(self) -> None:
         deadline = time.monotonic() + BOOT_TIMEOUT_S
-        while time.monotonic() < deadline and self._process.poll() is None:
+        while time.monotonic() < deadline and self._process is not None and self._process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if self._greets() and self.ssh("root", "true", timeout=30).code == 0:
                     return
@@ -178,6 +181,12 @@ class Machine:
         deadline = time.monotonic() + 20
         while process_of(self.pidfile) is not None and time.monotonic() < deadline:
             time.sleep(0.05)
+
+    def cut_power(self) -> None:
+        """As if its plug had been pulled: what it has not written to its disk is lost.  Boots until sshd answers."""
+        self._tell("system_reset")
+        self._hang_up()
+        self._await_ssh()
 
     def cpu_seconds(self) -> float:
         """What the guest has used of this host's CPUs: how busy the host is otherwise does not count."""

@@ -4,13 +4,15 @@ import contextlib
 import http.server
 import re
 import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 
 from tests.guest_vm.login import Session
 from tests.guest_vm.machine import Machine
-from tests.guest_vm.site import Broker, await_connected
+from tests.guest_vm.site import Broker, await_connected, status
+from tests.waiting import until
 
 
 def kill_agent(guest: Machine) -> None:
@@ -78,6 +80,36 @@ def test_broker_away_then_back(guest: Machine, broker: Broker) -> None:
             broker.start()
             await_connected(guest)
         assert session.ask("ls -d /etc") == "/etc\n"
+
+
+def test_a_power_cut_takes_at_most_the_last_second_of_the_records(guest: Machine, broker: Broker) -> None:
+    began = guest.moment()
+    told: list[tuple[float, int]] = []  # when each denial was over, and its number
+    loop = "i=0; while :; do i=$((i+1)); nmap -p $i localhost 2>/dev/null; echo $i; done"
+    argv = [*guest.ssh_argv("alice"), "--", loop]
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as login:
+        if login.stdout is None:
+            raise RuntimeError("no pipe")
+        try:
+            login.stdout.readline()
+            broker.stop()
+            for line in login.stdout:
+                told.append((time.monotonic(), int(line)))
+                if told[-1][0] - told[0][0] > 6:
+                    break
+            cut = time.monotonic()
+            guest.cut_power()
+        finally:
+            login.kill()
+            broker.start()
+    await_connected(guest)
+    until(lambda: status(guest)["records"]["waiting"] == 0, seconds=60, every=0.5)
+    kept = [one["argv"] for one in broker.records(began, "--user", "alice") if one["event"] == "exec"]
+    numbers = [int(argv[2]) for argv in kept if argv[0] == "nmap"]
+    durable = {number for at, number in told if at < cut - 1}
+    assert len(durable) > 10, told
+    assert durable <= set(numbers), sorted(durable - set(numbers))
+    assert len(numbers) == len(set(numbers)), "each one once"
 
 
 class _Liar(http.server.BaseHTTPRequestHandler):
