@@ -134,6 +134,7 @@ def record(tmp_path: Path) -> Iterator[Path]:
     yield path
 
 
+@pytest.mark.long
 def test_every_answer_of_the_broker_s_commands(record: Path, tmp_path: Path) -> None:
     examples = str(ROOT / "examples")
     token, tls = str(tmp_path / "token"), str(tmp_path / "tls")

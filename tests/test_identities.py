@@ -148,6 +148,7 @@ def test_pam_with_an_agent(machine: Machine, agent: Agent, enforce: bool) -> Non
             assert set(agent.asked[user].groups) == names | {"primary"}, who
 
 
+@pytest.mark.long
 @pytest.mark.root
 @pytest.mark.parametrize("enforce", [True, False])
 def test_pam_without_an_agent(machine: Machine, enforce: bool) -> None:

@@ -75,6 +75,7 @@ def run(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_check_explain_and_try_work(installed: Path, tmp_path: Path) -> None:
     file = tmp_path / "persona.yaml"
     file.write_text("kind: Persona\nname: T\ncommand_whitelist: [ls]\n")

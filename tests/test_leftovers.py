@@ -24,6 +24,7 @@ def test_nothing():
 TOLD = ["descriptor [0-9]*: /etc/hostname", "child [0-9]*: sleep 60", "child [0-9]*: ended, but", "thread Thread-"]
 
 
+@pytest.mark.long
 def test_what_a_test_leaves_behind_fails_it(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     pytester.makepyfile(TESTS)

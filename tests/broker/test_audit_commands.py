@@ -404,7 +404,12 @@ def test_odd_text_is_found(cli: Broker) -> None:
 
 
 @pytest.mark.parametrize(
-    "count", [100_000, pytest.param(1_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
+    "count",
+    [
+        100_000,
+        pytest.param(1_000_000, marks=[pytest.mark.long, pytest.mark.timeout(600)]),
+        pytest.param(10_000_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
+    ],
 )
 def test_a_search_by_user_and_day_takes_less_than_a_second(cli: Broker, count: int) -> None:
     SqliteStore(cli.directory / "db").close()

@@ -74,6 +74,7 @@ def run(program: str, *words: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kills", [4, pytest.param(200, marks=SOAK)])
 def test_a_kill_at_any_moment_loses_nothing_that_was_acknowledged(tmp_path: Path, kills: int) -> None:
     directory = tmp_path / "audit"

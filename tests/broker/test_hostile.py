@@ -74,6 +74,7 @@ def test_wrong_methods_say_which_are_right(broker: Broker) -> None:
     assert b"Allow:" in received
 
 
+@pytest.mark.long
 def test_slow_clients_do_not_starve_decisions(broker: Broker, ask: Ask) -> None:
     with ExitStack() as stack:
         for _ in range(128):  # twice the threads there are
@@ -90,6 +91,7 @@ def test_slow_clients_do_not_starve_decisions(broker: Broker, ask: Ask) -> None:
         assert time.monotonic() - began < 10
 
 
+@pytest.mark.long
 def test_a_slow_client_is_cut(broker: Broker) -> None:
     with connected(broker) as client:
         began = time.monotonic()

@@ -173,6 +173,7 @@ def until(look: Callable[[], Any], wanted: object) -> None:
     assert found == wanted
 
 
+@pytest.mark.long
 def test_guests_of_a_served_broker(broker: Broker, tmp_path: Path) -> None:
     def state() -> str:
         (guest,) = json.loads(broker.run("rollout", "--json").stdout)["guests"]

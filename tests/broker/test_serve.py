@@ -210,6 +210,7 @@ def test_no_decision_waits_for_a_writer(tmp_path: Path) -> None:
         assert b"records_lost_total 1" in broker.call("GET", "/metrics")[1]
 
 
+@pytest.mark.long
 def test_samples_that_stop_are_not_low_load(tmp_path: Path) -> None:
     """The events process ends; what the other would decide from then on, it decides from no load at all."""
     (tmp_path / "broker.toml").write_text("load_max_age_s = 3\n")

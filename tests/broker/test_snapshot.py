@@ -186,6 +186,7 @@ def test_a_policy_speaks_for_a_program_in_a_home_by_its_path() -> None:
     assert isinstance(path.decide(at_home(NODE, "x"), CLEAR), Denied)
 
 
+@pytest.mark.long
 def test_what_a_guest_invents_takes_bounded_memory() -> None:
     found = snapshot(persona("A", "ls"), policy("a", "A"))
     tracemalloc.start()

@@ -72,6 +72,7 @@ def test_a_package_that_is_new_at_the_source_is_found(root: AptRoot) -> None:
     assert "later" in installed(root)
 
 
+@pytest.mark.long
 def test_a_lock_that_somebody_holds(root: AptRoot) -> None:
     apt(root).install(wish("helper"))
     code = (
@@ -96,6 +97,7 @@ def test_a_source_that_is_out_of_reach(root: AptRoot) -> None:
     assert root.audit() == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dead", ["http://127.0.0.1:9/third-party", "file:/nowhere"])
 def test_one_source_out_of_reach_stops_nothing_that_another_has(root: AptRoot, dead: str) -> None:
     sources = root.path / "etc/apt/sources.list"

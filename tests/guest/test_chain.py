@@ -128,6 +128,7 @@ def test_where_the_interpreter_is_allowed_any_path_will_do(gated: Run, tools: Pa
     assert (done.stdout, done.stderr) == ("SCRIPT\nSCRIPT\n", "")
 
 
+@pytest.mark.long
 def test_a_loader_is_nobody_s_program(gated: Run, tools: Path) -> None:
     persona = tools / "loader.yaml"
     persona.write_text("kind: Persona\nname: T\ncommand_whitelist: ['/usr/bin/*', '/usr/lib/x86_64-linux-gnu/*']\n")

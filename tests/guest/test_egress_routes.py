@@ -222,6 +222,7 @@ def test_a_repair_that_fails_lets_nothing_through_and_keeps_no_other_way(
     assert parts.do(lambda: parts.routes.reconcile(wanted)) == ()
 
 
+@pytest.mark.long
 def test_what_is_bound_to_a_way_that_never_was_is_refused(world: World, parts: Parts) -> None:
     """As after a file of ways that is torn: the network facility binds what is wanted all the same."""
     wanted = {

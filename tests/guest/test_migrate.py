@@ -57,6 +57,7 @@ def test_what_cannot_be_told_is_allowed_by_nothing(tmp_path: Path, monkeypatch: 
         process.kill()
 
 
+@pytest.mark.long
 def test_a_process_on_its_way_out_is_gone_and_not_unknown() -> None:
     identifier, seen = Identifier(Gate()), 0
     for _ in range(300):

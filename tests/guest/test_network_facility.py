@@ -162,6 +162,7 @@ def test_a_narrowed_persona_cuts_what_is_open(world: World, network: Network, ho
     assert error in ("ECONNRESET", "EPIPE")
 
 
+@pytest.mark.long
 def test_a_narrowed_persona_cuts_who_came_in(world: World, network: Network) -> None:
     cgroup = enter(network, world, "in:any:tcp/8110")
     world.start("serve", "8110", cgroup=cgroup)

@@ -76,6 +76,7 @@ def test_nothing_else_runs_for_it(gated: Run, narrow_agent: Path, tmp_path: Path
 # --- try -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_try_takes_a_command_without_dashes(narrow: Path, tmp_path: Path) -> None:
     for words in ((str(narrow), "ls", "-d", "/"), ("-q", str(narrow), "--", "ls", "-d", "/")):
         told = [sys.executable, "-m", "persona_guest.shell.cli", "try", *words]

@@ -289,6 +289,7 @@ def awaiting(tmp_path: Path) -> Iterator[Awaiting]:
     found.running.stop()
 
 
+@pytest.mark.long
 def test_a_start_that_makes_progress_is_waited_for(awaiting: Awaiting) -> None:
     awaiting.lose()
     for count in range(10):
@@ -332,6 +333,7 @@ def test_a_start_that_hangs_is_found_soon(awaiting: Awaiting, *, connected: bool
     back.close()
 
 
+@pytest.mark.long
 def test_a_start_takes_no_longer_than_a_start_may(awaiting: Awaiting) -> None:
     awaiting.lose()
     began, count = time.monotonic(), 0
@@ -363,6 +365,7 @@ def test_what_a_killed_start_left_is_no_start(awaiting: Awaiting) -> None:
     assert time.monotonic() - began < 3
 
 
+@pytest.mark.long
 def test_a_start_tells_while_it_does_anything_and_only_then(tmp_path: Path) -> None:
     start = Start(tmp_path)
     progress = Progress(tmp_path / "starting")

@@ -105,6 +105,7 @@ def test_a_grant_is_recorded_under_the_file_too(gated: Run, agent: Path) -> None
     assert [(record["program"], record["decision"]) for record in found] == [("/usr/bin/python3.11", "granted")]
 
 
+@pytest.mark.long
 def test_a_record_takes_every_name_of_a_file() -> None:
     """A broker refuses a batch with one that is too long."""
     found = exec_requests.look(

@@ -152,6 +152,7 @@ def test_without_a_lab_it_says_how_to_start_one(
     assert capsys.readouterr().err == "no lab is running: scripts/lab start\n"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="the scripts want to be root")
 def test_the_documents_of_the_guide_are_applied_from_where_the_user_is(tmp_path: Path) -> None:
     record = Broker(tmp_path / "lab/broker")

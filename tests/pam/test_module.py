@@ -329,6 +329,7 @@ def test_an_agent_that_ends_before_its_answer_is_asked_again(stack: Stack) -> No
     assert [op for op, _ in agent.calls] == [Op.ACCOUNT, Op.ACCOUNT]
 
 
+@pytest.mark.long
 def test_an_agent_that_does_not_come_back_is_not_waited_for_till_the_deadline(stack: Stack) -> None:
     stack.options = "timeout=20000"
     stack.state.write_text("mode=enforce\nuid_min=1\n")
@@ -357,6 +358,7 @@ class Starting:
         self._thread.join()
 
 
+@pytest.mark.long
 def test_a_start_that_makes_progress_is_waited_for_and_has_its_time_then(stack: Stack) -> None:
     stack.options = "timeout=1000"
     stack.state.write_text("mode=enforce\nuid_min=1\n")
@@ -371,6 +373,7 @@ def test_a_start_that_makes_progress_is_waited_for_and_has_its_time_then(stack: 
         starting.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("seconds", "process"),
     [(1, lambda _at: 7), (20, lambda at: int(at / 0.6))],
