@@ -284,14 +284,16 @@ def test_a_real_agent_that_is_killed_is_followed_by_one_that_counts_on_and_may_d
         script += "i=0; while /usr/bin/true; do i=$((i+1)); [ $i = 4000 ] && break; done; echo $i"
         with next_agent(home):
             done: list[subprocess.CompletedProcess[str]] = []
-            thread = threading.Thread(target=lambda: done.append(gated(script, by=path)))
+            thread = threading.Thread(target=lambda: done.append(gated(script, by=path, timeout=150)))
             thread.start()
-            until((tmp_path / "ready").exists)
-            until(lambda: any("mkdir" in one["program"] for one in kept_by_trial(home)))
-            for pid in processes_of(home, "persona_broker"):
-                os.kill(pid, signal.SIGKILL)
-            gone.touch()
-            thread.join(60)
+            try:
+                until((tmp_path / "ready").exists)
+                until(lambda: any("mkdir" in one["program"] for one in kept_by_trial(home)))
+                for pid in processes_of(home, "persona_broker"):
+                    os.kill(pid, signal.SIGKILL)
+            finally:
+                gone.touch()
+                thread.join()
             assert "audit_full" in done[0].stderr
             assert 50 < int(done[0].stdout) < 4000
         numbers = {one["number"] for one in kept_by_trial(home)}
