@@ -23,8 +23,10 @@ ARTIFACTS = ROOT / "build" / "artifacts"
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")  # of several, each has a guest of its own
 # What takes longest begins first, so that no process is left alone with it; files that are not named, last.
 FIRST = [
-    *sorted(STOCK), "test_kernel_absent.py", "test_kernel_roads.py", "test_network.py", "test_limits.py",
-    "test_dependencies.py", "test_kernel.py", "test_sessions.py", "test_escapes.py", "test_unharmed.py",
+    "test_kernel_roads.py", "test_dependencies.py", *sorted(STOCK), "test_standby.py", "test_packages.py",
+    "test_kernel_absent.py", "test_limits.py", "test_sessions.py", "test_health.py", "test_network_kept.py",
+    "test_network.py", "test_kernel.py", "test_hostile.py", "test_failures.py", "test_user_memory.py",
+    "test_broker_package.py",
 ]  # fmt: skip
 
 
