@@ -121,7 +121,7 @@ STANDBY: Mapping[str, tuple[str, str]] = {
 
 def operations() -> Iterator[tuple[str, str, str, str]]:
     """Each operation of agent.sock: who may call it, its fields, and what it does."""
-    users = Users(*cast(tuple[Any, Any, Any, Any, Any, Any, Any], (None,) * 7))
+    users = Users(**{name: cast(Any, None) for name in inspect.signature(Users).parameters})  # none is asked
     for name, handler in users._ops.items():
         fields = re.search(r"call\.only\(([^)]*)\)", inspect.getsource(handler))
         said = (

@@ -385,8 +385,11 @@ def test_a_listener_that_comes_before_the_answer_leaves_nothing(site: Site) -> N
 
 
 def users_of(site: Site) -> Users:
-    agent = Mock(settings=site.settings, registry=site.registry)
-    return Users(agent, site.openings, Mock(), Mock(), Mock(), Mock(), Mock())
+    return Users(
+        settings=site.settings, registry=site.registry, supervisor=Mock(), openings=site.openings, identifier=Mock(),
+        hang_watchdog=Mock(), decider=Mock(), broker_client=Mock(), denials=Mock(), greeting=Mock(), status=Mock(),
+        resource_status=Mock(), release=Mock(),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("fds", [0, 1, 2])

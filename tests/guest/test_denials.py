@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from persona_guest.agent.agent import Agent, Binds
+from persona_guest.agent.greeting import Greeting
 from persona_guest.agent.requests import Users
 from persona_guest.audit.denials import Kept
 from persona_guest.core import denials as bounds
@@ -126,11 +126,11 @@ class Machine:
         self.session = Session("s-1", Subject("alice", (), "vm"), ALICE, "sshd", "", "/bin/bash", 1, None, 0)
         self.book = Book()
         registry = Mock(find=lambda _pid: Mock(session=self.session), get=lambda _id: None)
-        binds = Binds(limits=False, network=False)
-        self.agent = Agent(
-            Settings(), registry, Mock(), self.book, Mock(), Mock(), Mock(), Mock(), Mock(), binds, Mock()
-        )
-        self.users = Users(self.agent, Mock(), Mock(), Mock(), Mock(), Mock(), Mock())
+        self.users = Users(
+            settings=Settings(), registry=registry, supervisor=Mock(), openings=Mock(), identifier=Mock(),
+            hang_watchdog=Mock(), decider=Mock(), broker_client=Mock(), denials=self.book,
+            greeting=Greeting(Settings(), registry, self.book), status=Mock(), resource_status=Mock(), release=Mock(),
+        )  # fmt: skip
 
     def ask(self, uid: int, op: str = "denials") -> dict[str, Any]:
         answers: list[dict[str, Any]] = []

@@ -95,7 +95,7 @@ def test_a_machine_without_cgroups_binds_nobody(parts: Parts) -> None:
     assert parts.net is None
     assert not parts.enforcing
     assert isinstance(parts.supervisor._placing, NoPlacing)
-    assert parts.agent.layers() == {**parts.agent.layers(), "limits": False, "network": False}
+    assert parts.layers.active() == {**parts.layers.active(), "limits": False, "network": False}
 
 
 def test_every_part_is_made_of_parts_that_are_there() -> None:

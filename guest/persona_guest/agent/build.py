@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from persona_guest.agent.agent import Agent, Binds
 from persona_guest.agent.ends import Ends
+from persona_guest.agent.event_stream import EventStreamState
+from persona_guest.agent.greeting import Greeting
+from persona_guest.agent.layers import Layers
 from persona_guest.agent.release import Release
 from persona_guest.agent.requests import Users
 from persona_guest.agent.resource_status import ResourceStatus
+from persona_guest.agent.status import Status
 from persona_guest.audit.denials import Kept
 from persona_guest.audit.journal import Journal
 from persona_guest.audit.logins import Logins
@@ -93,7 +96,8 @@ class Parts:
     notices: Notices
     reevaluator: Reevaluator
     openings: Openings
-    agent: Agent
+    event_stream: EventStreamState
+    layers: Layers
     users: Users
     release: Release
 
@@ -181,20 +185,7 @@ def build(
     reevaluator = Reevaluator(loop, registry, broker_client, personas, migrator, user_rules)
 
     # logins
-    binds = Binds(limits=enforcing, network=enforcing and net is not None)
-    agent = Agent(
-        settings,
-        registry,
-        supervisor,
-        denials,
-        kernel_layer,
-        fallback,
-        leases,
-        broker_client,
-        keeping,
-        binds,
-        spool.status,
-    )
+    greeting = Greeting(settings, registry, denials)
     note = Logins(recorder.add, complain=settings.mode is Mode.COMPLAIN)
 
     def exempted(uid: int) -> None:
@@ -208,17 +199,45 @@ def build(
     )
     openings = Openings(
         settings, registry, supervisor, keeping, admission, user_rules, fallback, leases, broker_client,
-        agent.greeting, reevaluator.began if enforcing else _follow_nothing,
+        greeting.line, reevaluator.began if enforcing else _follow_nothing,
     )  # fmt: skip
     registry.at_end(user_rules.ended, partial(_forget, keeping), broker_client.ended, note.ended, enforcer.ended)
 
     release = Release(settings, loop, registry, supervisor, reevaluator, enforcer, net, broker_client, released)
-    resource_status = ResourceStatus(loop, registry, enforcer)
-    users = Users(agent, openings, identifier, hang_watchdog, release, resource_status, decider)
+
+    # what users and operators ask
+    event_stream = EventStreamState(leases, broker_client)
+    layers = Layers(kernel_layer, fallback, binds=enforcing)
+    status = Status(
+        settings=settings,
+        registry=registry,
+        supervisor=supervisor,
+        leases=leases,
+        event_stream=event_stream,
+        keeping=keeping,
+        kernel_layer=kernel_layer,
+        layers=layers,
+        records=spool.status,
+    )
+    users = Users(
+        settings=settings,
+        registry=registry,
+        supervisor=supervisor,
+        openings=openings,
+        identifier=identifier,
+        hang_watchdog=hang_watchdog,
+        decider=decider,
+        broker_client=broker_client,
+        denials=denials,
+        greeting=greeting,
+        status=status,
+        resource_status=ResourceStatus(loop, registry, enforcer),
+        release=release,
+    )
     return Parts(
         settings, loop, state, ends, registry, keeping, leases, pool, broker_client, dependencies, identifier,
-        kernel_layer, recorder, supervisor, enforcer, net, enforcing, notices, reevaluator, openings, agent, users,
-        release,
+        kernel_layer, recorder, supervisor, enforcer, net, enforcing, notices, reevaluator, openings, event_stream,
+        layers, users, release,
     )  # fmt: skip
 
 

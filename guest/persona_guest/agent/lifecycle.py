@@ -135,7 +135,7 @@ def watch(parts: Parts) -> None:
         parts.net.watch(loop, parts.enforcer.reconcile, parts.notices.refused)
     stream = Stream(parts.settings.broker, lambda event: loop.call_soon_threadsafe(lambda: heard(parts, event)))
     ends.add("the broker's event stream", stream.close)
-    health = Reporter(parts.settings.broker, Watch(parts.settings.gate.uid_min, parts.agent.layers))
+    health = Reporter(parts.settings.broker, Watch(parts.settings.gate.uid_min, parts.layers.active))
     ends.add("the reports of health", health.close)
     loop.call_every(1.0, lambda: parts.identifier.refresh(time.monotonic()))
     loop.call_every(5.0, parts.openings.announce_again)
@@ -163,7 +163,7 @@ def heard(parts: Parts, event: Event) -> None:
     if isinstance(event, Connected):
         parts.pool.reachable()
     before = parts.leases.generation
-    parts.agent.event(event)
+    parts.event_stream.heard(event)
     if isinstance(event, Connected) and not parts.supervisor.released:
         parts.broker_client.have(parts.registry.ids())
     if isinstance(event, Connected) or parts.leases.generation != before:

@@ -9,14 +9,17 @@ from typing import Any
 from persona.codec import encode_decision, encode_program
 from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Request, Width
 from persona.problems import Fault, PersonaError, Reason
-from persona_guest.agent.agent import Agent
+from persona_guest.agent.greeting import Greeting
 from persona_guest.agent.resource_status import ResourceStatus
-from persona_guest.agent.status import status as status_of
+from persona_guest.agent.status import Status
+from persona_guest.broker.client import BrokerClient
+from persona_guest.core.denials import Book
 from persona_guest.core.pam_protocol import Caller
 from persona_guest.gate.decider import Decider
 from persona_guest.gate.evaluate import Ask, Refused, judge
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.implicit_allow import rule_for
+from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.users import Call, Respond
 from persona_guest.kernel.task import Task
 from persona_guest.login.exemptions import exemption_of_account
@@ -26,7 +29,8 @@ from persona_guest.program.exec_request import ExecRequest
 from persona_guest.program.identity import Identifier
 from persona_guest.session.login_shells import login_shells, real_shell
 from persona_guest.session.model import Login
-from persona_guest.settings import Mode
+from persona_guest.session.registry import Registry
+from persona_guest.settings import Mode, Settings
 
 ARGUMENTS_MAX = 1024
 _NO_SESSION = "this process is in no gated session: nothing is decided here"
@@ -41,27 +45,40 @@ class Users:
 
     def __init__(
         self,
-        agent: Agent,
+        *,
+        settings: Settings,
+        registry: Registry,
+        supervisor: Supervisor,
         openings: Openings,
         identifier: Identifier,
         hang_watchdog: HangWatchdog,
-        release: Callable[[], None],
-        resource_status: ResourceStatus,
         decider: Decider,
+        broker_client: BrokerClient,
+        denials: Book,
+        greeting: Greeting,
+        status: Status,
+        resource_status: ResourceStatus,
+        release: Callable[[], None],
     ) -> None:
-        self._agent = agent
+        self._settings = settings
+        self._registry = registry
+        self._supervisor = supervisor
         self._openings = openings
-        self._resource_status = resource_status
         self._identifier = identifier
         self._hang_watchdog = hang_watchdog
-        self._release = release
         self._decider = decider
+        self._broker_client = broker_client
+        self._book = denials
+        self._greeting = greeting
+        self._status = status
+        self._resource_status = resource_status
+        self._release = release
         # pid of a persona-shell -> its uid, and the session whose listener is to come
         self._opening: dict[int, tuple[int, str]] = {}
         self._ops: dict[str, Callable[[Call, Respond], None]] = {
-            "status": self._status,
+            "status": self._tell_status,
             "list": self._list,
-            "greeting": self._greeting,
+            "greeting": self._greet,
             "explain": self._explain,
             "denials": self._denials,
             "gate": self._gate,
@@ -79,7 +96,7 @@ class Users:
 
     def _own(self, call: Call) -> Login | None:
         """The caller's session; only root sees one of another user."""
-        login = self._agent.registry.find(call.pid)
+        login = self._registry.find(call.pid)
         return login if login is not None and call.uid in (0, login.session.uid) else None
 
     def _must_own(self, call: Call) -> Login:
@@ -88,12 +105,12 @@ class Users:
             raise PersonaError(Reason.SESSION_UNKNOWN, _NO_SESSION)
         return login
 
-    def _status(self, call: Call, respond: Respond) -> None:
+    def _tell_status(self, call: Call, respond: Respond) -> None:
         """Tells which persona applies to the caller's session, its limits and their use, and how the gate is."""
         call.only()
         login = self._own(call)
         user = call.caller.user if call.caller else str(call.uid)
-        status = status_of(self._agent, login, user, everything=call.uid == 0)
+        status = self._status.of(login, user, everything=call.uid == 0)
         if login is None or status["persona"] is None:
             respond(status)
             return
@@ -118,13 +135,13 @@ class Users:
             else:
                 respond({"ok": True, "entries": entries})
 
-        self._agent.broker_client.entries(login.session, received)
+        self._broker_client.entries(login.session, received)
 
-    def _greeting(self, call: Call, respond: Respond) -> None:
+    def _greet(self, call: Call, respond: Respond) -> None:
         """Makes the line that an interactive login shows; there is none outside of a gated session."""
         call.only()
         login = self._own(call)
-        greeting = self._agent.greeting(login.session, call.uid) if login is not None else None
+        greeting = self._greeting.line(login.session, call.uid) if login is not None else None
         respond({"ok": True, "greeting": greeting})
 
     def _denials(self, call: Call, respond: Respond) -> None:
@@ -134,14 +151,14 @@ class Users:
         is told neither of the two's.
         """
         call.only()
-        login = self._agent.registry.find(call.pid)
+        login = self._registry.find(call.pid)
         if login is None:
             raise PersonaError(Reason.SESSION_UNKNOWN, _NO_SESSION)
         if login.session.uid != call.uid:
             why = "this session is another user's: log in as yourself; an operator sees everything in the record"
             raise PersonaError(Fault.UNAUTHENTICATED, why)
-        self._agent.supervisor.notes.flush()
-        respond({"ok": True, "items": [asdict(denial) for denial in self._agent.denials.of(call.uid)]})
+        self._supervisor.notes.flush()
+        respond({"ok": True, "items": [asdict(denial) for denial in self._book.of(call.uid)]})
 
     def _explain(self, call: Call, respond: Respond) -> None:
         """Says what would become of a command in the caller's session, and why; runs nothing.
@@ -165,7 +182,7 @@ class Users:
             program = os.dup(call.fds[0])
             exec_request = exec_requests.look(
                 Task(call.pid), program, path, tuple(map(os.fsencode, argv)), self._identifier,
-                self._agent.supervisor.owner(login),
+                self._supervisor.owner(login),
             )  # fmt: skip
         except (OSError, UnicodeEncodeError) as error:
             # not the path in it: that may be the first line of a script which the caller cannot read
@@ -182,7 +199,7 @@ class Users:
 
         The broker is asked anew even where a lease holds.
         """
-        gate = self._agent.settings.gate
+        gate = self._settings.gate
         verdict = judge(
             exec_request, 0, (), told.get,
             lambda denials: rule_for(exec_request, login, task, gate, self._identifier, denials),
@@ -205,7 +222,7 @@ class Users:
             self._decider.explain(request, decided)
             return
         found: dict[str, Any] = {"ok": True, "program": encode_program(question.program), "always": None}
-        full = self._agent.supervisor.unrecordable(login.session.subject.user)
+        full = self._supervisor.unrecordable(login.session.subject.user)
         if isinstance(verdict, Refused):
             decision = encode_decision(verdict.denied)
         elif full is not None:
@@ -220,14 +237,14 @@ class Users:
     def _gate(self, call: Call, respond: Respond) -> None:
         """Opens a session for ``persona-shell`` where PAM did not; answers with the filter to install, if any."""
         call.only("shell", "interactive")
-        login = self._agent.registry.find(call.pid)
+        login = self._registry.find(call.pid)
         # the filter as well: a session that root began for a user shares root's audit session
         if login is not None and _is_filtered(call.pid):
-            greeting = self._agent.greeting(login.session, call.uid)
+            greeting = self._greeting.line(login.session, call.uid)
             respond({"ok": True, "verdict": "present", "greeting": greeting})
             return
-        settings, caller = self._agent.settings, call.caller
-        if exemption_of_account(call.uid, settings.gate):
+        caller = call.caller
+        if exemption_of_account(call.uid, self._settings.gate):
             respond({"ok": True, "verdict": "pass", "greeting": None})
             return
         try:
@@ -238,7 +255,7 @@ class Users:
                 return
             self._make_room(call)
         except PersonaError as error:
-            if settings.mode is not Mode.COMPLAIN:
+            if self._settings.mode is not Mode.COMPLAIN:
                 raise
             log.warning("complain mode, uid %d goes on ungated: %s", call.uid, error.message)
             respond({"ok": True, "verdict": "pass", "greeting": None})
@@ -274,7 +291,7 @@ class Users:
         if call.uid != 0:
             raise PersonaError(Fault.UNAUTHENTICATED, "only root may release the gate")
         self._release()
-        respond({"ok": True, "sessions": len(self._agent.registry.gated())})
+        respond({"ok": True, "sessions": len(self._registry.gated())})
 
     def _make_room(self, call: Call) -> None:
         """Forgets what the dead and this very process began.  Raises ``PersonaError`` where that is not enough."""
