@@ -9,6 +9,7 @@ from persona_guest.core.masks import Masks
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.notes import Notes
+from persona_guest.gate.parts import DecisionParts, RecordParts, StartParts, WaitingParts
 from persona_guest.gate.placing import NoPlacing
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.gate.waiting import Waiting
@@ -40,10 +41,14 @@ class Site:
         self.registry = Registry(directory / "sessions")
         hang_watchdog = HangWatchdog(lambda: None)
         self.supervisor = Supervisor(
-            settings, self.loop, self.registry, Identifier(Settings().gate), self.leases, InFlight(), hang_watchdog,
-            KernelLayer(settings, self.loop, lambda event: None), Waiting(hang_watchdog), self._ask, NoPlacing(),
-            Notes(self.loop, lambda record: None, Book(), Masks(), complain=False),
-        )  # fmt: skip
+            settings,
+            self.loop,
+            self.registry,
+            DecisionParts(Identifier(Settings().gate), self.leases, self._ask),
+            WaitingParts(InFlight(), Waiting(hang_watchdog), hang_watchdog),
+            StartParts(NoPlacing(), KernelLayer(settings, self.loop, lambda event: None)),
+            RecordParts(Notes(self.loop, lambda record: None, Book(), Masks(), complain=False)),
+        )
 
     def _ask(self, request: Request, done: object) -> None:
         self.asked.append(request.session)

@@ -21,6 +21,7 @@ from persona_guest.gate import implicit_allow
 from persona_guest.gate.hang_watchdog import INTERRUPT, HangWatchdog
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.notes import Notes
+from persona_guest.gate.parts import AskBroker, DecisionParts, RecordParts, StartParts, WaitingParts
 from persona_guest.gate.pending import Pending
 from persona_guest.gate.placing import NoPlacing
 from persona_guest.gate.post_exec_check import Wrong
@@ -94,9 +95,6 @@ class Supervised:
     session: Session
 
 
-AskBroker = Callable[[Request, Callable[[Decision], None]], None]
-
-
 def supervised(
     listener: int,
     ask: AskBroker,
@@ -118,11 +116,17 @@ def supervised(
     hang_watchdog, denials = hang_watchdog or HangWatchdog(lambda: None), Book()
     registry = Registry(Path("/nonexistent"))
     supervisor = Supervisor(
-        settings, loop, registry, Identifier(Settings().gate), LeaseBook(), InFlight(), hang_watchdog,
-        KernelLayer(settings, loop, lambda event: None), Waiting(hang_watchdog), ask, Placing(place),
-        Notes(loop, record, denials, Masks(), complain=False), lambda asked: home if asked == uid else "",
-        lambda user: unrecordable if user == "u" else None,
-    )  # fmt: skip
+        settings,
+        loop,
+        registry,
+        DecisionParts(Identifier(Settings().gate), LeaseBook(), ask, lambda asked: home if asked == uid else ""),
+        WaitingParts(InFlight(), Waiting(hang_watchdog), hang_watchdog),
+        StartParts(Placing(place), KernelLayer(settings, loop, lambda event: None)),
+        RecordParts(
+            Notes(loop, record, denials, Masks(), complain=False),
+            lambda user: unrecordable if user == "u" else None,
+        ),
+    )
     owner = os.getuid() if uid is None else uid
     session = Session("s-1", Subject("u", (), "vm"), owner, "t", "", shell, os.getpid(), None, 0)
     login = registry.open(session)

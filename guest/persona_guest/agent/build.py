@@ -44,6 +44,7 @@ from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.kernel_stops import Stops
 from persona_guest.gate.notes import Notes
+from persona_guest.gate.parts import DecisionParts, RecordParts, StartParts, WaitingParts
 from persona_guest.gate.placing import NoPlacing, Placing
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.gate.waiting import Waiting
@@ -162,7 +163,16 @@ def build(
     enforcing = bool(facilities) and settings.mode is Mode.ENFORCE
     user_rules: UserRules | NoUserRules = net.user_rules if enforcing and net is not None else NoUserRules()
     masks = Masks(settings.audit.mask)
-    notices = Notices(loop, registry, tree, personas, hang_watchdog, denials, masks, recorder.add)
+    notices = Notices(
+        loop=loop,
+        registry=registry,
+        tree=tree,
+        personas=personas,
+        hang_watchdog=hang_watchdog,
+        denials=denials,
+        masks=masks,
+        record=recorder.add,
+    )
     alarms = Alarms(loop, tree, notices.alarm)
     enforcer = Enforcer(loop, registry, tree, facilities, personas, alarms.watch)
     placing: Placing = enforcer if enforcing else NoPlacing()
@@ -173,14 +183,26 @@ def build(
     notes = Notes(loop, recorder.add, denials, masks, complain=settings.mode is Mode.COMPLAIN)
     ends.add("what was allowed since the last record", notes.flush)
     supervisor = Supervisor(
-        settings, loop, registry, identifier, leases, inflight, hang_watchdog, kernel_layer, waiting, decider.decide,
-        placing, notes, homes.of,
-        recorder.refusal if settings.audit.when_full is WhenFull.DENY else _always_room,
-    )  # fmt: skip
+        settings,
+        loop,
+        registry,
+        DecisionParts(identifier, leases, decider.decide, homes.of),
+        WaitingParts(inflight, waiting, hang_watchdog),
+        StartParts(placing, kernel_layer),
+        RecordParts(notes, recorder.refusal if settings.audit.when_full is WhenFull.DENY else _always_room),
+    )
 
     # what runs follows what holds
     migrator = Migrator(
-        settings, loop, registry, enforcer, identifier, hang_watchdog, notices.tell, notices.note, homes.of
+        settings=settings,
+        loop=loop,
+        registry=registry,
+        enforcer=enforcer,
+        identifier=identifier,
+        hang_watchdog=hang_watchdog,
+        tell=notices.tell,
+        note=notices.note,
+        home_of=homes.of,
     )
     reevaluator = Reevaluator(loop, registry, broker_client, personas, migrator, user_rules)
 
@@ -195,15 +217,42 @@ def build(
         user_rules.exempted(uid)
 
     admission = Admission(
-        settings, kernel_layer, fallback, broker_client, personas, denials, note, hang_watchdog.excluded_s, exempted
+        settings=settings,
+        kernel_layer=kernel_layer,
+        fallback=fallback,
+        broker_client=broker_client,
+        personas=personas,
+        denials=denials,
+        note=note,
+        excluded_s=hang_watchdog.excluded_s,
+        exempted=exempted,
     )
     openings = Openings(
-        settings, registry, supervisor, keeping, admission, user_rules, fallback, leases, broker_client,
-        greeting.line, reevaluator.began if enforcing else _follow_nothing,
-    )  # fmt: skip
+        settings=settings,
+        registry=registry,
+        supervisor=supervisor,
+        keeping=keeping,
+        admission=admission,
+        user_rules=user_rules,
+        fallback=fallback,
+        leases=leases,
+        broker_client=broker_client,
+        greeting=greeting.line,
+        began=reevaluator.began if enforcing else _follow_nothing,
+    )
     registry.at_end(user_rules.ended, partial(_forget, keeping), broker_client.ended, note.ended, enforcer.ended)
 
-    release = Release(settings, loop, registry, supervisor, reevaluator, enforcer, net, broker_client, released)
+    release = Release(
+        settings=settings,
+        loop=loop,
+        registry=registry,
+        supervisor=supervisor,
+        reevaluator=reevaluator,
+        enforcer=enforcer,
+        net=net,
+        broker_client=broker_client,
+        released=released,
+    )
 
     # what users and operators ask
     event_stream = EventStreamState(leases, broker_client)
@@ -235,10 +284,31 @@ def build(
         release=release,
     )
     return Parts(
-        settings, loop, state, ends, registry, keeping, leases, pool, broker_client, dependencies, identifier,
-        kernel_layer, recorder, supervisor, enforcer, net, enforcing, notices, reevaluator, openings, event_stream,
-        layers, users, release,
-    )  # fmt: skip
+        settings=settings,
+        loop=loop,
+        state=state,
+        ends=ends,
+        registry=registry,
+        keeping=keeping,
+        leases=leases,
+        pool=pool,
+        broker_client=broker_client,
+        dependencies=dependencies,
+        identifier=identifier,
+        kernel_layer=kernel_layer,
+        recorder=recorder,
+        supervisor=supervisor,
+        enforcer=enforcer,
+        net=net,
+        enforcing=enforcing,
+        notices=notices,
+        reevaluator=reevaluator,
+        openings=openings,
+        event_stream=event_stream,
+        layers=layers,
+        users=users,
+        release=release,
+    )
 
 
 def _net(settings: Settings, state: Path, tree: Hierarchy, personas: Personas, registry: Registry) -> Net | None:

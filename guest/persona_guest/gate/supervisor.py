@@ -16,24 +16,21 @@ from functools import partial
 from persona.decisions import Decision, Denied, Granted, Request
 from persona.problems import PersonaError, Reason
 from persona_guest.broker.client import UNANSWERED
-from persona_guest.core.leases import LeaseBook, Question
+from persona_guest.core.leases import Question
 from persona_guest.core.messages import denial_line
 from persona_guest.gate import implicit_allow
 from persona_guest.gate.evaluate import Ask, Refused, Runs, judge
-from persona_guest.gate.hang_watchdog import LIMIT_S, HangWatchdog
-from persona_guest.gate.inflight import InFlight
-from persona_guest.gate.notes import Notes
+from persona_guest.gate.hang_watchdog import LIMIT_S
+from persona_guest.gate.parts import DecisionParts, RecordParts, StartParts, WaitingParts
 from persona_guest.gate.pending import Pending
-from persona_guest.gate.placing import Placing
 from persona_guest.gate.post_exec_check import Expectation, Verifier, Wrong
 from persona_guest.gate.terminal import tell
-from persona_guest.gate.waiting import Waiting
 from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Process, Task
 from persona_guest.loop import GONE, READABLE, Loop
-from persona_guest.lsm.layer import HangsOn, KernelLayer
+from persona_guest.lsm.layer import HangsOn
 from persona_guest.program import exec_request as exec_requests
-from persona_guest.program.identity import Identifier, images_of
+from persona_guest.program.identity import images_of
 from persona_guest.program.own_home import Owner
 from persona_guest.session.login_shells import real_shell
 from persona_guest.session.model import Login, Session, State
@@ -42,51 +39,38 @@ from persona_guest.settings import Mode, Settings
 
 log = logging.getLogger("persona.gate")
 
-AskBroker = Callable[[Request, Callable[[Decision], None]], None]
-
 
 class Supervisor:
-    """Answers for every session of ``registry`` that is gated, and closes its listener when it ends.
-
-    ``ask`` puts a question to the broker and calls back in the loop's thread; ``home_of`` says where a uid has its
-    home (empty = not known); ``unrecordable`` why a user's start must not be, for there is no room to record it.
-    """
+    """Answers for every session of ``registry`` that is gated, and closes its listener when it ends."""
 
     def __init__(
         self,
         settings: Settings,
         loop: Loop,
         registry: Registry,
-        identifier: Identifier,
-        leases: LeaseBook,
-        inflight: InFlight,
-        hang_watchdog: HangWatchdog,
-        kernel_layer: KernelLayer,
-        waiting: Waiting,
-        ask: AskBroker,
-        placing: Placing,
-        notes: Notes,
-        home_of: Callable[[int], str] = lambda _uid: "",
-        unrecordable: Callable[[str], Denied | None] = lambda _user: None,
+        decision: DecisionParts,
+        waiting: WaitingParts,
+        start: StartParts,
+        record: RecordParts,
     ) -> None:
         self.settings = settings
         self.released = False
-        self._registry = registry
-        self._placing = placing
-        self._home_of = home_of
-        self.unrecordable = unrecordable
-        self.verifier = Verifier(loop, time.monotonic, hang_watchdog)
         self._loop = loop
-        self._identifier = identifier
-        self._leases = leases
-        self._inflight = inflight
-        self._hang_watchdog = hang_watchdog
-        self._kernel_layer = kernel_layer
-        self._ask = ask
-        self.notes = notes
+        self._registry = registry
+        self._identifier = decision.identifier
+        self._leases = decision.leases
+        self._ask = decision.ask
+        self._home_of = decision.home_of
+        self._inflight = waiting.inflight
+        self._waiting = waiting.waiting
+        self._hang_watchdog = waiting.hang_watchdog
+        self._placing = start.placing
+        self._kernel_layer = start.kernel_layer
+        self.notes = record.notes
+        self.unrecordable = record.refusal
+        self.verifier = Verifier(loop, time.monotonic, waiting.hang_watchdog)
         self._buffer = bytearray(seccomp.NOTIF_SIZE)
         self._holders: dict[object, int] = {}
-        self._waiting = waiting
         self.times: deque[float] = deque(maxlen=4096)  # CPU seconds from a notification's receipt to its answer
 
     # --- sessions ---------------------------------------------------------------------------------
