@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from persona import wire
-from persona.codec import CodecError, Lost, Record, Stream, encode_record, record_for
-from persona_guest.audit import spool_format
+from persona.codec import CodecError, Record, Stream, encode_record, record_for
+from persona_guest.audit import records, spool_format
 from persona_guest.audit.segments import Held, Segment
 
 # Why records are lost; docs/protocol.md.
@@ -74,20 +74,4 @@ def first_of(entries: list[Entry], size: int) -> list[Entry]:
 
 def marker_of(first: int, last: int, why: str) -> Record:
     """What says that records are lost; its number is the next after them."""
-    return Record(
-        at=time.time(),
-        session="",
-        user="",
-        program="",
-        argv=(),
-        decision="granted",
-        reason=None,
-        persona=None,
-        persona_version=None,
-        policy=None,
-        event="lost",
-        leased=False,
-        complain=False,
-        number=last + 1,
-        lost=Lost(first, last, why),
-    )
+    return records.lost(time.time(), first, last, why)

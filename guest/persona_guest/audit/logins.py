@@ -4,8 +4,8 @@ import logging
 import time
 from collections.abc import Callable
 
-from persona.codec import Record
 from persona.decisions import Denied
+from persona_guest.audit import records
 from persona_guest.audit.upload import Recordable
 from persona_guest.session.model import Login, State
 
@@ -22,29 +22,10 @@ class Logins:
 
     def __call__(self, session: str, user: str, event: str, denied: Denied | None = None) -> None:
         """``event`` is admission, break_glass or session_end."""
-        self._record(_of_login(session, user, event, denied, complain=self._complain))
+        self._record(records.login(time.time(), session, user, event, denied, complain=self._complain))
 
     def ended(self, login: Login) -> None:
         """Its last process is gone; one that did not come to be gated has no end."""
         if login.state is State.GATED:
             self(login.session.id, login.session.subject.user, "session_end")
             log.info("session %s ended", login.session.id)
-
-
-def _of_login(session: str, user: str, event: str, denied: Denied | None, *, complain: bool) -> Record:
-    return Record(
-        at=time.time(),
-        session=session,
-        user=user,
-        program="",
-        argv=(),
-        decision="denied" if denied else "granted",
-        reason=denied.reason if denied else None,
-        persona=None,
-        persona_version=None,
-        policy=denied.policy if denied else None,
-        policy_version=denied.policy_version if denied else None,
-        event=event,
-        leased=False,
-        complain=complain,
-    )

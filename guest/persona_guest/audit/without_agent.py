@@ -13,7 +13,7 @@ from pathlib import Path
 
 from persona import codec
 from persona.codec import CodecError, Record
-from persona.problems import Reason
+from persona_guest.audit import records
 
 log = logging.getLogger("persona.record")
 
@@ -80,19 +80,4 @@ def take(path: Path, user_of: Callable[[str], str]) -> Iterator[Record]:
         except (CodecError, ValueError, RecursionError) as error:
             log.error("%s: a line that cannot be read: %s", path, error)
             continue
-        yield Record(
-            at=at,
-            session=session,
-            user=user_of(session),
-            program="unknown",
-            argv=(),
-            decision="denied",
-            reason=Reason.AGENT_STOPPING,
-            persona=None,
-            persona_version=None,
-            policy=None,
-            event="exec",
-            leased=False,
-            complain=not denied,
-            extra=f'{{"count":{count}}}',
-        )
+        yield records.standby_answers(at, session, user_of(session), count, denied=denied)

@@ -9,6 +9,7 @@ from persona.codec import Record
 from persona.decisions import Denied
 from persona.problems import Reason
 from persona.shown import words
+from persona_guest.audit import records
 from persona_guest.audit.upload import Recordable
 from persona_guest.core.denials import COMMAND_MAX, Book
 from persona_guest.lsm.abi import Event
@@ -55,19 +56,7 @@ class Stops:
             self._denials.note(uid, record.at, record.event, program, command, denied, record.session)
 
 
-def _of_stop(event: Event, program: str, session: str, user: str) -> Record:
-    return Record(
-        at=time.time(),
-        session=session,
-        user=user,
-        program=program,
-        argv=(event.path,),
-        decision="denied",
-        reason=event.reason,
-        persona=None,
-        persona_version=None,
-        policy=None,
-        event="killed" if event.reason is Reason.OTHER_ARGUMENTS else "stopped",
-        leased=False,
-        complain=not event.enforced,
+def _of_stop(event: Event, program: str, session_id: str, user: str) -> Record:
+    return records.kernel_stop(
+        time.time(), session_id, user, program, event.path, event.reason, complain=not event.enforced
     )

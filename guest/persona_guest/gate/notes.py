@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from persona.codec import Record
-from persona.decisions import Decision, Denied, Granted
+from persona.decisions import Decision, Denied
 from persona.problems import Reason
 from persona.shown import words
+from persona_guest.audit import records
 from persona_guest.core.denials import COMMAND_MAX, Book
 from persona_guest.core.masks import LOOK, Masks
 from persona_guest.gate.pending import Pending
@@ -17,7 +18,6 @@ from persona_guest.session.model import Session
 
 _WAIT_S = 0.01
 _ARGUMENTS_MAX, _ARGUMENT_MAX = 16, 256  # of a record
-UNKNOWN = "unknown"  # as a program: no path, as it begins with no '/'
 
 
 class _Note(NamedTuple):
@@ -65,20 +65,8 @@ class Notes:
     def add_unjudged(self, session: Session, why: str) -> None:
         """One exec of which nothing is known but that it was denied, or in complain mode let go on."""
         denied = Denied(Reason.PROGRAM_UNREADABLE, help=why)
-        record = Record(
-            at=time.time(),
-            session=session.id,
-            user=session.subject.user,
-            program=UNKNOWN,
-            argv=(),
-            decision="denied",
-            reason=denied.reason,
-            persona=None,
-            persona_version=None,
-            policy=None,
-            event="exec",
-            leased=False,
-            complain=self._complain,
+        record = records.unjudged_start(
+            time.time(), session.id, session.subject.user, denied.reason, complain=self._complain
         )
         self._record(record)
         if not self._complain:
@@ -97,25 +85,12 @@ class Notes:
 
 
 def _to_record(note: _Note, masks: Masks, *, complain: bool) -> Record:
-    pending, decision = note.pending, note.decision
+    pending = note.pending
     session = pending.login.session
-    granted = decision if isinstance(decision, Granted) else None
-    denied = decision if isinstance(decision, Denied) else None
     argv = pending.exec_request.command if note.argv is None else note.argv
     program = note.ran or pending.exec_request.program
-    return Record(
-        at=note.at,
-        session=session.id,
-        user=session.subject.user,
-        program=program,
-        argv=masks.argv(program, [os.fsdecode(argument[:LOOK]) for argument in argv[:_ARGUMENTS_MAX]], _ARGUMENT_MAX),
-        decision="denied" if denied else "granted",
-        reason=denied.reason if denied else None,
-        persona=granted.persona.name if granted else denied.persona if denied else None,
-        persona_version=granted.persona.version if granted else denied.persona_version if denied else None,
-        policy=decision.policy if decision else None,
-        policy_version=decision.policy_version if decision else None,
-        event=note.event,
-        leased=pending.leased,
-        complain=complain,
-    )
+    shown = masks.argv(program, [os.fsdecode(argument[:LOOK]) for argument in argv[:_ARGUMENTS_MAX]], _ARGUMENT_MAX)
+    return records.program_start(
+        note.at, session.id, session.subject.user, note.event, program, shown, note.decision,
+        leased=pending.leased, complain=complain,
+    )  # fmt: skip

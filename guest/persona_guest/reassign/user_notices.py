@@ -9,6 +9,7 @@ from persona.decisions import Denied
 from persona.documents import Persona
 from persona.problems import PersonaError, Reason
 from persona.shown import words
+from persona_guest.audit import records
 from persona_guest.broker.documents import Personas
 from persona_guest.core.denials import COMMAND_MAX, Book
 from persona_guest.core.masks import Masks
@@ -96,8 +97,9 @@ class Notices:
         line = limit_line(persona, reason, lacking(self._tree, place, persona))
         with self._hang_watchdog.watching(login.session):
             self.tell(login.placement, line)
-        self._record(_record(login.session, place, "limit", reason, "", ()))
-        self._deny(login.session, "limit", "", "", Denied(reason, persona=persona.name, help=line))
+        session = login.session
+        self._record(records.limit_met(time.time(), session.id, session.subject.user, place.persona, reason))
+        self._deny(session, "limit", "", "", Denied(reason, persona=persona.name, help=line))
 
     def refused(self, refusal: Refusal) -> None:
         """A connection that the rules refuse: to its user's terminal, where it is clear which, and to the record."""
@@ -112,20 +114,12 @@ class Notices:
             where, uid = session.id if session is not None else "", theirs[0].uid
             self._denials.note(uid, time.time(), "network", "", refusal.target, denied, where)
         self._record(
-            Record(
-                at=time.time(),
-                session=session.id if session is not None else "",
-                user=theirs[0].subject.user if theirs else "",
-                program="",
-                argv=(refusal.target,),
-                decision="denied",
-                reason=Reason.NETWORK_REFUSED,
-                persona=refusal.persona,
-                persona_version=None,
-                policy=None,
-                event="network",
-                leased=False,
-                complain=False,
+            records.connection_refused(
+                time.time(),
+                session.id if session is not None else "",
+                theirs[0].subject.user if theirs else "",
+                refusal.persona,
+                refusal.target,
             )
         )
 
@@ -135,31 +129,15 @@ class Notices:
         place = next((place for place in placement.places.values() if place.persona.name == persona.name), None)
         if login is not None:
             shown = self._masks.argv(running.path, running.stages[-1][1][:16], 256)
-            reason = Reason.PERSONA_WITHDRAWN
-            self._record(_record(login.session, place, event, reason, running.path, shown))
+            session, ref = login.session, place.persona if place is not None else None
+            self._record(
+                records.process_withdrawn(
+                    time.time(), session.id, session.subject.user, event, ref, running.path, shown
+                )
+            )
             help = f"persona {persona.name} does not apply any more; 'persona list' shows what does"
-            denied = Denied(reason, persona=persona.name, help=help)
-            self._deny(login.session, event, running.path, words(shown, COMMAND_MAX), denied)
+            denied = Denied(Reason.PERSONA_WITHDRAWN, persona=persona.name, help=help)
+            self._deny(session, event, running.path, words(shown, COMMAND_MAX), denied)
 
     def _deny(self, session: Session, event: str, program: str, command: str, denied: Denied) -> None:
         self._denials.note(session.uid, time.time(), event, program, command, denied, session.id)
-
-
-def _record(
-    session: Session, place: PersonaCgroup | None, event: str, reason: Reason, program: str, argv: tuple[str, ...]
-) -> Record:
-    return Record(
-        at=time.time(),
-        session=session.id,
-        user=session.subject.user,
-        program=program,
-        argv=argv,
-        decision="denied",
-        reason=reason,
-        persona=place.persona.name if place else None,
-        persona_version=place.persona.version if place else None,
-        policy=None,
-        event=event,
-        leased=False,
-        complain=False,
-    )
