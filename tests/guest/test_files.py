@@ -14,7 +14,7 @@ from persona_guest.agent import state_file
 from persona_guest.broker.documents import Personas
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.enforce.network.egress_routes import EgressRoutes
-from persona_guest.enforce.network.facility import Kept, Outside
+from persona_guest.enforce.network.orphan_sockets import OwnedCgroup, SocketOwners
 from persona_guest.loop import Loop
 from persona_guest.program.identity import Image
 from persona_guest.session.placement import Placement
@@ -116,13 +116,13 @@ def test_ways_are_opened_only_if_they_are_kept_and_go_in_any_case(small_disk: Sm
 
 @WAYS_OF_BEING_FULL
 def test_whose_sockets_are_whose_is_kept_before_it_counts(small_disk: SmallDisk, fill: Fill) -> None:
-    outside = Outside(small_disk.path / "outside.json")
-    outside.add({1: Kept(1000, "", "a")})
+    owners = SocketOwners(small_disk.path / "outside.json")
+    owners.add({1: OwnedCgroup(1000, "", "a")})
     fill(small_disk)
     with pytest.raises(OSError, match="No space left"):
-        outside.add({2: Kept(1001, "", "b")})
-    assert outside.of(1001) == []
-    assert outside.of(1000) == [(1, "a")]
+        owners.add({2: OwnedCgroup(1001, "", "b")})
+    assert owners.of(1001) == []
+    assert owners.of(1000) == [(1, "a")]
 
 
 @WAYS_OF_BEING_FULL

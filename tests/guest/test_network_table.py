@@ -13,7 +13,8 @@ from persona_guest.core.reassignment import NO_PERSONA_DOCUMENT
 from persona_guest.core.ruleset import access, text
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.network.build import KINDS, WAY
-from persona_guest.enforce.network.facility import Network, Outside
+from persona_guest.enforce.network.facility import Network
+from persona_guest.enforce.network.orphan_sockets import SocketOwners
 from persona_guest.enforce.network.table import Table
 from persona_guest.enforce.plan import PlanError
 
@@ -169,7 +170,7 @@ def slice_(world: World) -> Iterator[str]:
 def test_sockets_of_a_user_who_has_gone_reach_nothing(world: World, table: Table, slice_: str, tmp_path: Path) -> None:
     """He may have handed them to an accomplice, who is there still."""
     user_rules: dict[int, Persona] = {}
-    network = Network(table, number, str(world.root), user_rules, Outside(tmp_path / "outside.json"))
+    network = Network(table, number, str(world.root), user_rules, SocketOwners(tmp_path / "outside.json"))
     under(network, user_rules, UID + 1, "any:tcp/5432")
     under(network, user_rules, UID, "any:tcp/443", "any:udp/443")
     where = PersonaCgroup("s-1", PersonaRef("Analyst", 1), f"{slice_}/Analyst", UID)
@@ -182,7 +183,7 @@ def test_sockets_of_a_user_who_has_gone_reach_nothing(world: World, table: Table
     assert holder.fares() == ["ECONNRESET", CUT]
     assert network.reconcile({}) == ()
     successor = world.in_near(lambda: Table(number))
-    second = Network(successor, number, str(world.root), user_rules, Outside(tmp_path / "outside.json"))
+    second = Network(successor, number, str(world.root), user_rules, SocketOwners(tmp_path / "outside.json"))
     plans.apply(second.reconcile({}))
     assert holder.fares()[1] == CUT
     under(second, user_rules, UID, "any:udp/443")  # he is back, and his slice was never gone
@@ -199,37 +200,37 @@ def test_who_breaks_the_glass_beside_a_session_of_his_is_not_nobody(
     world: World, table: Table, slice_: str, tmp_path: Path, before: bool
 ) -> None:
     user_rules: dict[int, Persona] = {}
-    network = Network(table, number, str(world.root), user_rules, Outside(tmp_path / "outside.json"))
+    network = Network(table, number, str(world.root), user_rules, SocketOwners(tmp_path / "outside.json"))
     under(network, user_rules, UID + 1)
     under(network, user_rules, UID, "any:udp/443")
     if not before:
-        plans.apply(network.spare(UID))
+        plans.apply(network.exempt(UID))
     plans.apply(network.reconcile({}))
     del user_rules[UID]
     plans.apply(network.base(UID))
     if before:
         assert world.attempt([("tcp", FAR4, 443)], cgroup=f"{slice_}/Analyst") == [REFUSED]
-        plans.apply(network.spare(UID))
+        plans.apply(network.exempt(UID))
     assert world.attempt([("tcp", FAR4, 443)], cgroup=f"{slice_}/Analyst") == ["ok"]
     assert network.reconcile({}) == ()
-    again = Network(table, number, str(world.root), user_rules, Outside(tmp_path / "outside.json"))
+    again = Network(table, number, str(world.root), user_rules, SocketOwners(tmp_path / "outside.json"))
     assert again.reconcile({}) == ()
     user_rules.clear()
     plans.apply(network.base(UID + 1))
-    plans.apply(network.spare(UID))
+    plans.apply(network.exempt(UID))
     plans.apply(network.reconcile({}))
     assert "inet persona" not in world.near_run("nft", "list", "tables")
 
 
 def test_what_places_left_behind_is_taken_up_by_the_next_agent(world: World, table: Table, tmp_path: Path) -> None:
     user_rules = {UID: persona("any:tcp/443", name="Base")}
-    first = Network(table, number, str(world.root), user_rules, Outside(tmp_path / "outside.json"))
+    first = Network(table, number, str(world.root), user_rules, SocketOwners(tmp_path / "outside.json"))
     plans.apply(first.base(UID))
     holder = moved_on(world, first)
     assert holder.fares() == ["ok", CUT]
     wanted = {place(world, "Other"): persona("any", name="Other")}
     successor = world.in_near(lambda: Table(number))
-    second = Network(successor, number, str(world.root), user_rules, Outside(tmp_path / "outside.json"))
+    second = Network(successor, number, str(world.root), user_rules, SocketOwners(tmp_path / "outside.json"))
     kept = (tmp_path / "outside.json").read_text()
     plan = second.reconcile({**wanted, place(world, "New"): persona(name="New")})
     assert (tmp_path / "outside.json").read_text() == kept  # which a plan that is only looked at leaves as it is

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from persona_guest.core.persona_cgroups import PersonaCgroup, slice_of
 from persona_guest.core.reassignment import NO_PERSONA_DOCUMENT
-from persona_guest.enforce.network.facility import Kept, Outside
+from persona_guest.enforce.network.orphan_sockets import OwnedCgroup, SocketOwners
 from persona_guest.enforce.network.user_rules import UserRules
 from persona_guest.enforce.plan import Plan
 from persona_guest.session.model import Admitted, Login, Session, State
@@ -133,32 +133,32 @@ def test_what_is_outside_of_its_users_slice() -> None:
     assert not PersonaCgroup("a", ONE, "user.slice/user-1000.slice/user@1000.service", 1000).outside
 
 
-def kept(place: PersonaCgroup) -> Kept:
-    return Kept(place.uid, place.session, place.cgroup)
+def kept(place: PersonaCgroup) -> OwnedCgroup:
+    return OwnedCgroup(place.uid, place.session, place.cgroup)
 
 
 def test_cgroups_of_live_sessions_are_all_known_and_those_of_ended_ones_not_for_ever(tmp_path: Path) -> None:
     alive = {"long"}
-    outside = Outside(tmp_path / "outside.json", alive.__contains__)
+    owners = SocketOwners(tmp_path / "outside.json", alive.__contains__)
     for number in range(300):
-        outside.add({number: kept(in_fallback("long", f"P{number}"))})
+        owners.add({number: kept(in_fallback("long", f"P{number}"))})
     for number in range(300):
         alive.add(f"job{number}")
-        outside.add({1000 + number: kept(in_fallback(f"job{number}"))})
+        owners.add({1000 + number: kept(in_fallback(f"job{number}"))})
         alive.remove(f"job{number}")
-    outside.add({5000: kept(in_fallback("other", uid=1001))})
-    again = Outside(tmp_path / "outside.json", alive.__contains__)
-    for known in (outside, again):
+    owners.add({5000: kept(in_fallback("other", uid=1001))})
+    again = SocketOwners(tmp_path / "outside.json", alive.__contains__)
+    for known in (owners, again):
         numbers = [number for number, _ in known.of(1000)]
         assert numbers == [*range(300), *range(1045, 1300)]
         assert known.of(1001) == [(5000, in_fallback("other").cgroup)]
         assert known.of_others([1000]) == known.of(1001)
     for number in range(300):
-        outside.add({9000 + number: Kept(1001, "", slice_of(1001))})
-    assert [number for number, _ in outside.of(1001)] == [5000, *range(9044, 9300)]
-    assert [number for number, _ in outside.of(1000)] == numbers
+        owners.add({9000 + number: OwnedCgroup(1001, "", slice_of(1001))})
+    assert [number for number, _ in owners.of(1001)] == [5000, *range(9044, 9300)]
+    assert [number for number, _ in owners.of(1000)] == numbers
     again.forget()
-    assert Outside(tmp_path / "outside.json").of_others([]) == []
+    assert SocketOwners(tmp_path / "outside.json").of_others([]) == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"1": 1}', '{"a": [1, "s", "c"]}'])
@@ -166,14 +166,14 @@ def test_a_file_of_cgroups_that_cannot_be_read_is_said(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "outside.json").write_text(text)
-    assert Outside(tmp_path / "outside.json").of(1000) == []
+    assert SocketOwners(tmp_path / "outside.json").of(1000) == []
     assert "not known any more" in caplog.text
 
 
 def test_a_cgroup_that_cannot_be_kept_is_not_known(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    outside = Outside(tmp_path / "file" / "outside.json")
+    owners = SocketOwners(tmp_path / "file" / "outside.json")
     for _ in range(2):
         with pytest.raises(NotADirectoryError):
-            outside.add({1: kept(in_fallback("a"))})
-    assert outside.of(1000) == []
+            owners.add({1: kept(in_fallback("a"))})
+    assert owners.of(1000) == []

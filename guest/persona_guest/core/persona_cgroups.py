@@ -52,7 +52,7 @@ class PersonaCgroup:
     @property
     def level(self) -> int:
         """The number of path components: what ``socket cgroupv2 level`` of nftables(8) counts."""
-        return self.cgroup.count("/") + 1
+        return level_of(self.cgroup)
 
     @property
     def parent(self) -> str:
@@ -106,6 +106,11 @@ def place_of(
         below = f"{fallback_slice_of(uid)}/{session}:{persona.name}"
         cgroup = f"{scope}/{directory_name(persona.name)}" if scope else below
     return PersonaCgroup(session, persona, cgroup, uid, scope or found, withdrawn)
+
+
+def level_of(cgroup: str) -> int:
+    """The number of path components of a cgroup."""
+    return cgroup.count("/") + 1
 
 
 def slice_of(uid: int) -> str:

@@ -14,7 +14,8 @@ from persona_guest.core.ruleset import access
 from persona_guest.enforce import plan as plans
 from persona_guest.enforce.facility import Facility
 from persona_guest.enforce.network.egress_routes import EgressRoutes, Routes, Routing
-from persona_guest.enforce.network.facility import Network, Outside
+from persona_guest.enforce.network.facility import Network
+from persona_guest.enforce.network.orphan_sockets import SocketOwners
 from persona_guest.enforce.network.rejects import Refusals, Tell
 from persona_guest.enforce.network.resolvers import Resolvers
 from persona_guest.enforce.network.table import Table
@@ -46,10 +47,10 @@ class Net:
     ) -> None:
         egress_routes = EgressRoutes(runtime / "ways.json")
         self.table = Table(egress_routes.number)
-        self.user_rules = UserRules(document, self._bind, lambda uid: self._network.spare(uid))
+        self.user_rules = UserRules(document, self._bind, lambda uid: self._network.exempt(uid))
         self._routes = Routes(egress_routes, Routing(), self.table, self.user_rules.current)
-        outside = Outside(runtime / "outside.json", is_open)
-        self._network = Network(self.table, egress_routes.number, cgroups, self.user_rules.current, outside)
+        owners = SocketOwners(runtime / "outside.json", is_open)
+        self._network = Network(self.table, egress_routes.number, cgroups, self.user_rules.current, owners)
         self.facilities: tuple[Facility, ...] = (self._routes, self._network)
         self.resolvers = Resolvers(self.table)
 

@@ -296,9 +296,9 @@ class Routes:
         return tuple(self._open(via) for via in sorted(_egress_routes([persona]) - self._egress_routes.made, key=str))
 
     def leave(self, place: PersonaCgroup) -> Plan:
-        return self.spare()
+        return self.close_unused()
 
-    def spare(self) -> Plan:
+    def close_unused(self) -> Plan:
         """Takes back the ways that nothing bound by the table goes any more."""
         return tuple(self._close(via) for via in sorted(self._egress_routes.made - self._table.ways, key=str))
 
@@ -316,8 +316,8 @@ class Routes:
             if via not in self._egress_routes.made or not self._routing.whole(via, number)
         ]
         if self._table.known:  # else an agent before this one may still send packets there
-            spare = self._egress_routes.made - needed - self._table.ways
-            steps += [self._close(via) for via in sorted(spare, key=str)]
+            unused = self._egress_routes.made - needed - self._table.ways
+            steps += [self._close(via) for via in sorted(unused, key=str)]
             known = {self._egress_routes.numbers[via] for via in self._egress_routes.made | needed}
             strange = self._routing.found() - known
             steps += [Close(None, number, self._egress_routes, self._routing) for number in sorted(strange)]

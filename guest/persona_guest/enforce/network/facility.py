@@ -5,93 +5,32 @@ table in one step, so that no packet meets a state in between.
 """
 
 import contextlib
-import json
 import logging
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
 
 from persona.documents import Persona
-from persona_guest import files
 from persona_guest.core import ruleset
-from persona_guest.core.persona_cgroups import PersonaCgroup, slice_of
+from persona_guest.core.persona_cgroups import PersonaCgroup, level_of, slice_of
 from persona_guest.core.reassignment import NO_PERSONA_DOCUMENT
 from persona_guest.core.ruleset import Access
 from persona_guest.enforce.facility import Wanted
+from persona_guest.enforce.network.orphan_sockets import (
+    EXEMPT,
+    ORPHANS,
+    ExemptSlice,
+    OwnedCgroup,
+    SocketOwners,
+    owned_place,
+    owned_slice,
+)
 from persona_guest.enforce.network.table import Bound, Key, Number, Table
 from persona_guest.enforce.plan import Plan
 
 log = logging.getLogger("persona.enforce")
 
-_KNOWN_MAX = 2048  # what was worked out once, for when everything is looked at again
-_ENDED_MAX = 256  # cgroups of ended sessions, and slices, from which a socket may have been handed on
-_EXEMPT = -1  # stands for who is not looked at
-_ORPHANS = "nobody"  # the name under which those of users are bound who have no session any more
-
-
-class Kept(NamedTuple):
-    """Whose a cgroup is: a place of a session's, or, with no session, the user's slice."""
-
-    uid: int
-    session: str
-    cgroup: str
-
-
-class Outside:
-    """Users' slices, and their places outside of those, by number, past their end and that of an agent.
-
-    A socket is known by the cgroup that it was made in as long as it lives, and the kernel gives no number twice.
-    Kept are all of sessions that are ``alive``, and of slices and of other places the newest, until nobody is bound.
-    """
-
-    def __init__(self, path: Path | None = None, alive: Callable[[str], bool] = lambda _session: True) -> None:
-        self._path = path
-        self._alive = alive
-        self._known: dict[int, Kept] = {}
-        try:
-            kept = json.loads(path.read_text()) if path is not None else {}
-            self._known = {
-                int(n): Kept(int(uid), str(session), str(cgroup)) for n, (uid, session, cgroup) in kept.items()
-            }
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            log.error("%s: %s; sockets that users' programs handed on are not known any more", path, error)
-
-    def of(self, uid: int) -> list[tuple[int, str]]:
-        """Number and path of each that is a user's."""
-        return [(number, kept.cgroup) for number, kept in self._known.items() if kept.uid == uid]
-
-    def of_others(self, uids: Container[int]) -> list[tuple[int, str]]:
-        """The same of all but these users'."""
-        return [(number, kept.cgroup) for number, kept in self._known.items() if kept.uid not in uids]
-
-    def add(self, new: Mapping[int, Kept]) -> None:
-        """Keeps, before they are bound, what tells whose they are.  Raises ``OSError`` where that cannot be kept."""
-        if new.keys() <= self._known.keys():
-            return
-        known = {**self._known, **{n: kept for n, kept in new.items() if n not in self._known}}
-        slices = [number for number, kept in known.items() if not kept.session]
-        ended = [number for number, kept in known.items() if kept.session and not self._alive(kept.session)]
-        for old in (*slices[:-_ENDED_MAX], *ended[:-_ENDED_MAX]):
-            del known[old]
-        self._keep(known)
-
-    def spare(self, number: int, cgroup: str) -> None:
-        """Somebody lives there who is not looked at: it is never nobody's.  Raises ``OSError``."""
-        self._keep({**self._known, number: Kept(_EXEMPT, "", cgroup)})
-
-    def forget(self) -> None:
-        """Nobody is bound any more.  Raises ``OSError``."""
-        if self._known:
-            self._keep({})
-
-    def _keep(self, known: dict[int, Kept]) -> None:
-        if self._path is not None:
-            files.write(self._path, json.dumps(known))
-        self._known = known
+_KNOWN_MAX = 2048  # rules that were worked out once, for when everything is compared again
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,41 +64,19 @@ class Rebuild:
     """Makes the whole table anew in one transaction, or removes it.  It is not undone: what should be, should be."""
 
     bound: Mapping[str, Bound]
-    kept: Mapping[int, Kept]  # of them what stays known
+    owned: Mapping[int, OwnedCgroup]  # of them what stays known
     table: Table = field(repr=False, compare=False)
-    outside: Outside = field(repr=False, compare=False)
+    owners: SocketOwners = field(repr=False, compare=False)
 
     def describe(self) -> Mapping[str, object]:
         under = {where: item.access.name for where, item in self.bound.items()}
         return {"op": "network.rebuild" if under else "network.remove", "under": under}
 
     def apply(self) -> None:
-        self.outside.add(self.kept)
+        self.owners.add(self.owned)
         self.table.rebuild(self.bound)
         if not self.bound:
-            self.outside.forget()
-
-    def undo(self) -> None:
-        """Nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spare:
-    """A user's slice is nobody's neither now nor later: they are in it by a login that is not looked at."""
-
-    cgroup: str
-    number: int
-    table: Table = field(repr=False, compare=False)
-    outside: Outside = field(repr=False, compare=False)
-    nobody: Callable[[], Bound | None] = field(repr=False, compare=False)
-
-    def describe(self) -> Mapping[str, object]:
-        return {"op": "network.spare", "where": self.cgroup}
-
-    def apply(self) -> None:
-        self.outside.spare(self.number, self.cgroup)
-        if _ORPHANS in self.table.bound:
-            self.table.bind({_ORPHANS: self.nobody()})
+            self.owners.forget()
 
     def undo(self) -> None:
         """Nothing."""
@@ -176,9 +93,9 @@ class Network:
         number: Number,
         cgroups: str,
         user_rules: Mapping[int, Persona],
-        outside: Outside | None = None,
+        owners: SocketOwners | None = None,
     ) -> None:
-        self._outside = outside or Outside()
+        self._owners = owners or SocketOwners()
         self._table = table
         self._number = number
         self._cgroups = cgroups
@@ -187,17 +104,17 @@ class Network:
 
     def enter(self, place: PersonaCgroup, persona: Persona) -> Plan:
         access = self._access(persona)
-        names = (place.cgroup, _owner(place.uid), _ORPHANS)
+        names = (place.cgroup, _owner(place.uid), ORPHANS)
 
         def changes() -> Mapping[str, Bound | None]:
             return self._with_owner(place, Bound((self._cgroup(place.cgroup),), access))
 
-        return self._bind(names, access, changes, lambda bound: self._outside.add(_kept_of(place, bound)))
+        return self._bind(names, access, changes, lambda bound: self._owners.add(owned_place(place, bound)))
 
     def leave(self, place: PersonaCgroup) -> Plan:
         if place.cgroup not in self._table.bound:
             return ()
-        return self._bind((place.cgroup, _owner(place.uid), _ORPHANS), None, lambda: self._with_owner(place, None))
+        return self._bind((place.cgroup, _owner(place.uid), ORPHANS), None, lambda: self._with_owner(place, None))
 
     def base(self, uid: int) -> Plan:
         """Binds, or lets go, a user's slice of cgroups and whatever else is theirs, as ``user_rules`` has it.
@@ -205,7 +122,7 @@ class Network:
         To be asked again at each login: the slice may be another by then.
         """
         where, persona = _owner(uid), self._user_rules.get(uid)
-        names = (where, _ORPHANS)
+        names = (where, ORPHANS)
         if persona is None:
             return self._bind(names, None, lambda: self._without_owner(uid)) if where in self._table.bound else ()
         access = self._access(persona)
@@ -213,14 +130,14 @@ class Network:
         def changes() -> Mapping[str, Bound | None]:
             return self._with_nobody({where: Bound(self._owner_keys(uid, self._table.bound), access)})
 
-        return self._bind(names, access, changes, lambda bound: self._outside.add(_slice_of(uid, bound)))
+        return self._bind(names, access, changes, lambda bound: self._owners.add(owned_slice(uid, bound)))
 
-    def spare(self, uid: int) -> Plan:
-        """To be asked at each login that is not looked at."""
+    def exempt(self, uid: int) -> Plan:
+        """The user is not gated: their slice is no orphans' any more.  To be asked at each such login."""
         with contextlib.suppress(FileNotFoundError):
             cgroup = slice_of(uid)
             number = self._cgroup(cgroup).number
-            return (Spare(cgroup, number, self._table, self._outside, lambda: self._orphans(self._table.bound)),)
+            return (ExemptSlice(cgroup, number, self._table, self._owners, lambda: self._orphans(self._table.bound)),)
         return ()
 
     def release(self) -> Plan:
@@ -228,20 +145,20 @@ class Network:
 
     def reconcile(self, wanted: Wanted) -> Plan:
         bound: dict[str, Bound] = {}
-        kept: dict[int, Kept] = {}
+        owned: dict[int, OwnedCgroup] = {}
         for place, persona in wanted.items():
             with contextlib.suppress(FileNotFoundError):  # nobody is there any more
                 here = bound[place.cgroup] = Bound((self._cgroup(place.cgroup),), self._access(persona))
-                kept |= _kept_of(place, here)
+                owned |= owned_place(place, here)
         for uid, base in self._user_rules.items():
             owner = bound[_owner(uid)] = Bound(self._owner_keys(uid, bound), self._access(base))
-            kept |= _slice_of(uid, owner)
+            owned |= owned_slice(uid, owner)
         if (nobody := self._orphans(bound)) is not None:
-            bound[_ORPHANS] = nobody
+            bound[ORPHANS] = nobody
         there = self._table.exists()
         if there == bool(bound) and bound == self._table.bound and not self._table.disturbed:
             return ()
-        return (Rebuild(bound, kept, self._table, self._outside),)
+        return (Rebuild(bound, owned, self._table, self._owners),)
 
     def _access(self, persona: Persona) -> Access:
         marks = {rule.via: self._number(rule.via) for rule in persona.network_access if rule.via is not None}
@@ -270,7 +187,7 @@ class Network:
         return (Bind(names[0], access, before, self._table, changes, keep),)
 
     def _cgroup(self, cgroup: str) -> Key:
-        return Key(_level(cgroup), os.stat(f"{self._cgroups}/{cgroup}").st_ino)
+        return Key(level_of(cgroup), os.stat(f"{self._cgroups}/{cgroup}").st_ino)
 
     def _with_owner(self, place: PersonaCgroup, bound: Bound | None) -> Mapping[str, Bound | None]:
         """A place, and what that changes of its user's: what no place outside of their slice has any more is theirs."""
@@ -284,23 +201,23 @@ class Network:
 
     def _without_owner(self, uid: int) -> Mapping[str, Bound | None]:
         if not self._user_rules:
-            self._outside.forget()
+            self._owners.forget()
         return self._with_nobody({_owner(uid): None})
 
     def _with_nobody(self, changes: Mapping[str, Bound | None]) -> Mapping[str, Bound | None]:
         """Changes, and what they make of what is nobody's."""
         nobody = self._orphans({**self._table.bound, **changes})
-        return changes if nobody == self._table.bound.get(_ORPHANS) else {**changes, _ORPHANS: nobody}
+        return changes if nobody == self._table.bound.get(ORPHANS) else {**changes, ORPHANS: nobody}
 
     def _orphans(self, bound: Mapping[str, Bound | None]) -> Bound | None:
         """What users without a session any more may have handed on to others reaches nothing."""
         if not self._user_rules:  # nobody to hand on to
             return None
-        others = self._outside.of_others({*self._user_rules, _EXEMPT})
+        others = self._owners.of_others({*self._user_rules, EXEMPT})
         if not others:
             return None
-        taken = {key for name, item in bound.items() if item is not None and name != _ORPHANS for key in item.keys}
-        keys = tuple(key for number, cgroup in others if (key := Key(_level(cgroup), number)) not in taken)
+        taken = {key for name, item in bound.items() if item is not None and name != ORPHANS for key in item.keys}
+        keys = tuple(key for number, cgroup in others if (key := Key(level_of(cgroup), number)) not in taken)
         return Bound(keys, self._access(NO_PERSONA_DOCUMENT)) if keys else None
 
     def _owner_keys(self, uid: int, bound: Mapping[str, Bound]) -> tuple[Key, ...]:
@@ -310,27 +227,14 @@ class Network:
         return _once(*keys, *self._strays(uid, bound))
 
     def _strays(self, uid: int, bound: Mapping[str, Bound | None]) -> Iterator[Key]:
-        for number, cgroup in self._outside.of(uid):
-            key, there = Key(_level(cgroup), number), bound.get(cgroup)
+        for number, cgroup in self._owners.of(uid):
+            key, there = Key(level_of(cgroup), number), bound.get(cgroup)
             if there is None or key not in there.keys:
                 yield key
 
 
-def _kept_of(place: PersonaCgroup, bound: Bound) -> dict[int, Kept]:
-    return {key.number: Kept(place.uid, place.session, place.cgroup) for key in bound.keys if place.outside}
-
-
-def _slice_of(uid: int, owner: Bound) -> dict[int, Kept]:
-    level = _level(slice_of(uid))
-    return {key.number: Kept(uid, "", slice_of(uid)) for key in owner.keys if key.level == level}
-
-
 def _once(*keys: Key) -> tuple[Key, ...]:
     return tuple(dict.fromkeys(keys))
-
-
-def _level(cgroup: str) -> int:
-    return cgroup.count("/") + 1
 
 
 def _owner(uid: int) -> str:

@@ -19,21 +19,22 @@ log = logging.getLogger("persona.enforce")
 
 
 class UserRules:
-    """``current`` is what the network facility reads; ``bind`` plans one user's change, ``spare`` that they are exempt.
+    """The persona of each user outside of every place; ``current`` is what the network facility reads.
 
-    ``document`` has the personas' documents; it raises ``PersonaError`` for one that is not here.
+    ``bind`` plans one user's change, ``exempt`` that they are not gated.  ``document`` has the personas' documents; it
+    raises ``PersonaError`` for one that is not here.
     """
 
     def __init__(
         self,
         document: Callable[[PersonaRef], Persona],
         bind: Callable[[int], Plan],
-        spare: Callable[[int], Plan] = lambda _uid: (),
+        exempt: Callable[[int], Plan] = lambda _uid: (),
     ) -> None:
         self.current: dict[int, Persona] = {}
         self._document = document
         self._bind = bind
-        self._spare = spare
+        self._exempt = exempt
         self._sessions: dict[str, tuple[int, PersonaRef]] = {}
         self._released = False
 
@@ -67,7 +68,7 @@ class UserRules:
         if self._released:
             return
         try:
-            plans.apply(self._spare(uid))
+            plans.apply(self._exempt(uid))
         except (PersonaError, OSError) as error:
             log.error("uid %d: the user's network may stay bound when their other session ends: %s", uid, error)
 
