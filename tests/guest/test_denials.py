@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 from persona_guest.agent.greeting import Greeting
 from persona_guest.agent.requests import Users
-from persona_guest.audit.denials import Kept
+from persona_guest.audit.denials import DenialFiles
 from persona_guest.core import denials as bounds
 from persona_guest.core.denials import Book, Denial
 from persona_guest.ipc.users import Call
@@ -202,13 +202,13 @@ def test_the_same_command_takes_no_second_place_and_is_the_newest_again() -> Non
 
 def test_they_outlive_the_agent(tmp_path: Path) -> None:
     book = Book()
-    kept = Kept(Loop(), tmp_path / "denials", book)
+    kept = DenialFiles(Loop(), tmp_path / "denials", book)
     for number in range(3):
         book.note(ALICE, number, "exec", "/x\udcff", f"{number}", Denied(Reason.LOAD_UNKNOWN, "p", "P", "h"), "s-1")
     book.add(BOB, denied(BOB, "b"))
     kept.write()
     after = Book()
-    Kept(Loop(), tmp_path / "denials", after)
+    DenialFiles(Loop(), tmp_path / "denials", after)
     assert after.of(ALICE) == book.of(ALICE)
     assert after.of(BOB) == book.of(BOB)
     assert after.changed == set()
@@ -235,7 +235,7 @@ def test_a_page_that_cannot_be_read_is_forgotten_and_goes(tmp_path: Path, text: 
     (tmp_path / f"{BOB}.json").write_text(good.page(BOB))
     (tmp_path / "x.json").write_text("x")
     book = Book()
-    kept = Kept(Loop(), tmp_path, book)
+    kept = DenialFiles(Loop(), tmp_path, book)
     assert (book.of(ALICE), len(book.of(BOB))) == ((), 1)
     kept.write()
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{BOB}.json", "x.json"]
@@ -245,7 +245,7 @@ def test_a_full_disk_keeps_no_denial_from_its_user_and_they_are_written_later(
     small_disk: SmallDisk, caplog: pytest.LogCaptureFixture
 ) -> None:
     book = Book()
-    kept = Kept(Loop(), small_disk.path / "denials", book)
+    kept = DenialFiles(Loop(), small_disk.path / "denials", book)
     small_disk.fill()
     small_disk.fill_files()
     book.add(ALICE, denied(ALICE, "x" * 700))
@@ -260,7 +260,7 @@ def test_a_full_disk_keeps_no_denial_from_its_user_and_they_are_written_later(
 
 def test_what_is_written_at_once_is_bounded(tmp_path: Path) -> None:
     book = Book()
-    kept = Kept(Loop(), tmp_path, book)
+    kept = DenialFiles(Loop(), tmp_path, book)
     for uid in range(100):
         book.add(uid, denied(uid, "x"))
     kept.write(32)

@@ -18,7 +18,7 @@ from persona_guest.agent.release import Release
 from persona_guest.agent.requests import Users
 from persona_guest.agent.resource_status import ResourceStatus
 from persona_guest.agent.status import Status
-from persona_guest.audit.denials import Kept
+from persona_guest.audit.denials import DenialFiles
 from persona_guest.audit.journal import Journal
 from persona_guest.audit.logins import Logins
 from persona_guest.audit.spool import MIB, Spool
@@ -154,8 +154,8 @@ def build(
 
     # what binds a persona, in the order in which it is applied
     denials = Book()  # for their users; an exec that complain mode lets go on is none
-    kept_denials = Kept(loop, state / "denials", denials)
-    ends.add("what was denied to users", kept_denials.write)
+    denial_files = DenialFiles(loop, state / "denials", denials)
+    ends.add("what was denied to users", denial_files.write)
     net = _net(settings, state, tree, personas, registry)
     cgroups = Cgroups(tree)
     facilities: list[Facility] = [cgroups] if tree.root else []

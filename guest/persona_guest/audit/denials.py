@@ -18,7 +18,7 @@ _EVERY_S = 2.0
 _AT_ONCE = 32  # files
 
 
-class Kept:
+class DenialFiles:
     """``book`` as the files below ``directory`` have it."""
 
     def __init__(self, loop: Loop, directory: Path, book: Book) -> None:
