@@ -22,7 +22,7 @@ from persona_broker import metrics  # noqa: E402
 from persona_broker.serve import app  # noqa: E402
 from persona_broker.settings import Settings  # noqa: E402
 from persona_guest.agent.requests import Users  # noqa: E402
-from persona_guest.core.pam_protocol import Op, Verdict  # noqa: E402
+from persona_guest.core.pam_protocol import Op, PamVerdict  # noqa: E402
 from persona_guest.ipc.users import Call  # noqa: E402
 
 from persona.problems import Fault, PersonaError  # noqa: E402
@@ -103,11 +103,11 @@ PAM_OPS: Mapping[Op, str] = {
     Op.PRESENT: "The kernel has a listener on this process already: is that a session that you gate?",
     Op.GROUPS: "More groups of the user whom the ACCOUNT or OPEN that follows is about; has no answer.",
 }
-VERDICTS: Mapping[Verdict, str] = {
-    Verdict.PASS: "Not gated: succeed.",
-    Verdict.GATE: "Install the filter that comes with this, then send LISTENER.",
-    Verdict.DENY: "Refuse, and show the message.",
-    Verdict.DONE: "Succeed: the answer to LISTENER and PRESENT.",
+VERDICTS: Mapping[PamVerdict, str] = {
+    PamVerdict.PASS: "Not gated: succeed.",
+    PamVerdict.GATE: "Install the filter that comes with this, then send LISTENER.",
+    PamVerdict.DENY: "Refuse, and show the message.",
+    PamVerdict.DONE: "Succeed: the answer to LISTENER and PRESENT.",
 }
 STANDBY: Mapping[str, tuple[str, str]] = {
     "take": ("agent", "I start: send all listeners that you keep, and answer no more."),
@@ -143,7 +143,7 @@ def _who(users: Users, name: str) -> str:
 def sockets() -> str:
     """The page of socket operations."""
     pam = [(f"{op.value}", op.name, PAM_OPS[op]) for op in Op]
-    verdicts = [(f"{verdict.value}", verdict.name, VERDICTS[verdict]) for verdict in Verdict]
+    verdicts = [(f"{verdict.value}", verdict.name, VERDICTS[verdict]) for verdict in PamVerdict]
     standby = [(f"`{word}`", *rest) for word, rest in STANDBY.items()]
     return f"""{_MADE}
 # The agent's sockets

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from persona_guest.agent import state_file
 from persona_guest.core.accounts import uid_min_of
-from persona_guest.core.pam_protocol import Caller, Verdict, reply
+from persona_guest.core.pam_protocol import Caller, PamVerdict, reply
 from persona_guest.health.rules import counts
 from persona_guest.ipc.pam import PamSocket, Reply
 from persona_guest.login.exemptions import exemption
@@ -49,7 +49,7 @@ class Agent:
     def account(self, caller: Caller, pid: int, reply: Reply) -> None:
         self.asked[caller.user] = caller
         passes = exemption(caller.uid, caller.groups, GATE)
-        reply(_answer(Verdict.PASS if passes else Verdict.DENY, "gated"))
+        reply(_answer(PamVerdict.PASS if passes else PamVerdict.DENY, "gated"))
 
     def open(self, caller: Caller, pid: int, reply: Reply) -> str | None:
         raise NotImplementedError

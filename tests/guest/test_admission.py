@@ -19,7 +19,7 @@ from persona_guest.broker.http import BrokerError
 from persona_guest.broker.pool import Answer, Outcome
 from persona_guest.core.denials import Book
 from persona_guest.core.leases import LeaseBook
-from persona_guest.core.pam_protocol import Caller, Verdict
+from persona_guest.core.pam_protocol import Caller, PamVerdict
 from persona_guest.ipc.users import Call
 from persona_guest.kernel import seccomp
 from persona_guest.login.admission import Admission
@@ -94,7 +94,7 @@ class Site:
             self.broker_client, lambda _session, _reader: "hello", self.began.append,
         )  # fmt: skip
         self.registry.at_end(self.user_rules.ended, self.broker_client.ended, note.ended)
-        self.answered: list[tuple[Verdict, str]] = []
+        self.answered: list[tuple[PamVerdict, str]] = []
         self.link.answers = {
             "POST /v1/admissions": YES,
             "POST /v1/sessions": YES,
@@ -103,9 +103,9 @@ class Site:
         }
 
     def reply(self, packet: bytes, fd: int | None = None) -> None:
-        self.answered.append((Verdict(packet[4]), packet[8:].split(b"\0")[-2].decode(errors="replace")))
+        self.answered.append((PamVerdict(packet[4]), packet[8:].split(b"\0")[-2].decode(errors="replace")))
 
-    def account(self, caller: Caller = ALICE) -> Verdict:
+    def account(self, caller: Caller = ALICE) -> PamVerdict:
         self.openings.account(caller, os.getpid(), self.reply)
         return self.answered[-1][0]
 
@@ -113,7 +113,7 @@ class Site:
         return self.openings.open(caller, os.getpid(), self.reply)
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> PamVerdict:
         return self.answered[-1][0]
 
     def events(self) -> list[tuple[str, str]]:
@@ -126,9 +126,9 @@ def site(tmp_path: Path) -> Site:
 
 
 def test_one_login_asks_once_and_is_announced(site: Site) -> None:
-    assert site.account() is Verdict.PASS
+    assert site.account() is PamVerdict.PASS
     session = site.open()
-    assert site.verdict is Verdict.GATE
+    assert site.verdict is PamVerdict.GATE
     assert site.link.asked == ["POST /v1/admissions", "GET /v1/personas/Work/versions/1", "POST /v1/sessions"]
     assert site.began == [session]
     assert site.events() == [("admission", "granted")]
@@ -146,7 +146,7 @@ def test_an_admission_counts_once_and_only_while_nothing_has_changed(site: Site,
         site.open()
     site.link.answers["POST /v1/sessions"] = NO
     site.open()
-    assert site.verdict is Verdict.DENY
+    assert site.verdict is PamVerdict.DENY
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_an_admission_counts_once_and_only_while_nothing_has_changed(site: Site,
 )
 def test_without_a_yes_nobody_comes_in(site: Site, outcome: Outcome, code: Reason) -> None:
     site.link.answers |= {"POST /v1/admissions": outcome, "POST /v1/sessions": outcome}
-    assert site.account() is Verdict.DENY
+    assert site.account() is PamVerdict.DENY
     site.open()
-    assert site.verdict is Verdict.DENY
+    assert site.verdict is PamVerdict.DENY
     assert str(code) in site.answered[-1][1]
     assert [record.reason for record in site.records] == [code, code]
     told = [(one.event, one.command, one.reason) for one in site.denials.of(ALICE.uid)]
@@ -172,26 +172,26 @@ def test_without_a_yes_nobody_comes_in(site: Site, outcome: Outcome, code: Reaso
 
 def test_who_made_the_gate_wait_stays_out_for_a_while(site: Site) -> None:
     site.excluded_s = 7.0
-    assert site.account() is Verdict.DENY
+    assert site.account() is PamVerdict.DENY
     assert site.open() is not None
-    assert (site.verdict, "refused for 7 s more" in site.answered[-1][1]) == (Verdict.DENY, True)
+    assert (site.verdict, "refused for 7 s more" in site.answered[-1][1]) == (PamVerdict.DENY, True)
     assert "POST /v1/sessions" not in site.link.asked
     site.excluded_s = 0.0
     site.open()
-    assert site.verdict is Verdict.GATE
+    assert site.verdict is PamVerdict.GATE
 
 
 def test_without_the_persona_s_document_nobody_comes_in_and_the_broker_hears_so(site: Site) -> None:
     site.link.answers["GET /v1/personas/Work/versions/1"] = AWAY
     site.open()
-    assert site.verdict is Verdict.DENY
+    assert site.verdict is PamVerdict.DENY
     assert site.link.asked[-1] == "DELETE /v1/sessions"
 
 
 def test_what_cannot_be_bound_does_not_begin(site: Site) -> None:
     site.user_rules.opened.side_effect = OSError("no nftables")
     session = site.open()
-    assert site.verdict is Verdict.DENY
+    assert site.verdict is PamVerdict.DENY
     assert site.link.asked[-1] == "DELETE /v1/sessions"
     assert site.began == []
     assert [call.args[0].session.id for call in site.user_rules.ended.call_args_list] == [session]
@@ -212,9 +212,9 @@ def test_an_opener_that_goes_before_the_answer_leaves_nothing(site: Site) -> Non
 def test_complain_mode_lets_everybody_in_and_says_who_would_not_have_been(tmp_path: Path) -> None:
     site = Site(tmp_path, Mode.COMPLAIN)
     site.link.answers |= {"POST /v1/admissions": NO, "POST /v1/sessions": NO}
-    assert site.account() is Verdict.PASS
+    assert site.account() is PamVerdict.PASS
     site.open()
-    assert site.verdict is Verdict.GATE
+    assert site.verdict is PamVerdict.GATE
     assert [(record.decision, record.complain) for record in site.records] == [("denied", True)]
     assert site.denials.of(ALICE.uid) == ()
 
@@ -230,7 +230,7 @@ def test_complain_mode_lets_in_whom_it_cannot_gate(tmp_path: Path, monkeypatch: 
     else:
         monkeypatch.setattr(site.registry, "is_full", lambda _uid: True)
     site.open()
-    assert site.verdict is Verdict.PASS
+    assert site.verdict is PamVerdict.PASS
     if what == "its network":
         answers: list[dict[str, Any]] = []
         site.openings.open_from_shell(ALICE, os.getpid(), answers.append)
@@ -241,7 +241,7 @@ def test_complain_mode_announces_a_session_when_the_broker_is_back(tmp_path: Pat
     site = Site(tmp_path, Mode.COMPLAIN)
     site.link.answers["POST /v1/sessions"] = AWAY
     session = site.open()
-    assert site.verdict is Verdict.GATE
+    assert site.verdict is PamVerdict.GATE
     site.openings.announce_again()
     assert site.began == []
     site.link.answers["POST /v1/sessions"] = YES
@@ -260,9 +260,9 @@ def test_complain_mode_announces_a_session_when_the_broker_is_back(tmp_path: Pat
     ],
 )
 def test_who_is_exempt_passes_without_a_question(site: Site, caller: Caller, events: list[tuple[str, str]]) -> None:
-    assert site.account(caller) is Verdict.PASS
+    assert site.account(caller) is PamVerdict.PASS
     assert site.open(caller) is None
-    assert site.verdict is Verdict.PASS
+    assert site.verdict is PamVerdict.PASS
     assert site.link.asked == []
     assert site.events() == events
     assert bool(site.exempted) == bool(events)
@@ -270,9 +270,9 @@ def test_who_is_exempt_passes_without_a_question(site: Site, caller: Caller, eve
 
 def test_a_demanded_kernel_layer_that_is_missing_keeps_everybody_out(tmp_path: Path) -> None:
     site = Site(tmp_path, require_kernel_layer=True)
-    assert site.account() is Verdict.DENY
+    assert site.account() is PamVerdict.DENY
     site.open()
-    assert site.verdict is Verdict.DENY
+    assert site.verdict is PamVerdict.DENY
     assert str(Reason.KERNEL_LAYER_MISSING) in site.answered[-1][1]
 
 
@@ -280,12 +280,12 @@ def test_a_listener_is_taken_once_and_only_of_who_was_admitted(site: Site, monke
     monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
     session = site.open()
     assert session is not None
-    for name, verdict in ((session, Verdict.DONE), (session, Verdict.DENY), ("s-other", Verdict.DENY)):
+    for name, verdict in ((session, PamVerdict.DONE), (session, PamVerdict.DENY), ("s-other", PamVerdict.DENY)):
         fd, other = os.pipe()
         os.close(other)
         site.openings.listener(name, fd, site.reply)
         assert site.verdict is verdict
-        if verdict is Verdict.DENY:
+        if verdict is PamVerdict.DENY:
             with pytest.raises(OSError, match="Bad file descriptor"):
                 os.close(fd)
         else:
@@ -316,7 +316,7 @@ def test_a_session_that_cannot_be_kept_does_not_begin_and_hangs_nobody(
     fd, other = os.pipe()
     os.close(other)
     site.openings.listener(session, fd, site.reply)
-    assert site.verdict is Verdict.DENY
+    assert site.verdict is PamVerdict.DENY
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.close(fd)
     assert site.link.asked[-1] == "DELETE /v1/sessions"
@@ -335,7 +335,7 @@ def test_in_complain_mode_a_session_that_cannot_be_kept_goes_on_and_is_kept_late
     fd, other = os.pipe()
     os.close(other)
     site.openings.listener(session, fd, site.reply)
-    assert site.verdict is Verdict.DONE
+    assert site.verdict is PamVerdict.DONE
     site.supervisor.answer_for.assert_called_once()
     site.registry.save_again()
     kept = small_disk.path / "sessions" / f"{session}.json"

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from persona_guest.core.pam_protocol import MAGIC, Caller, Op, Verdict, reply
+from persona_guest.core.pam_protocol import MAGIC, Caller, Op, PamVerdict, reply
 from persona_guest.ipc import pam
 from persona_guest.ipc.pam import PamSocket, Reply
 from persona_guest.loop import Loop
@@ -29,9 +29,9 @@ class FakeDoor:
         self.events.append("open")
         self.groups = caller.groups
         if self._at_once:
-            reply_to(reply(Verdict.GATE))
+            reply_to(reply(PamVerdict.GATE))
         else:
-            self._loop.call_later(0.05, lambda: reply_to(reply(Verdict.GATE)))
+            self._loop.call_later(0.05, lambda: reply_to(reply(PamVerdict.GATE)))
         return "s-1"
 
     def listener(self, session: str, fd: int, reply: Reply) -> None:
@@ -94,7 +94,7 @@ def test_where_too_many_are_open_the_next_one_waits(tmp_path: Path, monkeypatch:
     module.start()
     loop.run_until(lambda: len(answers) == 3, 5)
     module.join(5)
-    assert [answer[4:5] for answer in answers] == [bytes([Verdict.GATE])] * 3
+    assert [answer[4:5] for answer in answers] == [bytes([PamVerdict.GATE])] * 3
     served.close()
 
 
@@ -128,5 +128,5 @@ def test_groups_that_do_not_fit_into_one_packet_come_before_it(
     assert len(admissions.groups) == names
     assert (admissions.groups[-1:] == ("users",)) == opened
     # a module whose question is not understood is hung up on, and goes by the mode
-    assert answers[0][4:5] == (bytes([Verdict.GATE]) if opened else b"")
+    assert answers[0][4:5] == (bytes([PamVerdict.GATE]) if opened else b"")
     served.close()

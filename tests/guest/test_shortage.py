@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from persona_guest.core.pam_protocol import Caller, Op, Verdict, reply
+from persona_guest.core.pam_protocol import Caller, Op, PamVerdict, reply
 from persona_guest.dependencies.installer.client import Installation
 from persona_guest.dependencies.resolve import DependencyChecker
 from persona_guest.ipc.pam import PamSocket
@@ -39,7 +39,7 @@ class Counting(Loop):
 
 
 def passes(caller: Caller, pid: int, reply_to: object) -> None:
-    reply_to(reply(Verdict.PASS))  # type: ignore[operator]
+    reply_to(reply(PamVerdict.PASS))  # type: ignore[operator]
 
 
 def caller_packet() -> bytes:

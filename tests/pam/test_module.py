@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_guest.core.pam_protocol import Caller, Groups, Op, Verdict, WireError, parse, reply
+from persona_guest.core.pam_protocol import Caller, Groups, Op, PamVerdict, WireError, parse, reply
 from persona_guest.kernel import landlock, seccomp
 
 ROOT = Path(__file__).parents[2]
@@ -149,11 +149,11 @@ def says(*packets: bytes) -> Script:
 
 def gate(agent: FakeAgent, connection: socket.socket) -> None:
     agent.take(connection)
-    connection.send(reply(Verdict.GATE, instructions=seccomp.gate_filter()))
+    connection.send(reply(PamVerdict.GATE, instructions=seccomp.gate_filter()))
     fds = agent.take(connection)
     if fds:
         agent.serve_execs(fds[0])
-    connection.send(reply(Verdict.DONE))
+    connection.send(reply(PamVerdict.DONE))
 
 
 def test_exports_are_the_modules_entry_points_and_nothing_else() -> None:
@@ -165,7 +165,7 @@ def test_exports_are_the_modules_entry_points_and_nothing_else() -> None:
 
 
 def test_pass(stack: Stack) -> None:
-    agent = stack.serve(says(reply(Verdict.PASS)))
+    agent = stack.serve(says(reply(PamVerdict.PASS)))
     assert stack.run("account", "session") == {"start": 0, "account": 0, "session": 0, "messages": []}
     op, caller = agent.calls[0]
     assert op is Op.ACCOUNT
@@ -175,7 +175,7 @@ def test_pass(stack: Stack) -> None:
 
 
 def test_deny_shows_the_message_without_control_characters(stack: Stack) -> None:
-    stack.serve(says(reply(Verdict.DENY, "persona: no\x1b[2J way")))
+    stack.serve(says(reply(PamVerdict.DENY, "persona: no\x1b[2J way")))
     found = stack.run("account")
     assert found["account"] == PERM_DENIED
     assert found["messages"] == ["persona: no?[2J way"]
@@ -198,12 +198,12 @@ def bound(below: str) -> Script:
     def script(agent: FakeAgent, connection: socket.socket) -> None:
         ruleset = landlock.starting_below(["/usr", below])
         agent.take(connection)
-        socket.send_fds(connection, [reply(Verdict.GATE, instructions=seccomp.gate_filter())], [ruleset])
+        socket.send_fds(connection, [reply(PamVerdict.GATE, instructions=seccomp.gate_filter())], [ruleset])
         os.close(ruleset)
         fds = agent.take(connection)
         if fds:
             agent.serve_execs(fds[0])
-        connection.send(reply(Verdict.DONE))
+        connection.send(reply(PamVerdict.DONE))
 
     return script
 
@@ -224,7 +224,7 @@ def test_what_landlock_s_rules_name_runs(stack: Stack) -> None:
 def test_what_came_instead_of_landlock_s_rules_refuses(stack: Stack) -> None:
     def script(agent: FakeAgent, connection: socket.socket) -> None:
         agent.take(connection)
-        socket.send_fds(connection, [reply(Verdict.GATE, instructions=seccomp.gate_filter())], [0])
+        socket.send_fds(connection, [reply(PamVerdict.GATE, instructions=seccomp.gate_filter())], [0])
 
     stack.serve(script)
     found = stack.run("session", "fds")
@@ -237,7 +237,7 @@ def test_a_descriptor_that_nobody_expects_is_closed(stack: Stack) -> None:
     def script(agent: FakeAgent, connection: socket.socket) -> None:
         agent.take(connection)
         ruleset = landlock.starting_below(["/usr"])
-        socket.send_fds(connection, [reply(Verdict.PASS)], [ruleset])
+        socket.send_fds(connection, [reply(PamVerdict.PASS)], [ruleset])
         os.close(ruleset)
 
     stack.serve(script)
@@ -259,7 +259,7 @@ HEAD = struct.pack("=IHH", 0x314E5350, 0, 0)
     [b"", b"x", HEAD, HEAD + b"no end", HEAD + b"a\0b\0", struct.pack("=IHH", 7, 0, 0) + b"\0",
      struct.pack("=IHH", 0x314E5350, 9, 0) + b"\0", struct.pack("=IHH", 0x314E5350, 1, 65) + bytes(65 * 8) + b"\0",
      struct.pack("=IHH", 0x314E5350, 1, 60) + b"\0", HEAD + b"x" * 2000 + b"\0", b"x" * 9000,
-     reply(Verdict.DONE), reply(Verdict.GATE)],
+     reply(PamVerdict.DONE), reply(PamVerdict.GATE)],
 )  # fmt: skip
 def test_garbage_is_a_refusal(stack: Stack, packet: bytes) -> None:
     stack.state.write_text("mode=enforce\nuid_min=1\n")
@@ -274,7 +274,7 @@ def test_an_agent_that_hangs_up_is_a_refusal(stack: Stack, cut: int) -> None:
     def script(agent: FakeAgent, connection: socket.socket) -> None:
         agent.take(connection)
         if cut:
-            connection.send(reply(Verdict.GATE, instructions=seccomp.gate_filter()))
+            connection.send(reply(PamVerdict.GATE, instructions=seccomp.gate_filter()))
             agent.take(connection)
             agent.let_go()
 
@@ -307,7 +307,7 @@ def test_an_agent_that_is_restarted_refuses_nobody(stack: Stack, step: str, foun
         def restart() -> None:
             before.close()  # with what waits there unread
             time.sleep(0.5)
-            stack.serve(says(reply(Verdict.PASS)))
+            stack.serve(says(reply(PamVerdict.PASS)))
 
         later = threading.Timer(0.7, restart)
         later.start()
@@ -321,7 +321,7 @@ def test_an_agent_that_ends_before_its_answer_is_asked_again(stack: Stack) -> No
     def script(agent: FakeAgent, connection: socket.socket) -> None:
         agent.take(connection)
         if len(agent.calls) > 1:
-            connection.send(reply(Verdict.PASS))
+            connection.send(reply(PamVerdict.PASS))
 
     stack.state.write_text("mode=enforce\nuid_min=1\n")
     agent = stack.serve(script)
@@ -364,7 +364,7 @@ def test_a_start_that_makes_progress_is_waited_for_and_has_its_time_then(stack: 
     stack.state.write_text("mode=enforce\nuid_min=1\n")
     began = time.monotonic()  # the kernel layer is loaded before the agent starts
     starting = Starting(stack.starting, 12, lambda at: "kernel" if at < began + 5 else 7)
-    later = threading.Timer(12, lambda: stack.serve(says(reply(Verdict.PASS))))
+    later = threading.Timer(12, lambda: stack.serve(says(reply(PamVerdict.PASS))))
     later.start()
     try:
         assert stack.run("account") == {"start": 0, "account": SUCCESS, "messages": []}
@@ -480,7 +480,7 @@ def test_a_state_that_cannot_be_understood_refuses_those_who_would_be_gated(stac
 
 def test_an_option_that_is_misspelt_locks_nobody_out(stack: Stack) -> None:
     stack.options = "tiemout=5 timeout=abc"
-    stack.serve(says(reply(Verdict.PASS)))
+    stack.serve(says(reply(PamVerdict.PASS)))
     assert stack.run("account")["account"] == SUCCESS
 
 

@@ -200,13 +200,13 @@ class Users:
         The broker is asked anew even where a lease holds.
         """
         gate = self._settings.gate
-        verdict = judge(
+        judgement = judge(
             exec_request, 0, (), told.get,
             lambda denials: rule_for(exec_request, login, task, gate, self._identifier, denials),
         )  # fmt: skip
-        question = exec_request.question(verdict.stage, login.holder)
-        if isinstance(verdict, Ask):
-            stage = verdict.stage
+        question = exec_request.question(judgement.stage, login.holder)
+        if isinstance(judgement, Ask):
+            stage = judgement.stage
 
             def decided(decision: Decision) -> None:
                 self._explain_on(exec_request, login, task, cwd, {**told, stage: decision}, respond)
@@ -223,15 +223,15 @@ class Users:
             return
         found: dict[str, Any] = {"ok": True, "program": encode_program(question.program), "always": None}
         full = self._supervisor.unrecordable(login.session.subject.user)
-        if isinstance(verdict, Refused):
-            decision = encode_decision(verdict.denied)
+        if isinstance(judgement, Refused):
+            decision = encode_decision(judgement.denied)
         elif full is not None:
             decision = encode_decision(full)
-        elif verdict.granted is not None:
-            decision = encode_decision(verdict.granted)
+        elif judgement.granted is not None:
+            decision = encode_decision(judgement.granted)
         else:  # no persona and no policy says so
             decision = {**encode_decision(_IMPLICIT), "persona": None, "policy": None}
-            found["always"] = str(verdict.own)
+            found["always"] = str(judgement.own)
         respond({**found, "decision": decision})
 
     def _gate(self, call: Call, respond: Respond) -> None:

@@ -24,7 +24,7 @@ class Op(IntEnum):
     GROUPS = 5  # more groups of who is in the ACCOUNT or OPEN that follows
 
 
-class Verdict(IntEnum):
+class PamVerdict(IntEnum):
     """What the agent answers."""
 
     PASS = 0
@@ -108,7 +108,7 @@ def _group_names(names: list[bytes]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def reply(verdict: Verdict, message: str = "", instructions: bytes = b"") -> bytes:
+def reply(verdict: PamVerdict, message: str = "", instructions: bytes = b"") -> bytes:
     """One reply packet; a message over 1023 bytes is cut."""
     text = message.encode("utf-8", "replace")[:_MESSAGE_MAX].decode("utf-8", "ignore").encode()
     return _HEAD.pack(MAGIC, verdict, len(instructions) // 8) + instructions + text.replace(b"\0", b"?") + b"\0"

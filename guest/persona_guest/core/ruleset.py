@@ -106,7 +106,7 @@ class NotOpening:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ReplyDirection:
     """Goes back to who sent first.  Only UDP needs the kernel's connection tracking to know."""
 
     def __str__(self) -> str:
@@ -186,7 +186,7 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class NftVerdict:
     """``accept``, ``masquerade``, ``jump CHAIN``, ``reset`` or ``refuse``.
 
     A connect that is reset fails with ECONNREFUSED at once, an open flow with ECONNRESET.  One that is refused
@@ -201,11 +201,11 @@ class Verdict:
 
 
 Expression = (
-    Protocol | Family | Address | Resolver | Port | Not | NotOpening | Answer | Loopback | ByCgroup | ByOwner | Marked
-    | Mark | Count | Log | Verdict
+    Protocol | Family | Address | Resolver | Port | Not | NotOpening | ReplyDirection | Loopback | ByCgroup | ByOwner
+    | Marked | Mark | Count | Log | NftVerdict
 )  # fmt: skip
 Rule = tuple[Expression, ...]
-ACCEPT = Verdict("accept")
+ACCEPT = NftVerdict("accept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,8 +275,8 @@ def access(persona: Persona, marks: Mapping[Via, int]) -> Access:
     noted: list[Rule] = [(Count(name),), (Log(persona.name),)]
     return Access(
         name,
-        Chain(f"{name}/out", (*out, *noted, (Protocol(TCP), Verdict("reset")), (Verdict("refuse"),))),
-        Chain(f"{name}/in", (*into, *noted, (Verdict("refuse"),))),
+        Chain(f"{name}/out", (*out, *noted, (Protocol(TCP), NftVerdict("reset")), (NftVerdict("refuse"),))),
+        Chain(f"{name}/in", (*into, *noted, (NftVerdict("refuse"),))),
         frozenset(rule.via for rule in persona.network_access if rule.via is not None),
     )
 
@@ -325,7 +325,7 @@ def _answers(rule: NetworkRule) -> list[Rule]:
     if rule.protocol in ("tcp", "any"):
         found += _ported((Protocol(TCP), NotOpening()), "sport", rule, "daddr")
     if rule.protocol in ("udp", "any"):
-        found += _ported((Protocol(UDP), Answer()), "sport", rule, "daddr")
+        found += _ported((Protocol(UDP), ReplyDirection()), "sport", rule, "daddr")
     return found
 
 
@@ -345,14 +345,14 @@ def base_chains() -> tuple[Chain, ...]:
     judge: list[Rule] = [(ByCgroup(level, f"out{level}"),) for level in LEVELS]
     listen: list[Rule] = [(ByCgroup(level, f"in{level}"),) for level in LEVELS]
     local: list[Rule] = [(Not(Port("dport", _DNS, _DNS)), ACCEPT), (*other, ACCEPT)]
-    output: list[Rule] = [(Loopback("oif"), Verdict("jump local")), *judge, (ByOwner("owner"),)]
+    output: list[Rule] = [(Loopback("oif"), NftVerdict("jump local")), *judge, (ByOwner("owner"),)]
     # of an ICMP error the kernel would look up the socket that it is about; of protocols but these it finds none, and
     # a socket of UDP-Lite is anybody's to make, without a module
-    strange: Rule = (*other, Verdict("jump strange"))
+    strange: Rule = (*other, NftVerdict("jump strange"))
     into: list[Rule] = [(Protocol(TCP), NotOpening(), ACCEPT), (Loopback("iif"), ACCEPT), strange, *listen]
     return (
         Chain("local", tuple(local)),
-        Chain("strange", ((Protocol(UDPLITE), Verdict("refuse")), (ACCEPT,))),
+        Chain("strange", ((Protocol(UDPLITE), NftVerdict("refuse")), (ACCEPT,))),
         # of type route, so that a mark given here is routed by; before the translation of addresses
         Chain("output", tuple(output), Hook("route", "output", -150)),
         Chain("input", tuple(into), Hook("filter", "input", 0)),
@@ -361,7 +361,7 @@ def base_chains() -> tuple[Chain, ...]:
 
 def way_chains(marks: Iterable[int]) -> tuple[Chain, ...]:
     """A socket took its address by the machine's own route; on its way it gets that of the device it leaves by."""
-    rules = tuple((Marked(index), Verdict("masquerade")) for index in marks)
+    rules = tuple((Marked(index), NftVerdict("masquerade")) for index in marks)
     return (Chain(WAYS, rules, Hook("nat", "postrouting", 100)),) if rules else ()
 
 

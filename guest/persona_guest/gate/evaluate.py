@@ -36,7 +36,7 @@ class Refused(NamedTuple):
     denials: tuple[Denied, ...]
 
 
-Verdict = Ask | Runs | Refused
+Judgement = Ask | Runs | Refused
 
 
 def judge(
@@ -45,7 +45,7 @@ def judge(
     denials: tuple[Denied, ...],
     known: Callable[[int], Decision | None],
     own: Callable[[tuple[Denied, ...]], Own | None],
-) -> Verdict:
+) -> Judgement:
     """Goes on from ``stage``, the stages before it having been denied.
 
     The first stage that is granted wins.  ``known`` returns the decision on a stage, or ``None`` where the broker has

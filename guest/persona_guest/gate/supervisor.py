@@ -178,7 +178,7 @@ class Supervisor:
     def _decide(self, pending: Pending) -> None:
         """Goes through the stages until one is granted, all are denied, or the broker must be asked."""
         login, exec_request = pending.login, pending.exec_request
-        verdict = judge(
+        judgement = judge(
             exec_request,
             pending.stage,
             pending.denials,
@@ -187,8 +187,8 @@ class Supervisor:
                 exec_request, login, pending.task, self.settings.gate, self._identifier, denials
             ),
         )
-        pending.denials = verdict.denials
-        match verdict:
+        pending.denials = judgement.denials
+        match judgement:
             case Refused(denied=denied):
                 self._deny(pending, denied)
             case Runs(stage=stage, granted=granted):

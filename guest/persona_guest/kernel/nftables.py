@@ -193,7 +193,7 @@ def _expression(item: r.Expression) -> Iterable[tuple[str, bytes]]:
         case r.NotOpening():
             mask = bytes((_SYN | _ACK,))
             return [_payload(_TRANSPORT, _TCP_FLAGS_AT, 1), _mask(mask, b"\0"), _compare(_NEQ, bytes((_SYN,)))]
-        case r.Answer():
+        case r.ReplyDirection():
             return [("ct", u32(1, _REGISTER) + u32(2, _CT_DIRECTION)), _compare(_EQ, bytes((_CT_REPLY,)))]
         case r.Loopback(side):
             index = _LOOPBACK_INDEX.to_bytes(4, sys.byteorder)
@@ -215,7 +215,7 @@ def _expression(item: r.Expression) -> Iterable[tuple[str, bytes]]:
             limit = u64(1, r.LOG_RATE) + u64(2, 1) + u32(3, r.LOG_BURST)
             group = attribute(1, r.LOG_GROUP.to_bytes(2, "big"))
             return [("limit", limit), ("log", group + text(2, prefix) + u32(3, r.LOG_BYTES))]
-        case r.Verdict(what):
+        case r.NftVerdict(what):
             return [_final(what)]
     assert_never(item)
 

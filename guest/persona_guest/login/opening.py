@@ -16,7 +16,7 @@ from persona.problems import Fault, PersonaError, Reason
 from persona_guest.broker.client import UNANSWERED, BrokerClient
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.messages import printable
-from persona_guest.core.pam_protocol import Caller, Verdict, reply
+from persona_guest.core.pam_protocol import Caller, PamVerdict, reply
 from persona_guest.enforce.network.user_rules import NoUserRules, UserRules
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.pam import Reply
@@ -73,7 +73,7 @@ class Openings:
     def account(self, caller: Caller, pid: int, reply_to: Reply) -> None:
         """May this user log in at all?"""
         if self._admission.exempt(caller, opens=False):
-            reply_to(reply(Verdict.PASS))
+            reply_to(reply(PamVerdict.PASS))
             return
         session = self._session(caller, pid)
 
@@ -82,25 +82,25 @@ class Openings:
                 self._recent.keep(pid, session.subject, result, self._leases.generation, time.monotonic())
             result = self._admission.kept_out(session.uid) or result
             if isinstance(result, Admitted) or self._settings.mode is Mode.COMPLAIN:
-                reply_to(reply(Verdict.PASS))
+                reply_to(reply(PamVerdict.PASS))
             else:
                 self._admission.record(session, result)
-                reply_to(reply(Verdict.DENY, self._admission.line(caller, result)))
+                reply_to(reply(PamVerdict.DENY, self._admission.line(caller, result)))
 
         self._admission.ask(session, answered, opening=False)
 
     def open(self, caller: Caller, pid: int, reply_to: Reply) -> str | None:
         """A session opens: pass, refuse, or gate it."""
         if self._admission.exempt(caller, opens=True):
-            reply_to(reply(Verdict.PASS))
+            reply_to(reply(PamVerdict.PASS))
             return None
         session = self._session(caller, pid)
 
         def refuse(denied: Denied) -> None:
             if self._goes_on(caller, denied):
-                reply_to(reply(Verdict.PASS))
+                reply_to(reply(PamVerdict.PASS))
             else:
-                reply_to(reply(Verdict.DENY, self._admission.line(caller, denied)))
+                reply_to(reply(PamVerdict.DENY, self._admission.line(caller, denied)))
 
         if self._registry.is_full(caller.uid):
             refuse(Denied(Reason.AGENT_OVERLOADED, help=_TOO_MANY))
@@ -113,17 +113,17 @@ class Openings:
         try:
             self._take(session_id, fd)
         except PersonaError as error:
-            reply_to(reply(Verdict.DENY, f"persona: {error.message}"))
+            reply_to(reply(PamVerdict.DENY, f"persona: {error.message}"))
         else:
-            reply_to(reply(Verdict.DONE))
+            reply_to(reply(PamVerdict.DONE))
 
     def present(self, pid: int, session_id: str, reply_to: Reply) -> None:
         """A session inside a session: it keeps the outer gate, if that is ours."""
         self.abandoned(session_id)
         if self._registry.find(pid) is not None or self._settings.mode is Mode.COMPLAIN:
-            reply_to(reply(Verdict.DONE))
+            reply_to(reply(PamVerdict.DONE))
         else:
-            reply_to(reply(Verdict.DENY, "persona: another seccomp listener is in the way of the gate"))
+            reply_to(reply(PamVerdict.DENY, "persona: another seccomp listener is in the way of the gate"))
 
     def abandoned(self, session_id: str) -> None:
         """An opened session whose listener will not come; nothing where it came."""
@@ -251,7 +251,7 @@ class Openings:
             refuse(Denied(Reason.ENFORCEMENT_FAILED, help=f"guest.toml, gate.landlock_execute: {error.strerror}"))
             return
         try:
-            reply_to(reply(Verdict.GATE, instructions=self._filter), ruleset)
+            reply_to(reply(PamVerdict.GATE, instructions=self._filter), ruleset)
         finally:
             if ruleset is not None:
                 os.close(ruleset)
