@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from persona_guest.core.file_id import Image
 from persona_guest.kernel import bpf
 from persona_guest.loop import Loop
 from persona_guest.lsm import abi
@@ -16,7 +17,7 @@ from persona_guest.lsm.abi import Event
 from persona_guest.lsm.layer import AttachedLayer, HangsOn, KernelLayer
 from persona_guest.lsm.quota import Quota
 from persona_guest.program.exec_request import ExecRequest, Stage
-from persona_guest.program.identity import Identified, Image
+from persona_guest.program.identity import Identified
 from persona_guest.program.shebang import Format
 from persona_guest.settings import Mode, Paths, Settings
 

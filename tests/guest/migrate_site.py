@@ -10,13 +10,14 @@ from typing import NoReturn, cast
 
 from persona_guest.broker.documents import Personas
 from persona_guest.core.denials import Book
+from persona_guest.core.file_id import Image
 from persona_guest.core.masks import Masks
 from persona_guest.core.reassignment import NO_PERSONA, NO_PERSONA_DOCUMENT, Applicable, Word
 from persona_guest.enforce.cgroups.facility import Cgroups
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.loop import Loop
-from persona_guest.program.identity import Identifier, Image
+from persona_guest.program.identity import Identifier
 from persona_guest.reassign.migrate import REVOKED, Migrator
 from persona_guest.reassign.user_notices import Notices
 from persona_guest.session.model import Admitted, Login, Session, State

@@ -8,7 +8,7 @@ import pytest
 from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.documents import Personas
 from persona_guest.core import tasks
-from persona_guest.core.tasks import Answer
+from persona_guest.core.tasks import FromCallback
 from persona_guest.dependencies.resolve import Dependencies, Installed
 from persona_guest.gate.decider import Decider
 from persona_guest.settings import Gate
@@ -142,7 +142,7 @@ def test_answers_that_are_there_at_once_are_taken_at_once() -> None:
     async def sum_of(numbers: range) -> int:
         total = 0
         for number in numbers:
-            total += await Answer[int](lambda done, number=number: done(number))  # type: ignore[misc]
+            total += await FromCallback[int](lambda done, number=number: done(number))  # type: ignore[misc]
         return total
 
     found: list[int] = []
@@ -155,7 +155,7 @@ def test_what_a_coroutine_raises_reaches_whoever_answered() -> None:
     found: list[float] = []
 
     async def divide() -> float:
-        return 1 / await Answer[int](waiting.append)
+        return 1 / await FromCallback[int](waiting.append)
 
     tasks.run(divide(), found.append)
     with pytest.raises(ZeroDivisionError):

@@ -9,13 +9,13 @@ from unittest.mock import Mock
 
 import pytest
 from persona_guest.broker.documents import Personas
+from persona_guest.core.file_id import Image
 from persona_guest.core.persona_cgroups import place_of
 from persona_guest.enforce.cgroups.facility import Cgroups
 from persona_guest.enforce.cgroups.user_memory import lacking
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.enforce.plan_text import WORDS
 from persona_guest.loop import Loop
-from persona_guest.program.identity import Image
 from persona_guest.session.model import Session
 from persona_guest.session.placement import Placement
 from persona_guest.session.registry import Registry

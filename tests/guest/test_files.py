@@ -12,11 +12,11 @@ import pytest
 from persona_guest import files
 from persona_guest.agent import state_file
 from persona_guest.broker.documents import Personas
+from persona_guest.core.file_id import Image
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.enforce.network.egress_routes import EgressRoutes
 from persona_guest.enforce.network.orphan_sockets import OwnedCgroup, SocketOwners
 from persona_guest.loop import Loop
-from persona_guest.program.identity import Image
 from persona_guest.session.placement import Placement
 from persona_guest.session.registry import Registry
 from persona_guest.settings import Mode, Paths, Settings

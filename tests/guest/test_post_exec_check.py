@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from persona_guest.core.file_id import Image
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.gate.post_exec_check import Expectation, Verifier
 from persona_guest.kernel.fd_inode import kernel_image
 from persona_guest.kernel.task import Process, Task
 from persona_guest.loop import Loop
-from persona_guest.program.identity import Image
 from persona_guest.session.model import Session
 
 from persona.decisions import Subject

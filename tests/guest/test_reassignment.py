@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from persona_guest.broker.documents import Personas
+from persona_guest.core.file_id import Image
 from persona_guest.core.messages import limit_line
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, place_of
 from persona_guest.core.reassignment import NO_PERSONA, NO_PERSONA_DOCUMENT, Applicable, bereft, choose
 from persona_guest.enforce.cgroups.limit_events import Alarms
 from persona_guest.enforce.plan import PlanError, apply, apply_each, undo
 from persona_guest.loop import Loop
-from persona_guest.program.identity import Identifier, Image
+from persona_guest.program.identity import Identifier
 from persona_guest.program.process import look
 from persona_guest.session.placement import Placement
 from persona_guest.settings import Gate

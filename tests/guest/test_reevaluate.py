@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from persona_guest.broker.current import read
 from persona_guest.broker.documents import Personas
+from persona_guest.core.file_id import Image
 from persona_guest.core.reassignment import Applicable, Word
 from persona_guest.loop import Loop
-from persona_guest.program.identity import Image
 from persona_guest.reassign import reevaluate as module
 from persona_guest.reassign.reevaluate import Reevaluator
 from persona_guest.session.model import Session

@@ -6,9 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from persona_guest.core.file_id import Image
 from persona_guest.core.persona_cgroups import place_of
 from persona_guest.kernel.task import Task
-from persona_guest.program.identity import Image
 from persona_guest.session.model import Admitted, Login, Session, State
 from persona_guest.session.placement import Placement
 from persona_guest.session.registry import Registry

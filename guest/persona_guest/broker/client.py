@@ -25,7 +25,6 @@ from persona_guest.broker.pool import Answer, Outcome, Pool
 from persona_guest.core.leases import LeaseBook
 from persona_guest.session.model import Admitted, Login, Session, State
 
-UNANSWERED = (Reason.BROKER_UNREACHABLE, Reason.BROKER_MISBEHAVED, Reason.AGENT_OVERLOADED)
 _ARGV_MAX = MAX_BODY // 2
 SESSIONS_A_CALL = 100  # that are asked about at once
 _SESSIONS_TOLD_MAX = 4096  # a broker knows no more of one guest

@@ -10,8 +10,11 @@ T = TypeVar("T")
 Begin = Callable[[Callable[[T], None]], None]
 
 
-class Answer(Generic[T]):
-    """Awaited, calls ``begin`` with a function that takes the answer, once, now or later."""
+class FromCallback(Generic[T]):
+    """What a function calls back with: ``await FromCallback(begin)``.
+
+    ``begin`` is called with a function that takes the answer, once, now or later.
+    """
 
     def __init__(self, begin: Begin[T]) -> None:
         self._begin = begin

@@ -14,6 +14,7 @@ from persona.decisions import Denied, Granted, PersonaRef
 from persona.documents import Persona
 from persona.problems import PersonaError, Reason
 from persona_guest.broker.documents import Personas
+from persona_guest.core.file_id import Image
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, manager_of, place_of, scope_of
 from persona_guest.core.reassignment import NO_PERSONA, bereft, named
 from persona_guest.enforce import plan as plans
@@ -25,7 +26,6 @@ from persona_guest.kernel import seccomp
 from persona_guest.kernel.cgroup import Hierarchy, cgroup_of
 from persona_guest.kernel.task import Task
 from persona_guest.loop import Loop
-from persona_guest.program.identity import Image
 from persona_guest.session.model import Login
 from persona_guest.session.placement import Placement
 from persona_guest.session.registry import Registry

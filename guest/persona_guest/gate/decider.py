@@ -11,7 +11,7 @@ from persona.decisions import Decision, Request
 from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.documents import Personas
 from persona_guest.core import tasks
-from persona_guest.core.tasks import Answer
+from persona_guest.core.tasks import FromCallback
 from persona_guest.dependencies.resolve import Dependencies, Installed
 from persona_guest.settings import Gate
 
@@ -37,19 +37,19 @@ class Decider:
         decision = await self._ask(request)
         # a plumbing program (gate.plumbing) starts before there is a terminal: nobody could be told what it waits for
         if not self._gate.is_plumbing(request.program.path):
-            found = await Answer[Decision | Installed](partial(self._dependencies.installed, decision, request))
+            found = await FromCallback[Decision | Installed](partial(self._dependencies.installed, decision, request))
             if not isinstance(found, Installed):
                 return found
             decision = await self._ask(request)
-        return await Answer[Decision](partial(self._dependencies.backed, decision))
+        return await FromCallback[Decision](partial(self._dependencies.backed, decision))
 
     async def _explain(self, request: Request) -> Decision:
         decision = await self._ask(request, explain=True)
-        return await Answer[Decision](
+        return await FromCallback[Decision](
             lambda done: self._dependencies.backed(decision, done, "would first have installed:")
         )
 
     async def _ask(self, request: Request, *, explain: bool = False) -> Decision:
         """The broker's decision, a grant with its persona's document here."""
-        decision = await Answer[Decision](partial(self._broker.decide, request, explain=explain))
-        return await Answer[Decision](partial(self._documents.backed, decision))
+        decision = await FromCallback[Decision](partial(self._broker.decide, request, explain=explain))
+        return await FromCallback[Decision](partial(self._documents.backed, decision))

@@ -12,8 +12,8 @@ from persona.shown import words
 from persona_guest.audit import records
 from persona_guest.audit.upload import Recordable
 from persona_guest.core.denials import COMMAND_MAX, Book
+from persona_guest.core.file_id import Image
 from persona_guest.lsm.abi import Event
-from persona_guest.program.identity import Image
 from persona_guest.session.registry import Registry
 from persona_guest.system.accounts import Names
 

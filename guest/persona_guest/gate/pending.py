@@ -4,10 +4,10 @@ import time
 from dataclasses import dataclass, field
 
 from persona.decisions import Denied, Granted, Width
+from persona_guest.core.file_id import Image
 from persona_guest.kernel.task import Task
 from persona_guest.lsm.layer import HangsOn
 from persona_guest.program.exec_request import ExecRequest
-from persona_guest.program.identity import Image
 from persona_guest.session.model import Login
 
 

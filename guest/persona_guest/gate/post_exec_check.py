@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from persona_guest.core.file_id import Image
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.kernel.task import Process, living
 from persona_guest.loop import Loop
-from persona_guest.program.identity import Image
 from persona_guest.session.model import Session
 
 _FIRST_LOOK_S = 0.003

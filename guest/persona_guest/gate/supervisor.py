@@ -15,9 +15,9 @@ from functools import partial
 
 from persona.decisions import Decision, Denied, Granted, Request
 from persona.problems import PersonaError, Reason
-from persona_guest.broker.client import UNANSWERED
 from persona_guest.core.leases import Question
 from persona_guest.core.messages import denial_line
+from persona_guest.core.unanswered import UNANSWERED
 from persona_guest.gate import implicit_allow
 from persona_guest.gate.evaluate import Ask, Refused, Runs, judge
 from persona_guest.gate.hang_watchdog import LIMIT_S

@@ -13,10 +13,11 @@ from typing import Any
 
 from persona.decisions import Denied, Subject
 from persona.problems import Fault, PersonaError, Reason
-from persona_guest.broker.client import UNANSWERED, BrokerClient
+from persona_guest.broker.client import BrokerClient
 from persona_guest.core.leases import LeaseBook
 from persona_guest.core.messages import printable
 from persona_guest.core.pam_protocol import Caller, PamVerdict, reply
+from persona_guest.core.unanswered import UNANSWERED
 from persona_guest.enforce.network.user_rules import NoUserRules, UserRules
 from persona_guest.gate.supervisor import Supervisor
 from persona_guest.ipc.pam import Reply

@@ -13,10 +13,11 @@ from persona.called_names import called_name
 from persona.decisions import Denied
 from persona.problems import Reason
 from persona.shown import word
+from persona_guest.core.file_id import Image
 from persona_guest.core.leases import Question
 from persona_guest.kernel import memory, seccomp
 from persona_guest.kernel.task import Task, View
-from persona_guest.program.identity import Identified, Identifier, Image
+from persona_guest.program.identity import Identified, Identifier
 from persona_guest.program.own_home import Owner, as_own
 from persona_guest.program.shebang import NESTING_MAX, Format, Shebang, interpreter_argv
 

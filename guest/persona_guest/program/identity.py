@@ -21,6 +21,7 @@ from persona.decisions import Denied, Program
 from persona.problems import Reason
 from persona.shown import word
 from persona.wildcards import matches
+from persona_guest.core.file_id import Image
 from persona_guest.kernel.fd_inode import kernel_image
 from persona_guest.kernel.task import Task, View
 from persona_guest.program.elf import NO_ELF, parse
@@ -36,21 +37,6 @@ _SCAN_S = 60.0  # a change of the secure path that moved no time stamp is seen a
 _ALIASES_MAX = 64
 # Debian's switchboard of generic names: a change here moves a name without touching the directory.
 _ALTERNATIVES = "/etc/alternatives"
-
-
-class Image(NamedTuple):
-    """The identity of a file while it exists."""
-
-    device: int
-    inode: int
-
-    @property
-    def is_unique(self) -> bool:
-        """Whether super block and inode number, which the kernel layer compares, say the same.
-
-        On btrfs they do not: each subvolume, a user's own too, numbers its inodes from the beginning.
-        """
-        return os.major(self.device) != 0
 
 
 @dataclass(frozen=True, slots=True)

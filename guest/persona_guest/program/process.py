@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 
 from persona.decisions import Program
+from persona_guest.core.file_id import Image
 from persona_guest.core.reassignment import Stage
 from persona_guest.kernel.task import Task, living
-from persona_guest.program.identity import Identified, Identifier, Image
+from persona_guest.program.identity import Identified, Identifier
 from persona_guest.program.own_home import Owner, as_own
 from persona_guest.program.shebang import Format, Shebang
 from persona_guest.settings import Settings

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from persona.decisions import PersonaRef
 from persona.documents import Persona
 from persona.problems import PersonaError
+from persona_guest.core.file_id import Image
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, manager_of
 from persona_guest.core.reassignment import NO_PERSONA, Applicable, Word, choose
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.loop import Loop
-from persona_guest.program.identity import Identifier, Image, images_of
+from persona_guest.program.identity import Identifier, images_of
 from persona_guest.program.own_home import Owner
 from persona_guest.program.process import Running, look
 from persona_guest.reassign.terminate import NAMED_MAX, RecordProcess, TellUser, Termination, names_of, started

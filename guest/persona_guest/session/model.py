@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import Any
 
 from persona.decisions import Denied, Granted, PersonaRef, Subject
-from persona_guest.program.identity import Image
+from persona_guest.core.file_id import Image
 from persona_guest.session.placement import Placement
 
 _SAID_MAX = 64  # processes of a session, of which the last denial is known

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from persona.decisions import PersonaRef
+from persona_guest.core.file_id import Image
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, place_of
 from persona_guest.core.reassignment import NO_PERSONA, Applicable
-from persona_guest.program.identity import Image
 
 
 @dataclass(slots=True)
