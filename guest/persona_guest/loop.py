@@ -20,7 +20,7 @@ log = logging.getLogger("persona.agent")
 READABLE = select.EPOLLIN
 GONE = select.EPOLLHUP | select.EPOLLERR
 _TICK_MAX_S = 1.0
-_LOOK_S = 0.02  # what run_until waits for may come about outside of the loop
+_POLL_S = 0.02  # what run_until waits for may come about outside of the loop
 
 
 class Timer:
@@ -115,7 +115,7 @@ class Loop:
             left = over - self._clock()
             if left <= 0:
                 raise TimeoutError(f"not done within {seconds} s of the loop's time")
-            self._turn(min(left, _LOOK_S))
+            self._turn(min(left, _POLL_S))
 
     def close(self) -> None:
         """Gives its own descriptors back and forgets all calls; what was watched is its owners' to close."""

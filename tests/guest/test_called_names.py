@@ -106,7 +106,9 @@ def bin(request: pytest.FixtureRequest) -> Iterator[Path]:
 def attempt_of(bin: Path, path: str, *argv: str, same: tuple[str, ...] = ()) -> ExecRequest:
     identifier = Identifier(Gate(secure_path=(str(bin),), same_by_any_name=same))
     fd = os.open(bin / path, os.O_PATH)
-    return exec_requests.look(Task(os.getpid()), fd, os.fsencode(bin / path), tuple(map(os.fsencode, argv)), identifier)
+    return exec_requests.request_for(
+        Task(os.getpid()), fd, os.fsencode(bin / path), tuple(map(os.fsencode, argv)), identifier
+    )
 
 
 def allowed(exec_request: ExecRequest, *patterns: str, stage: int = 0) -> bool:
@@ -189,7 +191,9 @@ def test_a_lease_is_for_one_name(bin: Path, width: Width) -> None:
     def question(path: str, *argv: str) -> object:
         fd = os.open(bin / path, os.O_PATH)
         words = tuple(map(os.fsencode, argv))
-        return exec_requests.look(Task(os.getpid()), fd, os.fsencode(bin / path), words, identifier).question(0, 1)
+        return exec_requests.request_for(Task(os.getpid()), fd, os.fsencode(bin / path), words, identifier).question(
+            0, 1
+        )
 
     book.keep(question("look", "look"), granted(width), 0)  # type: ignore[arg-type]
     assert book.lookup(question("look", "look"), 1) is not None  # type: ignore[arg-type]

@@ -146,7 +146,9 @@ def test_a_loader_is_nobody_s_program(gated: Run, tools: Path) -> None:
 
 
 def look(identifier: Identifier, path: Path) -> ExecRequest:
-    return exec_requests.look(Task(os.getpid()), os.open(path, os.O_PATH), os.fsencode(path), (b"x",), identifier)
+    return exec_requests.request_for(
+        Task(os.getpid()), os.open(path, os.O_PATH), os.fsencode(path), (b"x",), identifier
+    )
 
 
 def identify(identifier: Identifier, path: Path) -> Identified:

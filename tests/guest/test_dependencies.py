@@ -196,7 +196,7 @@ def test_who_waits_too_long_for_a_look_is_denied_and_a_hanging_one_is_not_begun_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = Site(tmp_path)
-    monkeypatch.setattr("persona_guest.dependencies.resolve._LOOK_MAX_S", 0.2)
+    monkeypatch.setattr("persona_guest.dependencies.resolve._CHECK_MAX_S", 0.2)
     site.look.there = {"client", "db"}
     site.look.free.clear()  # the system bus hangs
     for _ in range(2):

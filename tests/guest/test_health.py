@@ -148,7 +148,7 @@ def test_the_clock_is_held_against_the_middle_of_the_call() -> None:
 
 
 def test_this_machine() -> None:
-    report = Watch(1000, lambda: {"seccomp": True}).look(0.5)
+    report = Watch(1000, lambda: {"seccomp": True}).measure(0.5)
     assert decode_report(encode_report(report)) == report
     assert report.memory is not None and 0 < report.memory.free <= report.memory.total
     assert report.load is not None
@@ -161,7 +161,7 @@ def test_what_cannot_be_had_says_nothing_of_the_rest(tmp_path: Path) -> None:
         "1 1 254:0 / / rw - ext4 /dev/vda rw\n2 1 254:1 / /nowhere rw - ext4 /dev/vdb rw\n"
     )
     (tmp_path / "loadavg").write_text("")
-    report = Watch(1000, dict, tmp_path).look(None)
+    report = Watch(1000, dict, tmp_path).measure(None)
     assert list(report.disks) == ["/"]
     assert report.disks["/"].total > 0
     assert (report.memory, report.load, report.pressure) == (None, None, {})
@@ -171,7 +171,7 @@ def test_without_a_bus_failed_units_are_not_known(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/none")
     with pytest.raises(UnitsError):
         Units().failed()
-    assert Watch(1000, dict).look(None).failed_units is None
+    assert Watch(1000, dict).measure(None).failed_units is None
 
 
 def test_what_users_can_make_fail_is_no_failed_unit_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_what_users_can_make_fail_is_no_failed_unit_of_the_machine(monkeypatch: 
     )
     machines = ("nginx.service", "run-lock.mount", "run-r5.scope", "user.slice", "users@1.service")
     monkeypatch.setattr(Units, "failed", lambda _self: (*users * 10, *machines))
-    assert Watch(1000, dict).look(None).failed_units == machines  # and users' crowd out none
+    assert Watch(1000, dict).measure(None).failed_units == machines  # and users' crowd out none
 
 
 @pytest.mark.skipif(shutil.which("dbus-daemon") is None, reason="needs dbus-daemon")
@@ -277,7 +277,7 @@ class FakeWatch(Watch):
     def __init__(self) -> None:
         self.report = REPORT
 
-    def look(self, clock_skew_s: float | None) -> Report:
+    def measure(self, clock_skew_s: float | None) -> Report:
         return replace(self.report, clock_skew_s=clock_skew_s)
 
 

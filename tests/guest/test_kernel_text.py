@@ -88,7 +88,7 @@ def test_a_real_full_disk_is_in_the_report(tmp_path: Path, odd: bytes) -> None:
     point = os.fsencode(tmp_path) + b"/a" + odd + b"b"
     os.mkdir(point)
     (proc / "self" / "mountinfo").write_bytes(b"36 22 254:16 / " + point + b" rw - ext4 /dev/vdb rw\n")
-    report = Watch(1000, dict, proc).look(None)
+    report = Watch(1000, dict, proc).measure(None)
     assert [space.total > 0 for space in report.disks.values()] == [True]
     assert decode_report(encode_report(report)) == report
     next(iter(report.disks)).encode("utf-8")  # text that every store takes

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from persona_guest.core.mask_rules import MaskError
-from persona_guest.core.masks import HIDDEN, LOOK, Masks
+from persona_guest.core.masks import HIDDEN, Masks
+from persona_guest.core.masks import READ_MAX as MAX
 
 from tests.broker.audited import audited
 from tests.guest.conftest import Run
@@ -168,10 +169,10 @@ def test_what_is_left_of_a_command_line_of_too_many_words_is_hidden() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "a" * LOOK, "-" * LOOK, "a=" * LOOK, "://" * LOOK, "://a:" * LOOK, "@" * LOOK, '"a":' * LOOK, '"' * LOOK,
-        "password" * LOOK, " " * LOOK, "' \"" * LOOK, "mysql -p " * LOOK, "eyJ" * LOOK, "://u:" + "@" * LOOK,
-        "token token" * LOOK, '"\\' * LOOK,
-        "://a:@" * LOOK, "a=a" * LOOK, "a." * LOOK, "\\" * LOOK, "://a/" * 700 + " @",
+        "a" * MAX, "-" * MAX, "a=" * MAX, "://" * MAX, "://a:" * MAX, "@" * MAX, '"a":' * MAX, '"' * MAX,
+        "password" * MAX, " " * MAX, "' \"" * MAX, "mysql -p " * MAX, "eyJ" * MAX, "://u:" + "@" * MAX,
+        "token token" * MAX, '"\\' * MAX,
+        "://a:@" * MAX, "a=a" * MAX, "a." * MAX, "\\" * MAX, "://a/" * 700 + " @",
     ],
     ids=lambda text: str(text[:9]),
 )  # fmt: skip

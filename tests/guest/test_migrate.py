@@ -13,7 +13,7 @@ import pytest
 from persona_guest.core.reassignment import Applicable, Word
 from persona_guest.kernel.task import living
 from persona_guest.program.identity import Identifier
-from persona_guest.program.process import UNKNOWN, Running, look
+from persona_guest.program.process import UNKNOWN, Running, read_running
 from persona_guest.reassign import migrate as sorters
 from persona_guest.reassign import terminate
 from persona_guest.settings import Gate
@@ -28,7 +28,7 @@ SHARED = "user.slice/persona-sessions.service/shared-Old/s-1"
 def test_a_process_whose_leader_has_ended_is_known_by_its_threads() -> None:
     with headless() as process:
         assert not os.path.exists(f"/proc/{process.pid}/exe")
-        assert look(process.pid, Identifier(Gate())).image.inode == os.stat(sys.executable).st_ino
+        assert read_running(process.pid, Identifier(Gate())).image.inode == os.stat(sys.executable).st_ino
         process.kill()
         process.wait()
         with pytest.raises(ProcessLookupError):
@@ -66,7 +66,7 @@ def test_a_process_on_its_way_out_is_gone_and_not_unknown() -> None:
             os._exit(0)
         try:
             while True:
-                assert look(pid, identifier) != UNKNOWN
+                assert read_running(pid, identifier) != UNKNOWN
                 seen += 1
         except ProcessLookupError:
             pass
@@ -85,12 +85,12 @@ def test_an_agent_without_descriptors_tells_nothing_of_a_process(spare: int) -> 
             assert process.stdout is not None
             process.stdout.readline()
             identifier = Identifier(Gate())
-            whole = look(process.pid, identifier)
+            whole = read_running(process.pid, identifier)
             assert len(whole.stages) == 2
             identifier.rescan()
             with short(spare):
                 try:
-                    found = look(process.pid, identifier)
+                    found = read_running(process.pid, identifier)
                 except OSError as error:
                     assert error.errno == errno.EMFILE
                 else:
@@ -108,7 +108,7 @@ def test_a_file_system_that_says_so_does_not_hide_a_process(monkeypatch: pytest.
         monkeypatch.setattr(
             "persona_guest.kernel.task.Task.open_program", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOMEM, ""))
         )
-        assert look(process.pid, Identifier(Gate())) == UNKNOWN
+        assert read_running(process.pid, Identifier(Gate())) == UNKNOWN
         process.kill()
 
 
@@ -119,10 +119,10 @@ def test_an_agent_without_descriptors_tries_again(tmp_path: Path) -> None:
 
         def starved(pid: int, identifier: Identifier) -> Running:
             with short(0):
-                return look(pid, identifier)
+                return read_running(pid, identifier)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sorters, "look", starved)
+            patch.setattr(sorters, "read_running", starved)
             assert not site.follow()
         assert site.tree.processes(place) == [process.pid]
         assert (site.told, site.placement.holding) == ([], None)

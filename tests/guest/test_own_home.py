@@ -17,7 +17,7 @@ from persona_guest.program import exec_request as exec_requests
 from persona_guest.program.exec_request import ExecRequest
 from persona_guest.program.identity import Identifier
 from persona_guest.program.own_home import Owner
-from persona_guest.program.process import look
+from persona_guest.program.process import read_running
 from persona_guest.settings import Gate
 from persona_guest.system.homes import Homes, home_in_database
 
@@ -71,7 +71,7 @@ def exec_request(home: Path, task: Task) -> Look:
 
     def found(path: Path = home / NODE, at: str | None = None, task: Task = task) -> ExecRequest:
         owner = Owner(UID, lambda uid: (str(home) if at is None else at) if uid == UID else "")
-        return exec_requests.look(
+        return exec_requests.request_for(
             task, task.open_program(os.fsencode(path)), os.fsencode(path), (b"x",), identifier, owner
         )
 
@@ -159,7 +159,7 @@ def test_a_mount_of_the_task_s_own_is_not_the_home(home: Path) -> None:
             until(lambda: Path(f"/proc/{process.pid}/comm").read_text() == "sleep\n")
             path, task = os.fsencode(home / NODE), Task(process.pid)
             owner = Owner(UID, lambda _uid: str(home))
-            found = exec_requests.look(task, task.open_program(path), path, (b"x",), Identifier(Gate()), owner)
+            found = exec_requests.request_for(task, task.open_program(path), path, (b"x",), Identifier(Gate()), owner)
             assert found.stages[0].found.image.inode == program.stat().st_ino
             assert below(found) == ""
         finally:
@@ -265,11 +265,11 @@ def test_what_runs_from_the_home_follows_its_persona(home: Path) -> None:
     held = Applicable(PersonaRef("A", 1), "a", Whitelist((parse_pattern("**"),)))
     with subprocess.Popen([home / NODE, "60"], user=UID, group=UID, extra_groups=[]) as process:
         try:
-            running = look(process.pid, Identifier(Gate()), Owner(UID, lambda _uid: str(home)))
+            running = read_running(process.pid, Identifier(Gate()), Owner(UID, lambda _uid: str(home)))
             assert choose(running.trusted, [(held, persona)]) == held.ref
-            stranger = look(process.pid, Identifier(Gate()), Owner(OTHER, lambda _uid: str(home)))
+            stranger = read_running(process.pid, Identifier(Gate()), Owner(OTHER, lambda _uid: str(home)))
             assert choose(stranger.trusted, [(held, persona)]) is None
-            assert choose(look(process.pid, Identifier(Gate())).trusted, [(held, persona)]) is None
+            assert choose(read_running(process.pid, Identifier(Gate())).trusted, [(held, persona)]) is None
         finally:
             process.kill()
 

@@ -18,7 +18,7 @@ from persona_guest.enforce.cgroups.limit_events import Alarms
 from persona_guest.enforce.plan import PlanError, apply, apply_each, undo
 from persona_guest.loop import Loop
 from persona_guest.program.identity import Identifier
-from persona_guest.program.process import look
+from persona_guest.program.process import read_running
 from persona_guest.session.placement import Placement
 from persona_guest.settings import Gate
 from persona_guest.shell.bars import place_lines
@@ -83,14 +83,14 @@ def test_a_running_process_is_known_by_its_file(tmp_path: Path) -> None:
     with subprocess.Popen([str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        running = look(process.pid, identifier)
+        running = read_running(process.pid, identifier)
         process.communicate()
     assert running.name == f"{script} (script, run by dash)"
     assert len(running.stages) == 2
     assert "sh" in running.stages[1][0].program.names
     assert [shown.path for shown, _ in running.trusted] == [running.stages[1][0].program.path]  # not the user's script
     with pytest.raises(OSError, match="No such"):
-        look(process.pid, identifier)
+        read_running(process.pid, identifier)
 
 
 def test_a_process_that_calls_itself_something_else_gains_nothing() -> None:
@@ -98,7 +98,7 @@ def test_a_process_that_calls_itself_something_else_gains_nothing() -> None:
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as liar:
         assert liar.stdout is not None
         liar.stdout.read(2)
-        running = look(liar.pid, Identifier(Gate()))
+        running = read_running(liar.pid, Identifier(Gate()))
         liar.kill()
     assert len(running.stages) == 1
 

@@ -203,7 +203,7 @@ def test_links_are_made_in_place_of_sockets_and_stay_when_nothing_more_fits(smal
 def test_a_link_that_cannot_be_made_is_made_when_there_is_room(
     small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(runtime_dir, "_LOOK_AFTER_S", 0.05)
+    monkeypatch.setattr(runtime_dir, "_RELINK_S", 0.05)
     small_disk.fill_files()
     loop = Loop()
     with caplog.at_level(logging.CRITICAL):
@@ -223,8 +223,8 @@ def test_a_look_that_fails_in_any_manner_is_one_look_only() -> None:
     look.lacking.side_effect = [SystemError("apt: too many open files"), ()]
     told: queue.SimpleQueue[object] = queue.SimpleQueue()
     checker = DependencyChecker(look, lambda call: call())
-    checker.look((), told.put)
-    checker.look((), told.put)
+    checker.check((), told.put)
+    checker.check((), told.put)
     assert told.get(timeout=5) == "SystemError: apt: too many open files"
     assert told.get(timeout=5) == ()
 

@@ -77,7 +77,7 @@ class Placing(NoPlacing):
     def __init__(self, place: Callable[[Pending, Granted | None], None]) -> None:
         self._place = place
 
-    def look(self, pending: Pending) -> None:
+    def read_task(self, pending: Pending) -> None:
         pending.before()
 
     def place(self, pending: Pending, granted: Granted | None) -> None:
@@ -263,7 +263,9 @@ def a_login() -> Login:
 
 def look_at(path: str) -> exec_request.ExecRequest:
     found = os.open(path, os.O_PATH)
-    return exec_request.look(Task(os.getpid()), found, path.encode(), (path.encode(),), Identifier(Settings().gate))
+    return exec_request.request_for(
+        Task(os.getpid()), found, path.encode(), (path.encode(),), Identifier(Settings().gate)
+    )
 
 
 def test_an_error_after_the_broker_s_answer_is_a_denial_and_the_agent_goes_on() -> None:

@@ -108,7 +108,7 @@ def test_a_grant_is_recorded_under_the_file_too(gated: Run, agent: Path) -> None
 @pytest.mark.long
 def test_a_record_takes_every_name_of_a_file() -> None:
     """A broker refuses a batch with one that is too long."""
-    found = exec_requests.look(
+    found = exec_requests.request_for(
         Task(os.getpid()), os.open("/usr/bin/true", os.O_PATH), b"x", (b"x",), Identifier(Gate())
     )
     identified = found.stages[0].found

@@ -180,7 +180,7 @@ class Users:
         try:
             path = os.fsencode(call.text("path"))
             program = os.dup(call.fds[0])
-            exec_request = exec_requests.look(
+            exec_request = exec_requests.request_for(
                 Task(call.pid), program, path, tuple(map(os.fsencode, argv)), self._identifier,
                 self._supervisor.owner(login),
             )  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from persona_guest.core.mask_rules import EXPECTED, SHIPPED, MaskError, Rule, rule_of
 
 HIDDEN = "***"
-LOOK = 512  # characters of an argument that are looked at; fewer are recorded
+READ_MAX = 512  # characters of an argument that are searched for secrets; fewer are recorded
 _DEPTH = 2  # command lines in arguments of command lines
 _WORDS = 128  # in all of these; what is left of a longer one is hidden as a whole
 
@@ -85,7 +85,7 @@ class Masks:
 
     def argv(self, program: str, argv: Sequence[str], limit: int) -> tuple[str, ...]:
         """``argv`` of ``program`` (a path, or empty) with what is secret in it hidden, each cut at ``limit``."""
-        words = [argument[:LOOK] for argument in argv]
+        words = [argument[:READ_MAX] for argument in argv]
         if self._may_have(program, words):
             words = self._words(words, program, _Budget())
         return tuple(word[:limit] for word in words)
@@ -272,7 +272,7 @@ def _without_userinfo(word: str) -> str:
     """A word with the password of a URL in it hidden, or the user where that is a token."""
     at = word.rfind("@")
     if at < 0:
-        at = len(word) if len(word) >= LOOK - 64 else -1  # cut off before its '@'
+        at = len(word) if len(word) >= READ_MAX - 64 else -1  # cut off before its '@'
     begin = word.find("://")
     while 0 <= begin < at:
         user, colon, password = word[begin + 3 : at].partition(":")

@@ -26,12 +26,12 @@ log = logging.getLogger("persona.dependencies")
 _SERVICES_S = 10.0  # nobody tells when a service stops
 _FAILED_S = 30.0  # a loop of denied commands must not become a loop of installations
 _DENIED_S = 2.0
-_LOOK_MAX_S = 5.0  # of a look: behind it are a disk and the system bus, and either may hang
+_CHECK_MAX_S = 5.0  # of a check: behind it are a disk and the system bus, and either may hang
 _KEPT_MAX = 256
 
 Wanted = tuple[Dependency, ...]
 Done = Callable[[Decision], None]
-Lookup = Callable[[tuple[Lacking, ...] | str], None]
+Lacks = Callable[[tuple[Lacking, ...] | str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +48,15 @@ class _Waiter:
 
 
 class DependencyChecker:
-    """Looks in a thread of its own; ``look`` calls back in the loop's thread with what is lacking, or an error."""
+    """Asks a ``DependencyCheck`` in a thread of its own: behind it are a disk and the system bus."""
 
-    def __init__(self, look: DependencyCheck, deliver: Callable[[Callable[[], None]], None]) -> None:
-        self._look = look
+    def __init__(self, dependencies: DependencyCheck, deliver: Callable[[Callable[[], None]], None]) -> None:
+        self._dependencies = dependencies
         self._deliver = deliver
-        self._asked: queue.SimpleQueue[tuple[Wanted, Lookup] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[Wanted, Lacks] | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="dependencies", daemon=True).start()
 
-    def look(self, wanted: Wanted, done: Lookup) -> None:
+    def check(self, wanted: Wanted, done: Lacks) -> None:
         """Queues one check; ``done`` is called in the loop's thread with what is lacking, or an error."""
         self._asked.put((wanted, done))
 
@@ -68,13 +68,13 @@ class DependencyChecker:
         while (asked := self._asked.get()) is not None:
             self._one(*asked)
 
-    def _one(self, wanted: Wanted, done: Lookup) -> None:
+    def _one(self, wanted: Wanted, done: Lacks) -> None:
         found: tuple[Lacking, ...] | str
         try:
-            found = self._look.lacking(wanted)
+            found = self._dependencies.lacking(wanted)
         except DpkgError as error:
             found = str(error)
-        except Exception as error:  # apt's own, or no descriptor left: this look fails, and the next one may not
+        except Exception as error:  # apt's own, or no descriptor left: this check fails, and the next one may not
             found = f"{type(error).__name__}: {error}"
         self._deliver(lambda: done(found))
 
@@ -106,7 +106,7 @@ class Dependencies:
         self._install = install
         self._seen = stamp()
         self._known: dict[Wanted, tuple[tuple[Lacking, ...] | str, float]] = {}
-        self._looking: dict[Wanted, list[Lookup]] = {}
+        self._checking: dict[Wanted, list[Lacks]] = {}
         self._installing: dict[Wanted, list[_Waiter]] = {}
         self._failed: dict[Wanted, tuple[str, float]] = {}
 
@@ -145,7 +145,7 @@ class Dependencies:
             return
         wanted = self._of(decision.persona)
 
-        def looked(found: tuple[Lacking, ...] | str) -> None:
+        def checked(found: tuple[Lacking, ...] | str) -> None:
             if not found:
                 done(decision)
             elif isinstance(found, str):
@@ -156,11 +156,11 @@ class Dependencies:
             else:
                 lacking(decision, wanted, found)
 
-        self._look(wanted, looked)
+        self._find_lacking(wanted, checked)
 
-    # --- looking ----------------------------------------------------------------------------------
+    # --- checking ---------------------------------------------------------------------------------
 
-    def _look(self, wanted: Wanted, done: Lookup) -> None:
+    def _find_lacking(self, wanted: Wanted, done: Lacks) -> None:
         if not wanted:
             done(())
             return
@@ -169,30 +169,30 @@ class Dependencies:
         if known is not None and known[1] > time.monotonic():
             done(known[0])
         else:
-            if wanted not in self._looking:
-                self._looking[wanted] = []
-                self._checker.look(wanted, lambda found: self._looked(wanted, found))
-            self._await(self._looking[wanted], done)
+            if wanted not in self._checking:
+                self._checking[wanted] = []
+                self._checker.check(wanted, lambda found: self._checked(wanted, found))
+            self._await(self._checking[wanted], done)
 
-    def _await(self, waiting: list[Lookup], done: Lookup) -> None:
-        """``done`` is among those who wait for a look, for so long; the look itself goes on."""
+    def _await(self, waiting: list[Lacks], done: Lacks) -> None:
+        """``done`` is among those who wait for a check, for so long; the check itself goes on."""
 
         def late() -> None:
             if done in waiting:
                 waiting.remove(done)
-                done(f"looking took longer than {_LOOK_MAX_S:g} s")
+                done(f"looking took longer than {_CHECK_MAX_S:g} s")
 
         waiting.append(done)
-        self._loop.call_later(_LOOK_MAX_S, late)
+        self._loop.call_later(_CHECK_MAX_S, late)
 
-    def _looked(self, wanted: Wanted, found: tuple[Lacking, ...] | str) -> None:
+    def _checked(self, wanted: Wanted, found: tuple[Lacking, ...] | str) -> None:
         if len(self._known) >= _KEPT_MAX:
             self._known.clear()
         lasts = (
             _SERVICES_S if isinstance(found, str) or any(isinstance(item, Service) for item in wanted) else float("inf")
         )
         self._known[wanted] = (found, time.monotonic() + lasts)
-        waiting = self._looking.pop(wanted, [])
+        waiting = self._checking.pop(wanted, [])
         while waiting:  # emptied, so that none is told once more that it is late
             waiting.pop(0)(found)
 

@@ -65,7 +65,7 @@ class Enforcer:
 
     # --- one exec ---------------------------------------------------------------------------------
 
-    def look(self, pending: Pending) -> None:
+    def read_task(self, pending: Pending) -> None:
         """Reads which program the task runs now.  Raises ``OSError`` when it is gone."""
         pending.before()
 

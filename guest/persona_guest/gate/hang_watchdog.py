@@ -27,7 +27,7 @@ log = logging.getLogger("persona.gate")
 INTERRUPT = signal.SIGURG  # what else would come of it is nothing: signal(7)
 LIMIT_S = 1.0  # thousands of times what it takes
 _DOUBT = 5  # times as long, where it could as well be a disk that this machine waits for
-_LOOK_S = 0.25
+_POLL_S = 0.25
 _EXCLUDED_S, _EXCLUDED_MAX_S = 10.0, 640.0  # who did it once, and twice as long each time that they do it again
 _FORGOTTEN_S = 3600.0
 _PASSES = 32
@@ -114,7 +114,7 @@ class HangWatchdog:
     def _watch(self) -> None:
         answered: Entered | None = None
         until = 0.0
-        while not self._over.wait(_LOOK_S):
+        while not self._over.wait(_POLL_S):
             entered, now = self._entered, time.monotonic()
             if entered is None or now - entered[0] < self._limit_s:
                 continue

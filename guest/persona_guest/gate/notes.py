@@ -11,7 +11,7 @@ from persona.problems import Reason
 from persona.shown import words
 from persona_guest.audit import records
 from persona_guest.core.denials import COMMAND_MAX, Book
-from persona_guest.core.masks import LOOK, Masks
+from persona_guest.core.masks import READ_MAX, Masks
 from persona_guest.gate.pending import Pending
 from persona_guest.loop import Loop
 from persona_guest.session.model import Session
@@ -89,7 +89,7 @@ def _to_record(note: _Note, masks: Masks, *, complain: bool) -> Record:
     session = pending.login.session
     argv = pending.exec_request.command if note.argv is None else note.argv
     program = note.ran or pending.exec_request.program
-    shown = masks.argv(program, [os.fsdecode(argument[:LOOK]) for argument in argv[:_ARGUMENTS_MAX]], _ARGUMENT_MAX)
+    shown = masks.argv(program, [os.fsdecode(argument[:READ_MAX]) for argument in argv[:_ARGUMENTS_MAX]], _ARGUMENT_MAX)
     return records.program_start(
         note.at, session.id, session.subject.user, note.event, program, shown, note.decision,
         leased=pending.leased, complain=complain,

@@ -9,7 +9,7 @@ from persona_guest.gate.pending import Pending
 class Placing(Protocol):
     """``enforce.enforcer.Enforcer`` where personas bind."""
 
-    def look(self, pending: Pending) -> None:
+    def read_task(self, pending: Pending) -> None:
         """Reads what ``place`` needs of the task.  May take as long as its user's file systems make it.
 
         Raises ``OSError`` when the task is gone.
@@ -22,7 +22,7 @@ class Placing(Protocol):
 class NoPlacing:
     """Where personas bind nobody: in complain mode, and on a machine without cgroups and nftables."""
 
-    def look(self, pending: Pending) -> None:
+    def read_task(self, pending: Pending) -> None:
         """Reads nothing."""
 
     def place(self, pending: Pending, granted: Granted | None) -> None:

@@ -1,6 +1,6 @@
 """The check of what really started: a continued exec makes the kernel read path and argv again.
 
-A second thread may have changed them in between.  So a moment after each exec the task is looked at;
+A second thread may have changed them in between.  So a moment after each exec the task is checked;
 what runs something other than was allowed is killed and recorded.  What ended before it was looked
 at is counted: this check has the last word only until a kernel that can (BPF LSM) has it.
 """
@@ -18,8 +18,8 @@ from persona_guest.kernel.task import Process, living
 from persona_guest.loop import Loop
 from persona_guest.session.model import Session
 
-_FIRST_LOOK_S = 0.003
-_LOOKS = (0.01, 0.1, 1.0)  # for an exec that has not happened yet: a slow disk, a loaded machine
+_FIRST_CHECK_S = 0.003
+_RETRIES_S = (0.01, 0.1, 1.0)  # for an exec that has not happened yet: a slow disk, a loaded machine
 _OPEN_MAX = 512  # descriptors held
 
 
@@ -59,7 +59,7 @@ class Expectation(NamedTuple):
 
 @dataclass(slots=True)
 class Counts:
-    """How the looks ended."""
+    """How many checks ended in which way."""
 
     right: int = 0
     wrong: int = 0
@@ -67,7 +67,7 @@ class Counts:
 
 
 @dataclass(slots=True)
-class _Look:
+class _Check:
     process: Process
     expected: Expectation
     session: Session
@@ -77,13 +77,13 @@ class _Look:
 
 
 class Verifier:
-    """Owns the processes that it is given and closes them; at most one look a process is open."""
+    """Owns the processes that it is given and closes them; at most one check a process is open."""
 
     def __init__(self, loop: Loop, clock: Callable[[], float], hang_watchdog: HangWatchdog) -> None:
         self._loop = loop
         self._clock = clock
         self._hang_watchdog = hang_watchdog
-        self._open: dict[int, _Look] = {}  # by pid, oldest first
+        self._open: dict[int, _Check] = {}  # by pid, oldest first
         self._scheduled = False
         self.counts = Counts()
 
@@ -98,10 +98,10 @@ class Verifier:
         if earlier is not None:
             self._close(pid, _superseded(earlier, expected.before))
         elif len(self._open) >= _OPEN_MAX:
-            oldest, look = next(iter(self._open.items()))
-            self._close(oldest, self._compare(look) or _Seen.RIGHT)
-        self._open[pid] = _Look(process, expected, session, wrong, self._clock() + _FIRST_LOOK_S)
-        self._schedule(_FIRST_LOOK_S)
+            oldest, check = next(iter(self._open.items()))
+            self._close(oldest, self._compare(check) or _Seen.RIGHT)
+        self._open[pid] = _Check(process, expected, session, wrong, self._clock() + _FIRST_CHECK_S)
+        self._schedule(_FIRST_CHECK_S)
 
     def forget(self, pid: int) -> None:
         """What this process starts from now on is nobody's business: the gate was released."""
@@ -116,48 +116,48 @@ class Verifier:
     def _sweep(self) -> None:
         self._scheduled = False
         now = self._clock()
-        for pid, look in list(self._open.items()):
-            if look.due > now:
+        for pid, check in list(self._open.items()):
+            if check.due > now:
                 continue
-            found = self._compare(look)
-            if found is None and look.tries < len(_LOOKS):
-                look.due = now + _LOOKS[look.tries]
-                look.tries += 1
+            found = self._compare(check)
+            if found is None and check.tries < len(_RETRIES_S):
+                check.due = now + _RETRIES_S[check.tries]
+                check.tries += 1
             else:
                 self._close(pid, found or _Seen.GONE)
         if self._open:
-            self._schedule(max(0.001, min(look.due for look in self._open.values()) - now))
+            self._schedule(max(0.001, min(check.due for check in self._open.values()) - now))
 
-    def _compare(self, look: _Look) -> Found | None:
-        outer = self._hang_watchdog.enter(look.session)  # its command line is its own memory
+    def _compare(self, check: _Check) -> Found | None:
+        outer = self._hang_watchdog.enter(check.session)  # its command line is its own memory
         try:
-            return _compare(look.process, look.expected)
+            return _compare(check.process, check.expected)
         finally:
             self._hang_watchdog.leave(outer)
 
     def _close(self, pid: int, found: Found) -> None:
-        look = self._open.pop(pid)
+        check = self._open.pop(pid)
         if found is _Seen.RIGHT:
             self.counts.right += 1
         elif found is _Seen.GONE:
             self.counts.gone += 1
         else:
             with contextlib.suppress(ProcessLookupError):
-                look.process.signal(signal.SIGKILL)
+                check.process.signal(signal.SIGKILL)
             self.counts.wrong += 1
-            look.wrong(found)
-        look.process.close()
+            check.wrong(found)
+        check.process.close()
 
 
-def _superseded(look: _Look, running: Image) -> Found:
+def _superseded(check: _Check, running: Image) -> Found:
     """What came of an exec whose process waits for its next one, running ``running``."""
     try:
-        look.process.signal(0)
+        check.process.signal(0)
     except ProcessLookupError:
         return _Seen.GONE  # another process has its pid now
-    if running == look.expected.after:
+    if running == check.expected.after:
         return _Seen.RIGHT
-    return _Seen.GONE if running == look.expected.before else _another(running)
+    return _Seen.GONE if running == check.expected.before else _another(running)
 
 
 def _compare(process: Process, expected: Expectation) -> Found | None:

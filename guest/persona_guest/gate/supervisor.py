@@ -284,7 +284,7 @@ class Supervisor:
         # complain mode lets go on what it would deny: a look could not tell that from a race
         verifying = self.settings.mode is Mode.ENFORCE and not (layer.active and pending.exec_request.final.is_unique)
         try:
-            self._placing.look(pending)  # watched: its program may be a file of a file system of the user's own
+            self._placing.read_task(pending)  # watched: its program may be a file of a file system of the user's own
             outer = self._hang_watchdog.rest()
             try:
                 self._placing.place(pending, granted)

@@ -23,9 +23,9 @@ from persona_guest.system.units import Units, UnitsError
 
 log = logging.getLogger("persona.health")
 
-LOOK_S = 5.0
+MEASURE_S = 5.0
 REPORT_S = 15.0  # the broker forgets after three times that
-_ENTRIES_A_LOOK = 2000
+_ENTRIES_AT_ONCE = 2000
 _PRIORITIES = range(4)  # emerg, alert, crit, err: syslog(3)
 
 
@@ -60,7 +60,7 @@ class Journal:
 
     def _read(self, now: float) -> None:
         self._reader.wait(0)  # takes notice of files that came or went
-        for _ in range(_ENTRIES_A_LOOK):
+        for _ in range(_ENTRIES_AT_ONCE):
             try:
                 entry = self._reader.get_next()
             except OSError:
@@ -84,7 +84,7 @@ class Watch:
         self._layers = layers
         self._proc = proc
 
-    def look(self, clock_skew_s: float | None) -> Report:
+    def measure(self, clock_skew_s: float | None) -> Report:
         """The machine now.  May wait, for systemd or a disk."""
         cpus = os.cpu_count() or 1
         pressures = {name: self._figure(f"pressure/{name}", rules.pressure) for name in RESOURCES}
@@ -143,7 +143,7 @@ class Reporter:
         self._thread.start()
 
     def close(self) -> None:
-        """Asks the thread to end; it does after its next look at the latest, and sends no more."""
+        """Asks the thread to end; it does after its next measurement at the latest, and sends no more."""
         self._stop.set()
         self._connection.end()
 
@@ -152,11 +152,11 @@ class Reporter:
         wait_s = 1.0  # the second report follows soon: only the answer to the first tells how the clock goes
         while not self._stop.wait(wait_s):
             self.round(time.monotonic())
-            wait_s = LOOK_S
+            wait_s = MEASURE_S
 
     def round(self, now: float) -> None:
-        """One look, and a report where it is due; ``now`` is monotonic."""
-        report = self._watch.look(self._skew)
+        """Measures once, and reports where it is due; ``now`` is monotonic."""
+        report = self._watch.measure(self._skew)
         if self._sent is None or now - self._sent[0] >= REPORT_S or rules.is_news(self._sent[1], report):
             self._send(report, now)
 
@@ -167,7 +167,7 @@ class Reporter:
             status, _ = self._connection.call("POST", "/v1/health", partial(encode_report, report), deadline)
         except BrokerError as error:
             log.debug("no report: %s", error.message)
-            self._sent = None  # at the next look again
+            self._sent = None  # after the next measurement again
             return
         if status != 204 and status != self._refused:
             log.error("the broker does not take the report of this machine's health: HTTP status %d", status)

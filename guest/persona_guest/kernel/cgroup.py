@@ -13,7 +13,7 @@ from persona_guest.core.kernel_text import lines
 
 _READ_MAX = 1 << 20  # cgroup.procs of a place whose pids are not limited
 _NOTE = "user.persona"
-_LOOK_S = 0.001
+_POLL_S = 0.001
 
 
 class Hierarchy:
@@ -109,7 +109,7 @@ class Hierarchy:
         self.write(cgroup, "cgroup.freeze", "1")
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline and "frozen 1" not in self.read(cgroup, "cgroup.events"):
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
     def thaw(self, cgroup: str) -> None:
         """One that is not frozen, or gone, is fine."""

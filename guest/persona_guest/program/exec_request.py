@@ -132,12 +132,12 @@ def read(task: Task, notification: seccomp.Notification, identifier: Identifier,
     try:
         here = dirfd == _AT_FDCWD or path.startswith(b"/")
         fd = task.open_program(path) if here else task.open_program_at(dirfd, path)
-        return look(task, fd, path or b"/dev/fd/%d" % dirfd, argv, identifier, owner, complete=complete)
+        return request_for(task, fd, path or b"/dev/fd/%d" % dirfd, argv, identifier, owner, complete=complete)
     finally:
         task.let_go()
 
 
-def look(
+def request_for(
     task: Task,
     fd: int,
     path: bytes,

@@ -71,7 +71,7 @@ _NOTHING = Identified(
 UNKNOWN = Running(((_NOTHING, ()),))
 
 
-def look(pid: int, identifier: Identifier, owner: Owner | None = None) -> Running:
+def read_running(pid: int, identifier: Identifier, owner: Owner | None = None) -> Running:
     """``UNKNOWN`` where it cannot be told.  ``owner`` is the user of its session.
 
     Raises ``ProcessLookupError`` where it is gone, any other ``OSError`` where the agent itself is short of
@@ -79,7 +79,7 @@ def look(pid: int, identifier: Identifier, owner: Owner | None = None) -> Runnin
     """
     for _ in range(2):
         with contextlib.suppress(OSError):
-            return _look(living(pid), identifier, owner)
+            return _read_stages(living(pid), identifier, owner)
         _open_several()
     living(pid)
     return UNKNOWN
@@ -95,7 +95,7 @@ def _open_several() -> None:
             opened.callback(os.close, os.open("/proc/self/stat", os.O_RDONLY | os.O_CLOEXEC))
 
 
-def _look(task: Task, identifier: Identifier, owner: Owner | None) -> Running:
+def _read_stages(task: Task, identifier: Identifier, owner: Owner | None) -> Running:
     program = _identify(task, b"/proc/self/exe", identifier, owner)
     words = task.command_line(_ARGV_MAX).split(b"\0")[:-1]
     argv = tuple(map(os.fsdecode, words))

@@ -21,7 +21,7 @@ from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.loop import Loop
 from persona_guest.program.identity import Identifier, images_of
 from persona_guest.program.own_home import Owner
-from persona_guest.program.process import Running, look
+from persona_guest.program.process import Running, read_running
 from persona_guest.reassign.terminate import NAMED_MAX, RecordProcess, TellUser, Termination, names_of, started
 from persona_guest.session.model import Login
 from persona_guest.session.placement import Placement
@@ -124,7 +124,7 @@ class Migrator:
                 if number == _RUNNING:
                     self._stop(here.cgroup)
                     continue
-                found = dict(self._look(listed, placement.uid))
+                found = dict(self._read_all(listed, placement.uid))
                 done.update(pid for pid in listed if pid not in found)
                 for pid, running in found.items():
                     ref = self._target(running, placement, old, pairs, shells)
@@ -204,7 +204,7 @@ class Migrator:
             pids, whole = self._below(place.cgroup)
             rest = {
                 pid: running
-                for pid, running in self._look(pids, placement.uid)
+                for pid, running in self._read_all(pids, placement.uid)
                 if self._target(running, placement, old, pairs, shells) is None and not running.plumbing(self._settings)
             }
         asked = self._ending.asked(place.cgroup)
@@ -239,8 +239,8 @@ class Migrator:
 
     # --- processes --------------------------------------------------------------------------------
 
-    def _look(self, pids: Iterable[int], uid: int) -> Iterator[tuple[int, Running]]:
+    def _read_all(self, pids: Iterable[int], uid: int) -> Iterator[tuple[int, Running]]:
         owner = Owner(uid, self._home_of)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-                yield pid, look(pid, self._identifier, owner)
+                yield pid, read_running(pid, self._identifier, owner)

@@ -40,7 +40,7 @@ _INFLIGHT = "inflight"
 COMPLAIN_S = 1.0  # complain mode stops nothing, and keeps nobody waiting either
 ENFORCE_S = 15.0  # until the agent is heard of again, and between two signs that its start makes progress
 START_S = 90.0  # of a start that does, on a machine that is slow or loaded; systemd ends one after as long
-_LOOK_S = 0.25
+_CHECK_S = 0.25
 _LINES_PER_SECOND = 20
 _TOLD_S = 0.5  # a line takes some milliseconds; its user sees it before the error
 _QUIET_S = 10.0  # no lines after one that took longer
@@ -213,9 +213,9 @@ class Standby:
         if self._timer is None:  # of one that was answering; else its start failed, and that counts from before
             self._gone_at = self._moved_at = time.monotonic()
             self._progress.begin()
-            self._look()
+            self._check_agent()
 
-    def _look(self) -> None:
+    def _check_agent(self) -> None:
         """Again and again until there is an agent that answers: whether to do that in its place."""
         self._write_notes()
         if self._agent is not None and not self._progress.is_starting:
@@ -223,10 +223,10 @@ class Standby:
             return
         if not self._is_patient() and self._answering is None:
             self._begin()
-        self._timer = self._loop.call_later(self._tick_s(), self._look)
+        self._timer = self._loop.call_later(self._tick_s(), self._check_agent)
 
     def _tick_s(self) -> float:
-        return min(_LOOK_S, self._complain_s / 2)
+        return min(_CHECK_S, self._complain_s / 2)
 
     def _is_patient(self) -> bool:
         """Whether to go on waiting for an agent to connect, or to finish its start."""

@@ -15,7 +15,7 @@ from persona_guest.loop import Loop
 log = logging.getLogger("persona.agent")
 
 _STATE = "state"
-_LOOK_AFTER_S = 5.0
+_RELINK_S = 5.0
 _BEFORE = ("sessions", "places", "bases.json", "ways.json", "outside.json")  # where an agent of 0.1.0 kept them
 
 
@@ -70,7 +70,7 @@ def keep_linked(loop: Loop, runtime: Path, *names: str) -> None:
     """Makes the links of these sockets, and again where somebody took them away, or where there was no room."""
     said: set[str] = set()
 
-    def look() -> None:
+    def link_all() -> None:
         for name in names:
             try:
                 link(runtime, name)
@@ -84,5 +84,5 @@ def keep_linked(loop: Loop, runtime: Path, *names: str) -> None:
                     )
                 said.add(name)
 
-    look()
-    loop.call_every(_LOOK_AFTER_S, look)
+    link_all()
+    loop.call_every(_RELINK_S, link_all)

@@ -15,7 +15,7 @@ from pathlib import Path
 NAME = "starting"  # in runtime_dir's directory
 SIZE = 32  # of the file: number of the process, number of the change, spaces, a newline
 LOADER = "kernel"  # instead of a process's number: the kernel layer is being loaded
-_LOOK_S = 0.25
+_POLL_S = 0.25
 _MOVED_S = 0.001  # CPU time of a thread that does something, be it wait for a disk again and again
 
 
@@ -47,7 +47,7 @@ class ProgressWriter:
 
     def _watch(self) -> None:
         before = time.clock_gettime(self._clock)
-        while not self._over.wait(_LOOK_S):
+        while not self._over.wait(_POLL_S):
             now = time.clock_gettime(self._clock)
             if now - before >= _MOVED_S:
                 before = now

@@ -195,7 +195,7 @@ def approve(pid: int, login: int, program: str) -> None:
 
     identifier, layer = agent()
     path, descriptor = os.fsencode(program), os.open(program, os.O_PATH)
-    attempt = exec_requests.look(Task(os.getpid()), descriptor, path, (path,), identifier)
+    attempt = exec_requests.request_for(Task(os.getpid()), descriptor, path, (path,), identifier)
     layer.approve(pid, login, attempt, script=0 if attempt.stages[0].is_script else None)
 
 

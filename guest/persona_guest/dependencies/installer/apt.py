@@ -19,7 +19,7 @@ from persona.dependencies import Package
 from persona_guest.dependencies.dpkg import Dpkg, DpkgError
 
 LOCK_S = 30.0  # others who install (unattended-upgrades, an operator) are given this to finish
-_LOOK_S = 2.0
+_POLL_S = 2.0
 _FETCH_MAX_S = 900.0
 _DPKG_MAX_S = 3600.0  # then something hangs for good, and only killing it is left
 _EVERY_S = 5.0
@@ -157,7 +157,7 @@ class Apt:
                     raise
                 holder = _HOLDER.search(str(error))
                 self._say(f"waiting for {holder[1] if holder else 'somebody'}, which is installing something else")
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
             else:
                 return
 
@@ -246,7 +246,7 @@ class Apt:
                 if not _DPKG_LOCK.search(self._dpkg_says("--remove", "--force-remove-reinstreq", *gone)):
                     break
                 fresh = set()
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
             if fresh:
                 self._dpkg_says("--purge", *sorted(fresh))  # not after a wait: then they may be somebody's
         except (OSError, DpkgError) as unreadable:
@@ -264,7 +264,7 @@ class Apt:
         """dpkg(1) with what it prints; waits for another one to end."""
         deadline = time.monotonic() + _DPKG_MAX_S
         while _DPKG_LOCK.search(said := self._dpkg_says(*words)) and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         return said
 
     def _dpkg_says(self, *words: str) -> str:

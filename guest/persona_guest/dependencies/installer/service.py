@@ -51,16 +51,18 @@ Say = Callable[[str], None]
 class Installer:
     """Meets one wish at a time."""
 
-    def __init__(self, settings: Settings, look: DependencyCheck, units: Units, apt: Callable[[Say], Apt]) -> None:
+    def __init__(
+        self, settings: Settings, dependencies: DependencyCheck, units: Units, apt: Callable[[Say], Apt]
+    ) -> None:
         self._settings = settings.dependencies
-        self._look = look
+        self._dependencies = dependencies
         self._units = units
         self._apt = apt
 
     def meet(self, wish: tuple[Dependency, ...], say: Say) -> str:
         """Why it could not be met, in words for the operator; empty = everything is there."""
         try:
-            lacking = self._look.lacking(wish)
+            lacking = self._dependencies.lacking(wish)
             refused = not_allowed(lacking, self._settings.install, self._settings.start)
             if refused:
                 return f"guest.toml does not allow it: {named(refused)}"
@@ -70,7 +72,7 @@ class Installer:
                 self._apt(say).install(packages)
             for service in (item for item in wish if isinstance(item, Service)):
                 self._start(service, say)
-            left = self._look.lacking(wish)
+            left = self._dependencies.lacking(wish)
         except (AptError, DpkgError, UnitsError) as error:
             return str(error)
         return f"still missing afterwards: {named(left)}" if left else ""

@@ -69,9 +69,9 @@ class Alarms:
                 continue
             counter = self._counters.get(number)
             if counter is not None:
-                self._look(counter)
+                self._read_counter(counter)
 
-    def _look(self, counter: _Counter) -> None:
+    def _read_counter(self, counter: _Counter) -> None:
         try:
             count = self._count(counter.place, counter.file, counter.key)
         except (OSError, ValueError):  # it went away meanwhile
