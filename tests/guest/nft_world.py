@@ -27,7 +27,7 @@ RULES = [
 def under(network: Network, user_rules: dict[int, Persona], uid: int, *rules: str) -> None:
     """A user's base."""
     user_rules[uid] = persona(*rules, name="Base")
-    plans.apply(network.base(uid))
+    plans.apply(network.bind_user(uid))
 
 
 def number(via: Via) -> int:

@@ -361,9 +361,9 @@ def test_the_journal_says_once_what_applies_to_a_session(site: Site, caplog: pyt
     assert login is not None
     reevaluator = Reevaluator(Loop(), site.registry, Mock(), site.personas, Mock(), site.user_rules)
     for _ in range(3):
-        reevaluator._admit(login, Admitted(PersonaRef("Rest", 2), "at-night"))
+        reevaluator._set_default(login, Admitted(PersonaRef("Rest", 2), "at-night"))
     for _ in range(3):
-        reevaluator._admit(login, Admitted(None, None))
+        reevaluator._set_default(login, Admitted(None, None))
     assert caplog.messages == [
         f"session {session}: Rest v2 (policy at-night) applies now, before Work v1",
         f"session {session}: no persona (policy -) applies now, before Rest v2",

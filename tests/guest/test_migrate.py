@@ -253,7 +253,7 @@ def test_an_agent_thaws_what_the_one_before_it_stopped(tmp_path: Path) -> None:
     site = Site(tmp_path, "finish")
     with subprocess.Popen(["/usr/bin/true"]) as process:
         cgroup = site.put(process.pid)
-        site.placement.base = NEW
+        site.placement.default_persona = NEW
         site.tree.freeze(cgroup)
         process.wait()
         assert site.follow()

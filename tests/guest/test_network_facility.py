@@ -136,7 +136,7 @@ def test_an_owner_outside_of_every_cgroup_of_ours_is_under_his_base(
     under(network, user_rules, UID)
     assert world.attempt(tries, uid=UID) == [REFUSED, REFUSED, REFUSED, CUT]
     del user_rules[UID]
-    plans.apply(network.base(UID))
+    plans.apply(network.bind_user(UID))
     assert set(world.attempt(tries, uid=UID)) == {"ok"}
 
 

@@ -126,10 +126,10 @@ def test_sockets_of_a_place_that_was_left_count_as_the_users(
     assert holder.fares() == ["ECONNRESET", CUT]
     under(network, user_rules, UID + 1, "any")
     del user_rules[UID]  # with his last session
-    plans.apply(network.base(UID))
+    plans.apply(network.bind_user(UID))
     assert holder.fares()[1] == CUT, "who is there still may have been handed them"
     del user_rules[UID + 1]
-    plans.apply(network.base(UID + 1))
+    plans.apply(network.bind_user(UID + 1))
     assert holder.fares()[1] == "ok"
 
 
@@ -178,7 +178,7 @@ def test_sockets_of_a_user_who_has_gone_reach_nothing(world: World, table: Table
     holder = Holder(world, where.cgroup)
     assert holder.fares() == ["ok", "ok"]
     del user_rules[UID]  # his session ends; its place is left a moment later
-    plans.apply(network.base(UID))
+    plans.apply(network.bind_user(UID))
     plans.apply(network.leave(where))
     assert holder.fares() == ["ECONNRESET", CUT]
     assert network.reconcile({}) == ()
@@ -189,7 +189,7 @@ def test_sockets_of_a_user_who_has_gone_reach_nothing(world: World, table: Table
     under(second, user_rules, UID, "any:udp/443")  # he is back, and his slice was never gone
     assert holder.fares()[1] == "ok"
     user_rules.clear()
-    plans.apply(second.base(UID))
+    plans.apply(second.bind_user(UID))
     plans.apply(second.reconcile({}))
     assert "inet persona" not in world.near_run("nft", "list", "tables")
     successor.close()
@@ -207,7 +207,7 @@ def test_who_breaks_the_glass_beside_a_session_of_his_is_not_nobody(
         plans.apply(network.exempt(UID))
     plans.apply(network.reconcile({}))
     del user_rules[UID]
-    plans.apply(network.base(UID))
+    plans.apply(network.bind_user(UID))
     if before:
         assert world.attempt([("tcp", FAR4, 443)], cgroup=f"{slice_}/Analyst") == [REFUSED]
         plans.apply(network.exempt(UID))
@@ -216,7 +216,7 @@ def test_who_breaks_the_glass_beside_a_session_of_his_is_not_nobody(
     again = Network(table, number, str(world.root), user_rules, SocketOwners(tmp_path / "outside.json"))
     assert again.reconcile({}) == ()
     user_rules.clear()
-    plans.apply(network.base(UID + 1))
+    plans.apply(network.bind_user(UID + 1))
     plans.apply(network.exempt(UID))
     plans.apply(network.reconcile({}))
     assert "inet persona" not in world.near_run("nft", "list", "tables")
@@ -225,7 +225,7 @@ def test_who_breaks_the_glass_beside_a_session_of_his_is_not_nobody(
 def test_what_places_left_behind_is_taken_up_by_the_next_agent(world: World, table: Table, tmp_path: Path) -> None:
     user_rules = {UID: persona("any:tcp/443", name="Base")}
     first = Network(table, number, str(world.root), user_rules, SocketOwners(tmp_path / "outside.json"))
-    plans.apply(first.base(UID))
+    plans.apply(first.bind_user(UID))
     holder = moved_on(world, first)
     assert holder.fares() == ["ok", CUT]
     wanted = {place(world, "Other"): persona("any", name="Other")}
@@ -240,7 +240,7 @@ def test_what_places_left_behind_is_taken_up_by_the_next_agent(world: World, tab
     assert second.reconcile(wanted) == ()
     assert holder.fares() == ["ok", CUT]
     user_rules[UID] = persona(name="Base")
-    plans.apply(second.base(UID))
+    plans.apply(second.bind_user(UID))
     assert second.reconcile(wanted) == ()
     assert holder.fares() == ["ECONNRESET", CUT]
     user_rules.clear()

@@ -77,7 +77,7 @@ class Site:
             SimpleNamespace(current=current, batches=lambda sessions: [sessions]),  # type: ignore[arg-type]  # a fake
             Personas(directory, fetch),
             SimpleNamespace(follow=follow),  # type: ignore[arg-type]
-            SimpleNamespace(rebased=self.based.__setitem__),  # type: ignore[arg-type]
+            SimpleNamespace(default_changed=self.based.__setitem__),  # type: ignore[arg-type]
         )
 
     def run(self, seconds: float) -> None:

@@ -57,10 +57,10 @@ def test_the_last_word_holds_and_the_last_session_ends_it(bound: Bound) -> None:
     user_rules = bound.user_rules
     user_rules.opened(session("a"), ONE)
     user_rules.opened(session("b"), TWO)
-    user_rules.rebased("a", ONE)
+    user_rules.default_changed("a", ONE)
     user_rules.ended(ended("a"))
     user_rules.ended(ended("a"))
-    user_rules.rebased("a", TWO)  # of one that is gone nothing is heard
+    user_rules.default_changed("a", TWO)  # of one that is gone nothing is heard
     user_rules.ended(ended("b"))
     assert bound.calls == [(1000, "One"), (1000, "Two"), (1000, "One"), (1000, "Two"), (1000, None)]
     assert user_rules.current == {}
@@ -94,7 +94,7 @@ def test_a_session_that_cannot_be_bound_changes_nobodys_base(bound: Bound) -> No
 def test_what_cannot_follow_now_is_known_for_the_next_look(bound: Bound, caplog: pytest.LogCaptureFixture) -> None:
     bound.user_rules.opened(session("a"), ONE)
     bound.fail = True
-    bound.user_rules.rebased("a", TWO)
+    bound.user_rules.default_changed("a", TWO)
     assert "does not follow" in caplog.text
     assert bound.user_rules.current[1000].name == "Two"
 

@@ -26,7 +26,7 @@ class Greeting:
         if not self._settings.gate.greeting:
             return None
         login = self._registry.get(session.id)
-        persona = login.persona if login is not None else None
+        persona = login.default_persona if login is not None else None
         now = f"{persona.name} v{persona.version}" if persona else "none right now"
         mode = "" if self._settings.mode is Mode.ENFORCE else " (complain mode: nothing is stopped)"
         denied = self._denials.since(reader, time.time() - _LATELY_S) if reader == session.uid else 0

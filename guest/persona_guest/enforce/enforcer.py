@@ -81,7 +81,11 @@ class Enforcer:
         before = pending.before()
         if placement is None:
             placement = login.placement = Placement(
-                login.session.id, login.session.uid, cgroup_of(pending.task.tid), before, login.persona or NO_PERSONA
+                login.session.id,
+                login.session.uid,
+                cgroup_of(pending.task.tid),
+                before,
+                login.default_persona or NO_PERSONA,
             )
         elif before != placement.opener and (granted is None or granted.persona == placement.only or placement.managed):
             return  # most execs: it was born where it belongs (docs/decisions/0011-where-processes-live.md)
@@ -107,13 +111,13 @@ class Enforcer:
         current = cgroup_of(task.tid)
         if manager_of(current, placement.uid) is not None:
             if MANAGED not in placement.places:
-                self.enter(placement, placement.base, current)
+                self.enter(placement, placement.default_persona, current)
             return
         if granted is None and _is_services(placement, task):
             return
         if not seccomp.still_valid(pending.login.listener, pending.ident):
             raise ProcessLookupError(errno.ESRCH, "what was looked at may be another's task")
-        ref = placement.base if granted is None else granted.persona
+        ref = placement.default_persona if granted is None else granted.persona
         place = placement.places.get(ref.name)
         if place is None or place.persona.version < ref.version:
             place = self.enter(placement, ref, current)

@@ -69,7 +69,7 @@ class Migrator:
 
     def follow(self, placement: Placement, login: Login, holding: tuple[Applicable, ...], word: Word) -> bool:
         """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
-        placement.base = holding[0].ref if holding else NO_PERSONA
+        placement.default_persona = holding[0].ref if holding else NO_PERSONA
         self._patience_s = _STOPPED_S
         placement.holding = None  # until all of it is done: from the middle, the way back is one to follow too
         outer = self._hang_watchdog.enter(login.session)  # what its processes call themselves is in their own memory
@@ -85,7 +85,7 @@ class Migrator:
             ]
             whole = all(sorted_)
             if not placement.places and manager_of(placement.found, placement.uid) is not None:
-                self._enforcer.enter(placement, placement.base, placement.found)
+                self._enforcer.enter(placement, placement.default_persona, placement.found)
             if MANAGED in placement.places:
                 self._manage(placement, pairs, shells, ends=ends)
             if whole:
@@ -165,8 +165,10 @@ class Migrator:
         running: Running, placement: Placement, old: Persona, pairs: Pairs, shells: Shells
     ) -> PersonaRef | None:
         ref = choose(running.trusted, pairs)
-        if ref is None and (running.image in shells or (old.on_revoke == "finish" and placement.base != NO_PERSONA)):
-            return placement.base  # the login shell is admission's, until the session itself is revoked
+        if ref is None and (
+            running.image in shells or (old.on_revoke == "finish" and placement.default_persona != NO_PERSONA)
+        ):
+            return placement.default_persona  # the login shell is admission's, until the session itself is revoked
         return ref
 
     def _withdraw(
@@ -186,21 +188,21 @@ class Migrator:
                 self._note(placement, old, "frozen", running)
 
     def _manage(self, placement: Placement, pairs: Pairs, shells: Shells, *, ends: bool) -> None:
-        """The service manager keeps its place under whatever is the base now.
+        """The service manager keeps its place under whatever is the default persona now.
 
         Its parts cannot be frozen one by one (its user could thaw them): ``freeze`` lets them finish.
         """
         place = placement.places[MANAGED]
-        if place.persona == placement.base and not ends:
+        if place.persona == placement.default_persona and not ends:
             return
         old = self._enforcer.document(place.persona)
-        if not ends:  # an operator's word is not taken back
-            self._ending.returned(place.cgroup, placement.base.name)
+        if not ends:  # what an operator revoked is not taken back
+            self._ending.returned(place.cgroup, placement.default_persona.name)
         rest: dict[int, Running] = {}
         whole = True
         if (ends or old.on_revoke == "kill") and not self._ending.under_way(
             place.cgroup
-        ):  # looked at before the base is another: what fails here is tried again
+        ):  # looked at before the default persona is another: what fails here is tried again
             pids, whole = self._below(place.cgroup)
             rest = {
                 pid: running
@@ -211,9 +213,9 @@ class Migrator:
         began = {pid: at for pid, at in started(rest) if asked.get(pid) != at}
         rest = {pid: running for pid, running in rest.items() if pid in began}
         try:
-            self._enforcer.enter(placement, placement.base, place.cgroup)
-        finally:  # a base that cannot be kept on disk is the base all the same
-            if placement.places[MANAGED].persona == placement.base:
+            self._enforcer.enter(placement, placement.default_persona, place.cgroup)
+        finally:  # one that cannot be kept on disk is the default all the same
+            if placement.places[MANAGED].persona == placement.default_persona:
                 if not whole:
                     self._ending.all_of(placement, old, place.cgroup, rest)
                 elif rest:

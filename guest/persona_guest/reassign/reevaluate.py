@@ -146,14 +146,14 @@ class Reevaluator:
         if login is None:
             return
         first = holding[0] if holding else None
-        self._admit(login, Admitted(first.ref, first.policy) if first else Admitted(None, None))
+        self._set_default(login, Admitted(first.ref, first.policy) if first else Admitted(None, None))
         if login.placement is None or self._released:
             return  # nothing has started in it yet
         if not self._migrator.follow(login.placement, login, holding, word):
             self._later()
 
-    def _admit(self, login: Login, admitted: Admitted) -> None:
-        """What the session is under as a whole from now on."""
+    def _set_default(self, login: Login, admitted: Admitted) -> None:
+        """Gives the session its default persona, and the policy that hands it out; ``None`` in it = none applies."""
         before, login.admitted = login.admitted, admitted
         session, persona = login.session, admitted.persona
         if before is not None and before.persona != persona:
@@ -161,7 +161,7 @@ class Reevaluator:
                 "session %s: %s (policy %s) applies now, before %s",
                 session.id, named(persona), admitted.policy or "-", named(before.persona),
             )  # fmt: skip
-        self._user_rules.rebased(session.id, persona)
+        self._user_rules.default_changed(session.id, persona)
         if before != admitted and login.state is State.GATED:
             self._registry.try_to_save(login)
 

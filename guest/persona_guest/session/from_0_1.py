@@ -21,7 +21,7 @@ log = logging.getLogger("persona.agent")
 def login(value: dict[str, Any], state: Path) -> Login:
     """Of what the session's file had; the others are in ``state``.  Raises ``KeyError``, ``TypeError``."""
     session = session_from_json(value)
-    persona = _base(state / "bases.json", session.id)
+    persona = _default_persona(state / "bases.json", session.id)
     return Login(session, admitted=persona, placement=_placement(state / "places" / f"{session.id}.json"))
 
 
@@ -35,7 +35,7 @@ def _placement(path: Path) -> Placement | None:
         return None
 
 
-def _base(path: Path, session: str) -> Admitted | None:
+def _default_persona(path: Path, session: str) -> Admitted | None:
     try:
         _uid, name, version = json.loads(path.read_text())[session]
         ref = PersonaRef(str(name), int(version))

@@ -54,9 +54,8 @@ class State(StrEnum):
 class Login:
     """Everything that the agent knows of one session; the loop's thread alone changes it.
 
-    ``admitted``: the persona that applies to the session as a whole and its policy; ``None`` = the broker has not
-    said.  ``announced``: whether the broker need not be told of it any more.  ``placement``: where its processes
-    live, once one has started.
+    ``admitted``: the session's default persona and its policy; ``None`` = the broker has not said.  ``announced``:
+    whether the broker need not be told of it any more.  ``placement``: where its processes live, once one has started.
 
     What the gate needs at every exec: ``listener``, the descriptor on which the kernel asks; ``holder``, the number
     under which its subject's decisions are leased; ``shells``, the login shell's path, with persona-shell also that
@@ -86,8 +85,8 @@ class Login:
         self.name = self.session.id.encode()
 
     @property
-    def persona(self) -> PersonaRef | None:
-        """The persona that applies to the session as a whole; ``None`` = none, or not known yet."""
+    def default_persona(self) -> PersonaRef | None:
+        """The persona of whatever in the session has no grant of its own; ``None`` = none, or not known yet."""
         return self.admitted.persona if self.admitted is not None else None
 
     def repeats(self, pid: int, words: int, since: float) -> bool:

@@ -14,7 +14,7 @@ class Placement:
     """Places by their key.
 
     ``found`` is the cgroup in which the session was first seen.  ``opener`` is the program that
-    opened it: its forks have started nothing yet and are in no place.  ``base`` is the default persona: of the login
+    opened it: its forks have started nothing yet and are in no place.  ``default_persona`` is that of the login
     shell, and of whatever else starts without a grant of its own.  ``holding``: what the broker said
     last; ``None`` = nothing yet.  ``told``: its user knows that an operator revoked it.  ``unsaved``: the session's
     file does not say where it lives now.
@@ -24,7 +24,7 @@ class Placement:
     uid: int
     found: str
     opener: Image
-    base: PersonaRef = NO_PERSONA
+    default_persona: PersonaRef = NO_PERSONA
     places: dict[str, PersonaCgroup] = field(default_factory=dict)
     only: PersonaRef | None = None  # every process that started anything lives under this one
     holding: tuple[Applicable, ...] | None = None
@@ -59,7 +59,7 @@ class Placement:
             "uid": self.uid,
             "found": self.found,
             "opener": list(self.opener),
-            "base": [self.base.name, self.base.version],
+            "base": [self.default_persona.name, self.default_persona.version],
             "places": [
                 [place.persona.name, place.persona.version, place.shared, place.withdrawn]
                 for place in self.places.values()
@@ -75,7 +75,7 @@ class Placement:
             uid=int(value["uid"]),
             found=str(value["found"]),
             opener=Image(*map(int, value["opener"])),
-            base=PersonaRef(str(value["base"][0]), int(value["base"][1])),
+            default_persona=PersonaRef(str(value["base"][0]), int(value["base"][1])),
             told=value.get("told") is True,
         )
         for name, version, shared, withdrawn in value["places"]:

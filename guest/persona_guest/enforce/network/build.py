@@ -57,8 +57,8 @@ class Net:
     def _bind(self, uid: int) -> Plan:
         persona = self.user_rules.current.get(uid)
         if persona is not None:
-            return (*self._routes.need(persona), *self._network.base(uid))
-        return self._network.base(uid)
+            return (*self._routes.need(persona), *self._network.bind_user(uid))
+        return self._network.bind_user(uid)
 
     def warm(self) -> None:
         """Before the first login, which would wait for it."""

@@ -116,7 +116,7 @@ class Network:
             return ()
         return self._bind((place.cgroup, _owner(place.uid), ORPHANS), None, lambda: self._with_owner(place, None))
 
-    def base(self, uid: int) -> Plan:
+    def bind_user(self, uid: int) -> Plan:
         """Binds, or lets go, a user's slice of cgroups and whatever else is theirs, as ``user_rules`` has it.
 
         To be asked again at each login: the slice may be another by then.
@@ -150,8 +150,8 @@ class Network:
             with contextlib.suppress(FileNotFoundError):  # nobody is there any more
                 here = bound[place.cgroup] = Bound((self._cgroup(place.cgroup),), self._access(persona))
                 owned |= owned_place(place, here)
-        for uid, base in self._user_rules.items():
-            owner = bound[_owner(uid)] = Bound(self._owner_keys(uid, bound), self._access(base))
+        for uid, persona in self._user_rules.items():
+            owner = bound[_owner(uid)] = Bound(self._owner_keys(uid, bound), self._access(persona))
             owned |= owned_slice(uid, owner)
         if (nobody := self._orphans(bound)) is not None:
             bound[ORPHANS] = nobody

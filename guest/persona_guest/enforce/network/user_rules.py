@@ -50,8 +50,8 @@ class UserRules:
             self._choose(session.uid)
             raise
 
-    def rebased(self, session: str, ref: PersonaRef | None) -> None:
-        """A session is under another persona, or version, from now on."""
+    def default_changed(self, session: str, ref: PersonaRef | None) -> None:
+        """A session has another default persona, or version of it, from now on."""
         known = self._sessions.pop(session, None)
         if known is None:
             return
@@ -75,7 +75,7 @@ class UserRules:
     def restore(self, logins: Iterable[Login]) -> None:
         """Takes up the sessions that the agent before this one had; binds nothing yet."""
         for login in sorted(logins, key=lambda login: login.session.opened_at):
-            self._sessions[login.session.id] = (login.session.uid, login.persona or NO_PERSONA)
+            self._sessions[login.session.id] = (login.session.uid, login.default_persona or NO_PERSONA)
             self._choose(login.session.uid)
 
     def release(self) -> None:
@@ -115,7 +115,7 @@ class NoUserRules:
     def opened(self, session: Session, ref: PersonaRef | None) -> None:
         """Binds nothing."""
 
-    def rebased(self, session: str, ref: PersonaRef | None) -> None:
+    def default_changed(self, session: str, ref: PersonaRef | None) -> None:
         """Binds nothing."""
 
     def ended(self, login: Login) -> None:
