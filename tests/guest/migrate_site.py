@@ -12,7 +12,7 @@ from persona_guest.broker.documents import Personas
 from persona_guest.core.denials import Book
 from persona_guest.core.file_id import Image
 from persona_guest.core.masks import Masks
-from persona_guest.core.reassignment import NO_PERSONA, NO_PERSONA_DOCUMENT, Applicable, Word
+from persona_guest.core.reassignment import NO_PERSONA, NO_PERSONA_DOCUMENT, Applicable, Revocation
 from persona_guest.enforce.cgroups.facility import Cgroups
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.gate.hang_watchdog import HangWatchdog
@@ -131,9 +131,9 @@ class Site:
     def follow(self) -> bool:
         """New applies now, which allows nothing that these tests run."""
         holding = (Applicable(NEW, "p", Whitelist((parse_pattern("/usr/bin/true"),))),)
-        return self.migrator.follow(self.placement, self.login, holding, Word.REVOKED)
+        return self.migrator.follow(self.placement, self.login, holding, Revocation.REVOKED)
 
-    def revoke(self, word: Word = Word.REVOKED) -> bool:
+    def revoke(self, word: Revocation = Revocation.REVOKED) -> bool:
         """No policy holds for it any more, by an operator's word."""
         return self.migrator.follow(self.placement, self.login, (), word)
 

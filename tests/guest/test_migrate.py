@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from persona_guest.core.reassignment import Applicable, Word
+from persona_guest.core.reassignment import Applicable, Revocation
 from persona_guest.kernel.task import living
 from persona_guest.program.identity import Identifier
 from persona_guest.program.process import UNKNOWN, Running, read_running
@@ -174,7 +174,7 @@ def test_after_an_error_the_way_back_is_to_be_followed_too(
     site = Site(tmp_path, "freeze")
     site.put(stubborn.pid)
     before = (Applicable(OLD, "p", Whitelist((parse_pattern("**"),))),)
-    assert site.migrator.follow(site.placement, site.login, before, Word.NONE)
+    assert site.migrator.follow(site.placement, site.login, before, Revocation.NONE)
     assert site.placement.holding == before
     monkeypatch.setattr(site.tree, "move", fails)
     assert not site.follow()
@@ -318,7 +318,7 @@ def counted(site: Site, pattern: str = "**") -> bool:
     """The next version of Old applies now, which is counted for all sessions together."""
     site.placement.holding = None
     holding = (Applicable(COUNTED, "p", Whitelist((parse_pattern(pattern),))),)
-    return site.migrator.follow(site.placement, site.login, holding, Word.NONE)
+    return site.migrator.follow(site.placement, site.login, holding, Revocation.NONE)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from persona_guest.broker.current import read
 from persona_guest.broker.documents import Personas
 from persona_guest.core.file_id import Image
-from persona_guest.core.reassignment import Applicable, Word
+from persona_guest.core.reassignment import Applicable, Revocation
 from persona_guest.loop import Loop
 from persona_guest.reassign import reevaluate as module
 from persona_guest.reassign.reevaluate import Reevaluator
@@ -43,7 +43,7 @@ class Site:
         self.asked: list[list[str]] = []
         self.fetched: list[PersonaRef] = []
         self.followed: list[str] = []
-        self.words: list[Word] = []
+        self.words: list[Revocation] = []
         self.based: dict[str, PersonaRef | None] = {}
         self.answers: Callable[[Callable[[Any], None]], None] = lambda done: done(ANSWER)
         self.documents: Callable[[PersonaRef], Any] = lambda ref: {
@@ -65,7 +65,7 @@ class Site:
 
         self.meanwhile: Callable[[str], None] = lambda _session: None
 
-        def follow(placement: Placement, _gated: object, _holding: object, word: Word) -> bool:
+        def follow(placement: Placement, _gated: object, _holding: object, word: Revocation) -> bool:
             self.followed.append(placement.session)
             self.words.append(word)
             self.meanwhile(placement.session)
@@ -206,14 +206,14 @@ def test_a_persona_that_this_agent_cannot_read_does_not_keep_its_sessions_from_f
 @pytest.mark.parametrize(
     ("said", "word"),
     [
-        ({"revoked": False}, Word.NONE),
-        ({"revoked": True}, Word.REVOKED),
-        ({"revoked": True, "end": True}, Word.END),
-        ({"revoked": True, "end": "yes"}, Word.REVOKED),
-        ({"revoked": False, "end": True}, Word.NONE),
+        ({"revoked": False}, Revocation.NONE),
+        ({"revoked": True}, Revocation.REVOKED),
+        ({"revoked": True, "end": True}, Revocation.END),
+        ({"revoked": True, "end": "yes"}, Revocation.REVOKED),
+        ({"revoked": False, "end": True}, Revocation.NONE),
     ],
 )
-def test_what_an_operator_said_of_a_session(site: Site, said: dict[str, object], word: Word) -> None:
+def test_what_an_operator_said_of_a_session(site: Site, said: dict[str, object], word: Revocation) -> None:
     answer = {"personas": [], "others": [], "a field of a newer broker": 1, **said}
     site.answers = lambda done: done({"sessions": {"s-1": answer}})
     site.reevaluator.changed()

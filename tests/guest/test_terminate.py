@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from persona_guest.core.reassignment import Applicable, Word
+from persona_guest.core.reassignment import Applicable, Revocation
 from persona_guest.enforce.network.rejects import Refusal
 from persona_guest.reassign import migrate as sorters
 from persona_guest.reassign import terminate
@@ -63,7 +63,7 @@ def test_what_comes_back_has_its_whole_grace_the_next_time(
     assert site.follow()
     site.run(0.4)
     again = (Applicable(OLD, "p", Whitelist((parse_pattern("**"),))),)
-    assert site.migrator.follow(site.placement, site.login, again, Word.REVOKED)
+    assert site.migrator.follow(site.placement, site.login, again, Revocation.REVOKED)
     assert list(site.placement.places) == ["Old"]
     assert site.follow()
     cgroup = f"{SCOPE}/-Old"
@@ -165,7 +165,7 @@ def test_a_service_manager_that_cannot_be_looked_through_ends(
 
 def comes_back(site: Site) -> bool:
     again = (Applicable(OLD, "p", Whitelist((parse_pattern("**"),))),)
-    return site.migrator.follow(site.placement, site.login, again, Word.NONE)
+    return site.migrator.follow(site.placement, site.login, again, Revocation.NONE)
 
 
 def test_what_a_service_manager_runs_stays_where_its_base_comes_back(
@@ -340,13 +340,13 @@ def test_an_operator_ends_what_its_persona_would_spare(
         assert site.revoke()
         site.run(0.6)
     cgroup = f"{SCOPE}/-Old"
-    assert site.revoke(Word.END)
+    assert site.revoke(Revocation.END)
     Path(site.tree.path(cgroup, "cgroup.kill")).write_text("0")
     assert site.tree.processes(cgroup) == [stubborn.pid]
     assert not site.tree.freezes(cgroup)  # or SIGTERM would not reach it
     told = list(site.told)
     assert "is asked to end, and killed after" in told[-1]
-    assert site.revoke(Word.END)  # the next event
+    assert site.revoke(Revocation.END)  # the next event
     assert site.told == told
     site.run(0.6)
     assert site.tree.read(cgroup, "cgroup.kill") == "1\n"
@@ -365,7 +365,7 @@ def test_an_operator_ends_what_a_service_manager_started(
             site.run(0.6)
             assert process.poll() is None
         for _ in range(3):  # whatever events come, once
-            assert site.revoke(Word.END)
+            assert site.revoke(Revocation.END)
         assert process.wait(5) == -signal.SIGTERM
     assert [line for line in site.told if "sleep is asked to end" in line] == site.told[-1:]
     assert "_nobody" not in "".join(site.told)

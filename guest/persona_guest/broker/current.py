@@ -7,7 +7,7 @@ from typing import Any
 from persona.decisions import PersonaRef
 from persona.parsing import Bad
 from persona.patterns import Whitelist, parse_pattern
-from persona_guest.core.reassignment import Applicable, Word
+from persona_guest.core.reassignment import Applicable, Revocation
 
 log = logging.getLogger("persona.enforce")
 
@@ -21,7 +21,7 @@ class Current:
     session: str
     holding: tuple[Applicable, ...]
     others: tuple[PersonaRef, ...]
-    word: Word
+    revocation: Revocation
 
 
 def read(answer: Any) -> tuple[Current, ...]:
@@ -38,16 +38,16 @@ def read(answer: Any) -> tuple[Current, ...]:
     for session, value in sessions.items():
         try:
             holding, others = _holding(session, value["personas"]), tuple(map(_ref, value["others"]))
-            found.append(Current(session, holding, others, _word(value)))
+            found.append(Current(session, holding, others, _revocation(value)))
         except _UNREADABLE as error:
             log.error("what the broker says of session %s cannot be read: %r", session, error)
     return tuple(found)
 
 
-def _word(value: Any) -> Word:
+def _revocation(value: Any) -> Revocation:
     if value["revoked"] is not True:
-        return Word.NONE
-    return Word.END if value.get("end") is True else Word.REVOKED
+        return Revocation.NONE
+    return Revocation.END if value.get("end") is True else Revocation.REVOKED
 
 
 def _holding(session: str, items: Any) -> tuple[Applicable, ...]:

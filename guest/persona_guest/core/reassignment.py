@@ -28,8 +28,8 @@ class Applicable:
     commands: Whitelist
 
 
-class Word(Enum):
-    """What an operator said of a session."""
+class Revocation(Enum):
+    """Whether an operator revoked a session, and what then becomes of what runs in it."""
 
     NONE = "nothing: policies decide"
     REVOKED = "no policy holds for it"

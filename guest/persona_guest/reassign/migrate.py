@@ -15,7 +15,7 @@ from persona.documents import Persona
 from persona.problems import PersonaError
 from persona_guest.core.file_id import Image
 from persona_guest.core.persona_cgroups import MANAGED, PersonaCgroup, manager_of
-from persona_guest.core.reassignment import NO_PERSONA, Applicable, Word, choose
+from persona_guest.core.reassignment import NO_PERSONA, Applicable, Revocation, choose
 from persona_guest.enforce.enforcer import Enforcer
 from persona_guest.gate.hang_watchdog import HangWatchdog
 from persona_guest.loop import Loop
@@ -67,19 +67,21 @@ class Migrator:
         self._ending = Termination(loop, registry, enforcer, tell, note)
         self._patience_s = 0.0  # what is left of _STOPPED_S: the loop and the watchdog wait for all places together
 
-    def follow(self, placement: Placement, login: Login, holding: tuple[Applicable, ...], word: Word) -> bool:
+    def follow(
+        self, placement: Placement, login: Login, holding: tuple[Applicable, ...], revocation: Revocation
+    ) -> bool:
         """Brings all that runs in a session to where it belongs; false where it could not be done yet."""
         placement.default_persona = holding[0].ref if holding else NO_PERSONA
         self._patience_s = _STOPPED_S
         placement.holding = None  # until all of it is done: from the middle, the way back is one to follow too
         outer = self._hang_watchdog.enter(login.session)  # what its processes call themselves is in their own memory
         try:
-            if word is not Word.NONE and not placement.told:
+            if revocation is not Revocation.NONE and not placement.told:
                 placement.told = True
                 self._tell(placement, REVOKED)
-            ends = word is Word.END
+            ends = revocation is Revocation.END
             pairs = [(held, self._enforcer.document(held.ref)) for held in holding]
-            shells = () if word is not Word.NONE else (*login.shell_files, *images_of(login.shells))
+            shells = () if revocation is not Revocation.NONE else (*login.shell_files, *images_of(login.shells))
             sorted_ = [
                 self._sort(placement, key, pairs, shells, ends=ends) for key in list(placement.places) if key != MANAGED
             ]

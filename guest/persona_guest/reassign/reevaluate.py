@@ -9,7 +9,7 @@ from persona.problems import Reason
 from persona_guest.broker.client import BrokerClient
 from persona_guest.broker.current import Current
 from persona_guest.broker.documents import Personas
-from persona_guest.core.reassignment import Applicable, Word, named
+from persona_guest.core.reassignment import Applicable, Revocation, named
 from persona_guest.enforce.network.user_rules import NoUserRules, UserRules
 from persona_guest.loop import Loop
 from persona_guest.reassign.migrate import Migrator
@@ -43,7 +43,7 @@ class Reevaluator:
         self._asking = 0
         self._waiting = False
         self._again = False
-        self._due: dict[str, tuple[tuple[Applicable, ...], Word]] = {}  # by session, the longest due first
+        self._due: dict[str, tuple[tuple[Applicable, ...], Revocation]] = {}  # by session, the longest due first
         self._coming = False  # the turn of the first of them
 
     def changed(self) -> None:
@@ -82,15 +82,15 @@ class Reevaluator:
             for current in answer:
                 for ref in current.others:
                     self._personas.ensure(ref, lambda _denied: None)
-                self._prepare(current.session, current.holding, current.word)
+                self._prepare(current.session, current.holding, current.revocation)
         if self._again and not self._asking:
             self._again = False
             self.changed()
 
-    def _prepare(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
+    def _prepare(self, session: str, holding: tuple[Applicable, ...], revocation: Revocation) -> None:
         """The documents first, then, in a round of the loop of its own, what changes."""
         placement = self._registry.placement(session)
-        if placement is not None and placement.holding == holding and word is Word.NONE:
+        if placement is not None and placement.holding == holding and revocation is Revocation.NONE:
             self._due.pop(session, None)
             return
         needed = {held.ref for held in holding}
@@ -103,7 +103,7 @@ class Reevaluator:
             if denied is None:
                 missing -= 1
                 if missing == 0:
-                    self._enqueue(session, holding, word)
+                    self._enqueue(session, holding, revocation)
                 return
             missing = -1
             if denied.reason is Reason.PERSONA_UNAVAILABLE:  # this agent cannot read it: it will not come
@@ -113,19 +113,19 @@ class Reevaluator:
                     ref.name,
                     denied.help,
                 )
-                self._prepare(session, tuple(takewhile(lambda held: held.ref != ref, holding)), word)
+                self._prepare(session, tuple(takewhile(lambda held: held.ref != ref, holding)), revocation)
             else:
                 log.error("session %s does not follow yet: %s", session, denied.help)
                 self._later()
 
         if not needed:
-            self._enqueue(session, holding, word)
+            self._enqueue(session, holding, revocation)
         for ref in needed:
             self._personas.ensure(ref, partial(here, ref))
 
-    def _enqueue(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
+    def _enqueue(self, session: str, holding: tuple[Applicable, ...], revocation: Revocation) -> None:
         """What was said of it before is void, and its turn stays: one that is tried again and again is not first."""
-        self._due[session] = holding, word
+        self._due[session] = holding, revocation
         self._soon()
 
     def _soon(self) -> None:
@@ -141,7 +141,7 @@ class Reevaluator:
             self._follow(session, *self._due.pop(session))
         self._soon()
 
-    def _follow(self, session: str, holding: tuple[Applicable, ...], word: Word) -> None:
+    def _follow(self, session: str, holding: tuple[Applicable, ...], revocation: Revocation) -> None:
         login = self._registry.get(session)
         if login is None:
             return
@@ -149,7 +149,7 @@ class Reevaluator:
         self._set_default(login, Admitted(first.ref, first.policy) if first else Admitted(None, None))
         if login.placement is None or self._released:
             return  # nothing has started in it yet
-        if not self._migrator.follow(login.placement, login, holding, word):
+        if not self._migrator.follow(login.placement, login, holding, revocation):
             self._later()
 
     def _set_default(self, login: Login, admitted: Admitted) -> None:
