@@ -269,21 +269,23 @@ class Users:
     def _listener(self, call: Call, respond: Respond) -> None:
         """Takes the seccomp listener of the session that ``gate`` opened, and answers for it from now on."""
         call.only()
-        uid, session = self._opening.pop(call.pid, (0, None))
-        if session is not None and uid != call.uid:  # the number of a process that has ended is another user's by now
-            self._openings.abandoned(session)
-            session = None
-        if session is None:
+        uid, session_id = self._opening.pop(call.pid, (0, None))
+        if (
+            session_id is not None and uid != call.uid
+        ):  # the number of a process that has ended is another user's by now
+            self._openings.abandoned(session_id)
+            session_id = None
+        if session_id is None:
             raise PersonaError(Reason.SESSION_UNKNOWN, "expected 'gate' before the listener")
         try:
             if len(call.fds) != 1:
                 raise PersonaError(Fault.BAD_REQUEST, "expected one descriptor")
             listener = os.dup(call.fds[0])
         except (PersonaError, OSError):
-            self._openings.abandoned(session)
+            self._openings.abandoned(session_id)
             raise
-        self._openings.listener_from_shell(session, listener)
-        respond({"ok": True, "session": session})
+        self._openings.listener_from_shell(session_id, listener)
+        respond({"ok": True, "session": session_id})
 
     def _release_all(self, call: Call, respond: Respond) -> None:
         """Lets every gated session go on ungated and unbound; the agent ends with the last of them."""
@@ -295,10 +297,10 @@ class Users:
 
     def _make_room(self, call: Call) -> None:
         """Forgets what the dead and this very process began.  Raises ``PersonaError`` where that is not enough."""
-        for pid, (_, session) in list(self._opening.items()):
+        for pid, (_, session_id) in list(self._opening.items()):
             if pid == call.pid or not os.path.exists(f"/proc/{pid}"):
                 del self._opening[pid]
-                self._openings.abandoned(session)
+                self._openings.abandoned(session_id)
         if sum(uid == call.uid for uid, _ in self._opening.values()) >= _OPENING_MAX:
             raise PersonaError(Reason.AGENT_OVERLOADED, "too many logins of this user begin at once")
 

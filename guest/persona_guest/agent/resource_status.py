@@ -33,9 +33,9 @@ class ResourceStatus:
             return {}
         return {"limits": document.get("resource_limits", {}), "network": document.get("network_access", [])}
 
-    def use(self, session: str, done: Callable[[list[dict[str, Any]]], None]) -> None:
+    def use(self, session_id: str, done: Callable[[list[dict[str, Any]]], None]) -> None:
         """Each place of a session with its limits, what it uses and how hard it waits; answers a moment later."""
-        placement = self._registry.placement(session)
+        placement = self._registry.placement(session_id)
         before = self._sample(list(placement.places.values())) if placement else {}
         if not before:
             done([])

@@ -42,10 +42,10 @@ class Journal:
     def flush(self) -> None:
         """Says what was left out; by itself when the next second begins, and to be called at the end."""
         written, self._written = self._written, {}
-        for session, count in written.items():
+        for session_id, count in written.items():
             if count > PER_SECOND:
-                text = f"{count - PER_SECOND} more of session {session} in a second: the broker's record has them"
-                self._write(text, {"PERSONA_EVENT": "left_out", "PERSONA_SESSION": session})
+                text = f"{count - PER_SECOND} more of session {session_id} in a second: the broker's record has them"
+                self._write(text, {"PERSONA_EVENT": "left_out", "PERSONA_SESSION": session_id})
 
 
 def _entry(record: Record) -> tuple[str, dict[str, str]]:

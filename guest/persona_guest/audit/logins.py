@@ -20,9 +20,9 @@ class Logins:
         self._record = record
         self._complain = complain
 
-    def __call__(self, session: str, user: str, event: str, denied: Denied | None = None) -> None:
+    def __call__(self, session_id: str, user: str, event: str, denied: Denied | None = None) -> None:
         """``event`` is admission, break_glass or session_end."""
-        self._record(records.login(time.time(), session, user, event, denied, complain=self._complain))
+        self._record(records.login(time.time(), session_id, user, event, denied, complain=self._complain))
 
     def ended(self, login: Login) -> None:
         """Its last process is gone; one that did not come to be gated has no end."""

@@ -29,9 +29,9 @@ class StandbyNotes:
         self._counts: Counter[tuple[str, bool]] = Counter()
         self._complained = False
 
-    def add(self, session: str, *, denied: bool) -> None:
+    def add(self, session_id: str, *, denied: bool) -> None:
         """One start of a session was answered."""
-        self._counts[session, denied] += 1
+        self._counts[session_id, denied] += 1
 
     def flush(self, at: float) -> None:
         """Writes what was added; ``at`` is Unix seconds.  What cannot be written is kept for the next time."""

@@ -168,14 +168,14 @@ class BrokerClient:
         """The sessions in parts, each of which fits into one question with the groups of its users."""
         part: list[str] = []
         size = 0
-        for session in sessions:
-            subject = self._subject_of(session)
+        for session_id in sessions:
+            subject = self._subject_of(session_id)
             names = self._groups.narrowed(subject).groups if subject is not None else ()
-            more = len(json.dumps([session, session, names]))
+            more = len(json.dumps([session_id, session_id, names]))
             if part and (size + more > MAX_BODY - _REST or len(part) >= SESSIONS_A_CALL):
                 yield part
                 part, size = [], 0
-            part.append(session)
+            part.append(session_id)
             size += more
         if part:
             yield part
@@ -183,13 +183,15 @@ class BrokerClient:
     def current(self, sessions: list[str], done: Callable[[tuple[Current, ...] | Denied], None]) -> None:
         """What applies to sessions now."""
 
-        subjects = {session: self._subject_of(session) for session in sessions}
+        subjects = {session_id: self._subject_of(session_id) for session_id in sessions}
 
         def body(groups: GroupsInUse, version: int) -> dict[str, Any]:
             if version < 2:
                 return {"sessions": sessions}  # by the groups that it was told when they opened
             named = {
-                session: groups.narrowed(subject).groups for session, subject in subjects.items() if subject is not None
+                session_id: groups.narrowed(subject).groups
+                for session_id, subject in subjects.items()
+                if subject is not None
             }
             return {"sessions": sessions, "groups": named}
 

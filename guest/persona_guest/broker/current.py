@@ -35,12 +35,12 @@ def read(answer: Any) -> tuple[Current, ...]:
         log.error("what the broker says of running sessions cannot be read: %r", error)
         return ()
     found = []
-    for session, value in sessions.items():
+    for session_id, value in sessions.items():
         try:
-            holding, others = _holding(session, value["personas"]), tuple(map(_ref, value["others"]))
-            found.append(Current(session, holding, others, _revocation(value)))
+            holding, others = _holding(session_id, value["personas"]), tuple(map(_ref, value["others"]))
+            found.append(Current(session_id, holding, others, _revocation(value)))
         except _UNREADABLE as error:
-            log.error("what the broker says of session %s cannot be read: %r", session, error)
+            log.error("what the broker says of session %s cannot be read: %r", session_id, error)
     return tuple(found)
 
 
@@ -50,7 +50,7 @@ def _revocation(value: Any) -> Revocation:
     return Revocation.END if value.get("end") is True else Revocation.REVOKED
 
 
-def _holding(session: str, items: Any) -> tuple[Applicable, ...]:
+def _holding(session_id: str, items: Any) -> tuple[Applicable, ...]:
     """The policies that hold, in order, up to the first whose commands this agent cannot read.
 
     Those after it may be meant for what it does not speak for, and which that is, is not known.
@@ -60,7 +60,7 @@ def _holding(session: str, items: Any) -> tuple[Applicable, ...]:
         try:
             commands = Whitelist(tuple(map(parse_pattern, item["commands"])))
         except Bad as error:
-            log.error("session %s: policy %s and those after it do not hold: %s", session, item["policy"], error)
+            log.error("session %s: policy %s and those after it do not hold: %s", session_id, item["policy"], error)
             break
         found.append(Applicable(_ref(item), str(item["policy"]), commands))
     return tuple(found)

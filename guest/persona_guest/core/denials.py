@@ -78,11 +78,11 @@ class Book:
             self.changed.add(self._users.popitem(last=False)[0])
 
     def note(
-        self, uid: int, at: float, event: str, program: str, command: str, denied: Denied, session: str = ""
+        self, uid: int, at: float, event: str, program: str, command: str, denied: Denied, session_id: str = ""
     ) -> None:
         """Adds the denial that ``denied`` tells of."""
         reason, policy, persona, help = denied.reason, denied.policy, denied.persona, denied.help
-        self.add(uid, Denial(at, event, program, command, reason, policy, persona, help, session, at))
+        self.add(uid, Denial(at, event, program, command, reason, policy, persona, help, session_id, at))
 
     def of(self, uid: int) -> tuple[Denial, ...]:
         """What was denied to a user, the newest last."""

@@ -90,22 +90,22 @@ def directory_name(persona: str) -> str:
 
 
 def place_of(
-    session: str, uid: int, persona: PersonaRef, found: str, *, shared: bool = False, withdrawn: bool = False
+    session_id: str, uid: int, persona: PersonaRef, found: str, *, shared: bool = False, withdrawn: bool = False
 ) -> PersonaCgroup:
     """Where processes of a session that was found in the cgroup ``found`` live under a persona."""
     manager = manager_of(found, uid)
     if manager is not None:
-        return PersonaCgroup(session, persona, manager, uid, manager)
+        return PersonaCgroup(session_id, persona, manager, uid, manager)
     scope = scope_of(found, uid)
     if withdrawn:
         name = f"{_WITHDRAWN}{persona.name}"
-        cgroup = f"{scope}/{name}" if scope else f"{fallback_slice_of(uid)}/{session}:{name}"
+        cgroup = f"{scope}/{name}" if scope else f"{fallback_slice_of(uid)}/{session_id}:{name}"
     elif shared:
-        cgroup = f"{FALLBACK_ROOT}/{_SHARED}{persona.name}/{session}"
+        cgroup = f"{FALLBACK_ROOT}/{_SHARED}{persona.name}/{session_id}"
     else:
-        below = f"{fallback_slice_of(uid)}/{session}:{persona.name}"
+        below = f"{fallback_slice_of(uid)}/{session_id}:{persona.name}"
         cgroup = f"{scope}/{directory_name(persona.name)}" if scope else below
-    return PersonaCgroup(session, persona, cgroup, uid, scope or found, withdrawn)
+    return PersonaCgroup(session_id, persona, cgroup, uid, scope or found, withdrawn)
 
 
 def level_of(cgroup: str) -> int:
@@ -130,8 +130,8 @@ def is_kept(cgroup: str) -> bool:
 
 def renamed(cgroup: str, known: Iterable[str]) -> str | None:
     """What a place is called now that 0.1.0 called ``FALLBACK_ROOT/SESSION/P``; ``None`` = it is not known."""
-    session, _, name = cgroup.removeprefix(f"{FALLBACK_ROOT}/").partition("/")
-    end = f"/{session}:{name.removeprefix('_')}"
+    session_id, _, name = cgroup.removeprefix(f"{FALLBACK_ROOT}/").partition("/")
+    end = f"/{session_id}:{name.removeprefix('_')}"
     return next((place for place in known if place.startswith(f"{FALLBACK_ROOT}/user-") and place.endswith(end)), None)
 
 

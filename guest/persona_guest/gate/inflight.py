@@ -39,12 +39,12 @@ class InFlight:
         table._free = list(range(SLOTS - 1, -1, -1))
         return table
 
-    def put(self, session: bytes, raw: bytes | bytearray) -> int:
+    def put(self, session_id: bytes, raw: bytes | bytearray) -> int:
         """Remembers a raw struct seccomp_notif; the slot to clear, or -1 where the table is full."""
         if not self._free:
             return -1
         slot = self._free.pop()
-        _SLOT.pack_into(self._map, slot * _SLOT.size, _READING, session, raw)
+        _SLOT.pack_into(self._map, slot * _SLOT.size, _READING, session_id, raw)
         return slot
 
     def mark_read(self, slot: int) -> None:

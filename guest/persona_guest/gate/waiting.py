@@ -24,14 +24,14 @@ class Waiting:
         execs.append(pending)
         return len(execs)
 
-    def take(self, session: str, question: Question) -> list[Pending]:
+    def take(self, session_id: str, question: Question) -> list[Pending]:
         """Those that waited for this answer, which is here."""
-        return self._execs.pop((session, question), [])
+        return self._execs.pop((session_id, question), [])
 
-    def tell(self, session: str, line: str) -> None:
+    def tell(self, session_id: str, line: str) -> None:
         """A line to one of the session's tasks that wait, if there is one and it may be spoken to."""
         for (ident, _), execs in self._execs.items():
-            for pending in execs if ident == session else ():
+            for pending in execs if ident == session_id else ():
                 login = pending.login
                 if seccomp.still_valid(login.listener, pending.ident) and login.claim_line(time.monotonic()):
                     with self._hang_watchdog.watching(login.session), contextlib.suppress(OSError):  # killed meanwhile

@@ -39,13 +39,13 @@ class Peer(Protocol):
     def open(self, caller: Caller, pid: int, reply: Reply) -> str | None:
         """A session opens; its id where a listener may follow."""
 
-    def listener(self, session: str, fd: int, reply: Reply) -> None:
+    def listener(self, session_id: str, fd: int, reply: Reply) -> None:
         """Takes the listener over."""
 
-    def present(self, pid: int, session: str, reply: Reply) -> None:
+    def present(self, pid: int, session_id: str, reply: Reply) -> None:
         """Is this process inside a gated session?"""
 
-    def abandoned(self, session: str) -> None:
+    def abandoned(self, session_id: str) -> None:
         """The opener went away before its listener came."""
 
 
@@ -167,7 +167,7 @@ class _Conversation:
         self._pid = pid
         self._admissions = admissions
         self._ended = ended
-        self._session: str | None = None  # opened, its listener still to come
+        self._session_id: str | None = None  # opened, its listener still to come
         self._groups: list[str] = []  # of the question that is still to come
         loop.add_reader(connection.fileno(), READABLE, self._ready)
         self._deadline: Timer = loop.call_later(_DEADLINE_S, self.end)
@@ -178,9 +178,9 @@ class _Conversation:
         self._deadline.cancel()
         self._loop.remove_reader(self._connection.fileno())
         self._connection.close()
-        if self._session is not None:
-            self._admissions.abandoned(self._session)
-            self._session = None
+        if self._session_id is not None:
+            self._admissions.abandoned(self._session_id)
+            self._session_id = None
         self._ended(self)
 
     def _reply(self, packet: bytes, fd: int | None = None) -> None:
@@ -219,7 +219,7 @@ class _Conversation:
             return
         op, caller = parse(packet)
         if caller is not None:
-            if self._session is not None:
+            if self._session_id is not None:
                 raise WireError(f"{op.name} in the middle of a conversation")
             if len(self._groups) >= _NGROUPS_MAX:
                 raise WireError(f"more than {_NGROUPS_MAX} groups")
@@ -233,24 +233,24 @@ class _Conversation:
             else:
                 self._opened(self._admissions.open(caller, self._pid, self._reply))
             return
-        session, self._session = self._session, None
-        if session is None:
+        session_id, self._session_id = self._session_id, None
+        if session_id is None:
             raise WireError(f"{op.name} without OPEN")
         if op is Op.PRESENT:
-            self._admissions.present(self._pid, session, self._reply)
+            self._admissions.present(self._pid, session_id, self._reply)
         elif len(fds) == 1:
             try:
                 listener = os.dup(fds[0])
             except OSError:
-                self._admissions.abandoned(session)
+                self._admissions.abandoned(session_id)
                 raise
-            self._admissions.listener(session, listener, self._reply)
+            self._admissions.listener(session_id, listener, self._reply)
         else:
-            self._admissions.abandoned(session)
+            self._admissions.abandoned(session_id)
             raise WireError("LISTENER wants exactly one descriptor")
 
-    def _opened(self, session: str | None) -> None:
-        if session is not None and self._connection.fileno() < 0:  # the module was gone when the answer came
-            self._admissions.abandoned(session)
+    def _opened(self, session_id: str | None) -> None:
+        if session_id is not None and self._connection.fileno() < 0:  # the module was gone when the answer came
+            self._admissions.abandoned(session_id)
         else:
-            self._session = session
+            self._session_id = session_id

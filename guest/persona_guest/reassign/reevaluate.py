@@ -68,10 +68,10 @@ class Reevaluator:
         self._waiting = False
         self.changed()
 
-    def began(self, session: str) -> None:
+    def began(self, session_id: str) -> None:
         """A session that has just begun: what may apply to it next is fetched before it does."""
         self._asking += 1
-        self._broker_client.current([session], self._answered)
+        self._broker_client.current([session_id], self._answered)
 
     def _answered(self, answer: tuple[Current, ...] | Denied) -> None:
         self._asking -= 1
@@ -87,11 +87,11 @@ class Reevaluator:
             self._again = False
             self.changed()
 
-    def _prepare(self, session: str, holding: tuple[Applicable, ...], revocation: Revocation) -> None:
+    def _prepare(self, session_id: str, holding: tuple[Applicable, ...], revocation: Revocation) -> None:
         """The documents first, then, in a round of the loop of its own, what changes."""
-        placement = self._registry.placement(session)
+        placement = self._registry.placement(session_id)
         if placement is not None and placement.holding == holding and revocation is Revocation.NONE:
-            self._due.pop(session, None)
+            self._due.pop(session_id, None)
             return
         needed = {held.ref for held in holding}
         missing = len(needed)
@@ -103,29 +103,29 @@ class Reevaluator:
             if denied is None:
                 missing -= 1
                 if missing == 0:
-                    self._enqueue(session, holding, revocation)
+                    self._enqueue(session_id, holding, revocation)
                 return
             missing = -1
             if denied.reason is Reason.PERSONA_UNAVAILABLE:  # this agent cannot read it: it will not come
                 log.error(
                     "session %s: this agent cannot read persona %s, so it and the policies after it do not apply: %s",
-                    session,
+                    session_id,
                     ref.name,
                     denied.help,
                 )
-                self._prepare(session, tuple(takewhile(lambda held: held.ref != ref, holding)), revocation)
+                self._prepare(session_id, tuple(takewhile(lambda held: held.ref != ref, holding)), revocation)
             else:
-                log.error("session %s does not follow yet: %s", session, denied.help)
+                log.error("session %s does not follow yet: %s", session_id, denied.help)
                 self._later()
 
         if not needed:
-            self._enqueue(session, holding, revocation)
+            self._enqueue(session_id, holding, revocation)
         for ref in needed:
             self._personas.ensure(ref, partial(here, ref))
 
-    def _enqueue(self, session: str, holding: tuple[Applicable, ...], revocation: Revocation) -> None:
+    def _enqueue(self, session_id: str, holding: tuple[Applicable, ...], revocation: Revocation) -> None:
         """What was said of it before is void, and its turn stays: one that is tried again and again is not first."""
-        self._due[session] = holding, revocation
+        self._due[session_id] = holding, revocation
         self._soon()
 
     def _soon(self) -> None:
@@ -137,12 +137,12 @@ class Reevaluator:
     def _next(self) -> None:
         self._coming = False
         if self._due:
-            session = next(iter(self._due))
-            self._follow(session, *self._due.pop(session))
+            session_id = next(iter(self._due))
+            self._follow(session_id, *self._due.pop(session_id))
         self._soon()
 
-    def _follow(self, session: str, holding: tuple[Applicable, ...], revocation: Revocation) -> None:
-        login = self._registry.get(session)
+    def _follow(self, session_id: str, holding: tuple[Applicable, ...], revocation: Revocation) -> None:
+        login = self._registry.get(session_id)
         if login is None:
             return
         first = holding[0] if holding else None

@@ -35,9 +35,9 @@ def _placement(path: Path) -> Placement | None:
         return None
 
 
-def _default_persona(path: Path, session: str) -> Admitted | None:
+def _default_persona(path: Path, session_id: str) -> Admitted | None:
     try:
-        _uid, name, version = json.loads(path.read_text())[session]
+        _uid, name, version = json.loads(path.read_text())[session_id]
         ref = PersonaRef(str(name), int(version))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # until the broker says it, the user's own processes reach nothing

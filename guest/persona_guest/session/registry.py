@@ -37,9 +37,9 @@ class Registry:
 
     # --- who there is -------------------------------------------------------------------------------
 
-    def get(self, session: str) -> Login | None:
+    def get(self, session_id: str) -> Login | None:
         """The login of a session that opens or is open; ``None`` where there is none of that name."""
-        return self._logins.get(session)
+        return self._logins.get(session_id)
 
     def gated(self) -> list[Login]:
         """Those whose program starts are decided.  Safe to call from any thread."""
@@ -64,19 +64,19 @@ class Registry:
             if placement is not None:
                 yield placement
 
-    def placement(self, session: str) -> Placement | None:
+    def placement(self, session_id: str) -> Placement | None:
         """Where the processes of one session live; ``None`` where none has started, or the session is over."""
-        login = self._logins.get(session)
+        login = self._logins.get(session_id)
         return login.placement if login is not None else None
 
-    def subject_of(self, session: str) -> Subject | None:
+    def subject_of(self, session_id: str) -> Subject | None:
         """Whose session it is, with all their groups; ``None`` where none of that name opens or is open."""
-        login = self._logins.get(session)
+        login = self._logins.get(session_id)
         return login.session.subject if login is not None else None
 
-    def user_of(self, session: str) -> str:
+    def user_of(self, session_id: str) -> str:
         """The same by name; empty where there is none."""
-        subject = self.subject_of(session)
+        subject = self.subject_of(session_id)
         return subject.user if subject is not None else ""
 
     def is_full(self, uid: int) -> bool:
@@ -160,8 +160,8 @@ class Registry:
 
     def save_again(self) -> None:
         """Call now and then: writes what could not be written."""
-        for session in list(self._unsaved):
-            login = self._logins.get(session)
+        for session_id in list(self._unsaved):
+            login = self._logins.get(session_id)
             if login is not None:
                 self.try_to_save(login)
 
@@ -190,5 +190,5 @@ class Registry:
         if not self._unsaved:
             from_0_1.remove(self._directory.parent)
 
-    def _path(self, session: str) -> Path:
-        return self._directory / f"{session}.json"
+    def _path(self, session_id: str) -> Path:
+        return self._directory / f"{session_id}.json"

@@ -50,12 +50,12 @@ class UserRules:
             self._choose(session.uid)
             raise
 
-    def default_changed(self, session: str, ref: PersonaRef | None) -> None:
+    def default_changed(self, session_id: str, ref: PersonaRef | None) -> None:
         """A session has another default persona, or version of it, from now on."""
-        known = self._sessions.pop(session, None)
+        known = self._sessions.pop(session_id, None)
         if known is None:
             return
-        self._sessions[session] = (known[0], ref or NO_PERSONA)  # the last of them now
+        self._sessions[session_id] = (known[0], ref or NO_PERSONA)  # the last of them now
         self._try(known[0])
 
     def ended(self, login: Login) -> None:
@@ -115,7 +115,7 @@ class NoUserRules:
     def opened(self, session: Session, ref: PersonaRef | None) -> None:
         """Binds nothing."""
 
-    def default_changed(self, session: str, ref: PersonaRef | None) -> None:
+    def default_changed(self, session_id: str, ref: PersonaRef | None) -> None:
         """Binds nothing."""
 
     def ended(self, login: Login) -> None:
