@@ -13,11 +13,12 @@ import platform
 import struct
 from collections.abc import Iterator
 
+from persona_guest.kernel.libc import LIBC, failure
+
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _MAP_LOOKUP_ELEM, _MAP_UPDATE_ELEM, _MAP_DELETE_ELEM, _MAP_GET_NEXT_KEY, _OBJ_GET = 1, 2, 3, 4, 7
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
+_syscall = LIBC.syscall
 
 
 class _Element(ctypes.Structure):  # union bpf_attr, the part for one element
@@ -36,8 +37,7 @@ class _Object(ctypes.Structure):  # the part for BPF_OBJ_GET
 def _bpf(command: int, attribute: ctypes.Structure) -> int:
     done: int = _syscall(_SYS_BPF[platform.machine()], command, ctypes.byref(attribute), ctypes.sizeof(attribute))
     if done < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"bpf: {os.strerror(number)}")
+        raise failure("bpf")
     return done
 
 
@@ -68,8 +68,7 @@ class Map:
         self._key[:] = key  # a wrong size is a BufferError
         self._value[:] = value
         if _syscall(self._number, _MAP_UPDATE_ELEM, self._at, self._size) < 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"bpf: {os.strerror(number)}")
+            raise failure("bpf")
 
     def lookup(self, key: bytes) -> bytes | None:
         """The element's value."""

@@ -1,9 +1,10 @@
 """inotify(7), for files that the kernel itself changes: the *.events of a cgroup."""
 
-import ctypes
 import os
 import struct
 from collections.abc import Iterator
+
+from persona_guest.kernel.libc import LIBC, failure
 
 IN_MODIFY = 0x2
 IN_IGNORED = 0x8000  # the file is gone, and the watch with it
@@ -11,19 +12,17 @@ _IN_NONBLOCK = os.O_NONBLOCK
 _IN_CLOEXEC = os.O_CLOEXEC
 _EVENT = struct.Struct("=iIII")
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 class Inotify:
     """One instance; ``fd`` is readable when something happened."""
 
     def __init__(self) -> None:
         """Raises ``OSError``."""
-        self.fd = _checked(_libc.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC))
+        self.fd = _checked(LIBC.inotify_init1(_IN_NONBLOCK | _IN_CLOEXEC))
 
     def add(self, path: str) -> int:
         """Watches a file for changes; the watch's number.  Raises ``OSError``."""
-        return _checked(_libc.inotify_add_watch(self.fd, os.fsencode(path), IN_MODIFY))
+        return _checked(LIBC.inotify_add_watch(self.fd, os.fsencode(path), IN_MODIFY))
 
     def events(self) -> Iterator[tuple[int, int]]:
         """(watch, mask) of what happened; nothing where nothing did."""
@@ -44,6 +43,5 @@ class Inotify:
 
 def _checked(result: int) -> int:
     if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise failure()
     return result

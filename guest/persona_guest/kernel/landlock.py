@@ -4,10 +4,11 @@ Calls and constants are those of <linux/landlock.h>.  A rule set is a descriptor
 process that is to be bound; once it is, its descendants are too, root among them, and none of them gets out.
 """
 
-import ctypes
 import os
 import struct
 from collections.abc import Iterable
+
+from persona_guest.kernel.libc import LIBC, failure
 
 # The same numbers on every architecture that Linux has had these calls on.
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
@@ -19,13 +20,11 @@ _PATH_BENEATH_ATTR = struct.Struct("=Qi")
 # The first one knows no REFER: there, nobody who is bound could move a file from one directory to another.
 _ABI_MIN = 2
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def _call(number: int, what: str, *arguments: object) -> int:
-    result: int = _libc.syscall(number, *arguments)
+    result: int = LIBC.syscall(number, *arguments)
     if result < 0:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise failure(what)
     return result
 
 

@@ -5,9 +5,10 @@ notification is still valid, and the check after the exec looks at what really s
 """
 
 import ctypes
-import os
 import struct
 from typing import NamedTuple
+
+from persona_guest.kernel.libc import LIBC, failure
 
 PATH_MAX = 4096
 ARGS_MAX = 1024  # arguments read; longer command lines are marked incomplete
@@ -17,8 +18,7 @@ _PAGE = 4096
 _GUESS = 256  # most strings end within this; the rest is read on demand
 _IOVS = 64
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_readv = _libc.process_vm_readv
+_readv = LIBC.process_vm_readv
 _readv.restype = ctypes.c_ssize_t
 _readv.argtypes = (
     ctypes.c_int,
@@ -55,8 +55,7 @@ def _gather(tid: int, spans: list[tuple[int, int]]) -> int:
         offset += 16
     count: int = _readv(tid, _local_at, 1, _remote_at, len(spans), 0)
     if count < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"process_vm_readv of thread {tid}: {os.strerror(number)}")
+        raise failure(f"process_vm_readv of thread {tid}")
     return count
 
 

@@ -10,11 +10,11 @@ import errno
 import os
 import stat
 
+from persona_guest.kernel.libc import LIBC, failure
+
 _LINKS_MAX = 40  # MAXSYMLINKS
 _PROC_SUPER_MAGIC = 0x9FA0
 _O_PATH = os.O_PATH | os.O_CLOEXEC
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def walk(start: int, root: int, path: bytes) -> int:
@@ -65,7 +65,6 @@ def place(fd: int) -> tuple[int, int, bytes]:
 def _file_system(fd: int) -> int:
     """fstatfs(2): the magic number, which is its first word."""
     buffer = (ctypes.c_long * 32)()
-    if _libc.fstatfs(fd, buffer) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    if LIBC.fstatfs(fd, buffer) != 0:
+        raise failure()
     return int(buffer[0])

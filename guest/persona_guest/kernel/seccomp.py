@@ -12,6 +12,8 @@ import os
 import struct
 from typing import NamedTuple
 
+from persona_guest.kernel.libc import LIBC, failure
+
 SECCOMP_SET_MODE_FILTER = 1
 SECCOMP_FILTER_FLAG_NEW_LISTENER = 1 << 3
 SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 1 << 5
@@ -102,7 +104,6 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _SYS_SECCOMP = {"x86_64": 317, "aarch64": 277}
 
 
@@ -115,15 +116,15 @@ def install_listener(instructions: bytes) -> int:
     buffer = ctypes.create_string_buffer(instructions, len(instructions))
     program = _SockFprog(len(instructions) // 8, ctypes.cast(buffer, ctypes.c_void_p))
     flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
-    fd: int = _libc.syscall(_SYS_SECCOMP[os.uname().machine], SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program))
+    fd: int = LIBC.syscall(_SYS_SECCOMP[os.uname().machine], SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(program))
     if fd < 0:
-        raise OSError(ctypes.get_errno(), "seccomp: " + os.strerror(ctypes.get_errno()))
+        raise failure("seccomp")
     return fd
 
 
 def set_no_new_privs() -> None:
     """prctl(PR_SET_NO_NEW_PRIVS); raises ``OSError``."""
-    if _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+    if LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
 
 

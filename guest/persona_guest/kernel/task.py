@@ -13,6 +13,7 @@ import struct
 from typing import NamedTuple
 
 from persona_guest.core.kernel_text import lines
+from persona_guest.kernel.libc import LIBC, failure
 from persona_guest.kernel.path_resolution import place, walk
 
 _PF_EXITING = 0x4  # linux/sched.h, in the flags of /proc/PID/stat: the program is gone from /proc already
@@ -30,8 +31,7 @@ _RACES = 8  # openat2(2): EAGAIN while a rename or mount anywhere races with '..
 _O_PATH = os.O_PATH | os.O_CLOEXEC
 _O_PATH_DIRECTORY = _O_PATH | os.O_DIRECTORY
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
+_syscall = LIBC.syscall
 
 
 def _how(resolve: int) -> ctypes.Array[ctypes.c_char]:
@@ -313,6 +313,5 @@ def duplicate_descriptor(pid: int, fd: int) -> int:
     finally:
         os.close(pidfd)
     if copy < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise failure()
     return copy
