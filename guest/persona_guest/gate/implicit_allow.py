@@ -10,7 +10,7 @@ from persona.called_names import called_name
 from persona.decisions import Denied
 from persona.problems import Reason
 from persona_guest.kernel.cgroup import cgroup_of
-from persona_guest.kernel.task import Task
+from persona_guest.kernel.task import Task, with_ancestors
 from persona_guest.program.exec_request import ExecRequest
 from persona_guest.program.identity import Identifier
 from persona_guest.session.model import Login, Session
@@ -83,19 +83,12 @@ def _is_services_own(exec_request: ExecRequest, session: Session, task: Task) ->
     """
     if session.uid == 0 or exec_request.foreign is not None:  # in a trial by root, root is the user
         return False
-    pid, cgroup = task.tid, _cgroup(session.monitor)
-    for _ in range(_ANCESTORS_MAX):
-        try:
-            credentials = Task(pid).credentials()
-        except OSError:
-            return False
+    cgroup = _cgroup(session.monitor)
+    for pid, credentials in with_ancestors(task.tid, _ANCESTORS_MAX):
         if any(credentials.uids) or _cgroup(pid) != cgroup:
             return False
         if credentials.tgid == session.monitor:
             return Task(credentials.tgid).started() == session.monitor_started
-        pid = credentials.ppid
-        if pid <= 1:
-            return False
     return False
 
 

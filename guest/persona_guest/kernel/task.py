@@ -10,6 +10,7 @@ import errno
 import os
 import signal
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from persona_guest.core.kernel_text import lines
@@ -235,6 +236,22 @@ def _base(auxv: bytes) -> int | None:
         if all(key < _AUXV_TYPES for key in entries):
             return entries.get(_AT_BASE)
     return None
+
+
+def with_ancestors(pid: int, limit: int) -> Iterator[tuple[int, Credentials]]:
+    """A process, its parent, and so on up to below init: each with its credentials, ``limit`` of them at most.
+
+    Ends before the first that is gone, so that nothing is said of who has its number by now.
+    """
+    for _ in range(limit):
+        try:
+            credentials = Task(pid).credentials()
+        except OSError:
+            return
+        yield pid, credentials
+        pid = credentials.ppid
+        if pid <= 1:
+            return
 
 
 def living(pid: int) -> Task:

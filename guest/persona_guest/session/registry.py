@@ -13,7 +13,7 @@ from pathlib import Path
 from persona.decisions import Subject
 from persona_guest import files
 from persona_guest.core.messages import printable
-from persona_guest.kernel.task import Task
+from persona_guest.kernel.task import Task, with_ancestors
 from persona_guest.session import from_0_1
 from persona_guest.session.model import Login, Session, State, from_json, to_json
 from persona_guest.session.placement import Placement
@@ -95,16 +95,10 @@ class Registry:
                 return of_login[0]
             among = of_login  # several su in one login of root's: which of them, descent tells
         monitors = {login.session.monitor: login for login in among}
-        for _ in range(_ANCESTORS_MAX):
-            found = monitors.get(pid)
-            if found is not None and Task(pid).started() == found.session.monitor_started:
+        for ancestor, _credentials in with_ancestors(pid, _ANCESTORS_MAX):
+            found = monitors.get(ancestor)
+            if found is not None and Task(ancestor).started() == found.session.monitor_started:
                 return found
-            try:
-                pid = Task(pid).credentials().ppid
-            except OSError:
-                return None
-            if pid <= 1:
-                return None
         return None
 
     # --- from the first packet to the last process --------------------------------------------------
