@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from persona_guest.ipc.pam import listen
+from persona_guest.ipc.seqpacket import listen
 from persona_guest.kernel import landlock, seccomp
 from persona_guest.loop import Loop
 from persona_guest.lsm.landlock_fallback import Fallback

@@ -1,16 +1,15 @@
-"""The socket of pam_persona.so: root peers only, one short conversation a connection, never a wait."""
+"""The socket that pam_persona.so connects to: root only, one short conversation a connection (core/pam_protocol.py)."""
 
 import array
-import errno
 import logging
 import os
 import socket
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from persona_guest.core.pam_protocol import PACKET_MAX, Caller, Groups, Op, WireError, parse
+from persona_guest.ipc.seqpacket import Acceptor, peer_credentials
 from persona_guest.loop import GONE, READABLE, Loop, Timer
 
 log = logging.getLogger("persona.agent")
@@ -18,9 +17,6 @@ log = logging.getLogger("persona.agent")
 _CONNECTIONS_MAX = 256
 _DEADLINE_S = 10.0  # longer than the module's own
 _NGROUPS_MAX = 65536  # NGROUPS_MAX: the kernel lets nobody be in more
-_AGAIN_S = 0.1
-_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)  # what there may be again in a moment
-_UCRED = struct.Struct("=iII")
 
 
 class Reply(Protocol):
@@ -49,85 +45,6 @@ class Peer(Protocol):
         """The opener went away before its listener came."""
 
 
-def peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
-    """(pid, uid, gid) of the process that connected: SO_PEERCRED, socket(7)."""
-    pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return pid, uid, gid
-
-
-def listen(path: Path, mode: int) -> socket.socket:
-    """A SOCK_SEQPACKET listener at ``path`` with these permissions from its first moment on."""
-    path.unlink(missing_ok=True)
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-    previous = os.umask(0o777 & ~mode)
-    try:
-        server.bind(str(path))
-    finally:
-        os.umask(previous)
-    server.listen(128)
-    return server
-
-
-class Doorway:
-    """Takes connections at ``path``; ``accepted`` gets each.  Without a free descriptor it tries again a moment later.
-
-    Without the pause a socket with somebody waiting would call again and again, and the loop do nothing else.
-    """
-
-    def __init__(
-        self,
-        loop: Loop,
-        path: Path,
-        mode: int,
-        accepted: Callable[[socket.socket], None],
-        full: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """While it is ``full()``, who connects waits.  Raises ``OSError``."""
-        self._loop = loop
-        self._full = full
-        self._accepted = accepted
-        self._server = listen(path, mode)
-        self._pause: Timer | None = None
-        self._quiet = False
-        self._wait()
-
-    def close(self) -> None:
-        """No new connections."""
-        if self._pause is not None:
-            self._pause.cancel()
-        self._loop.remove_reader(self._server.fileno())
-        self._server.close()
-
-    def _wait(self) -> None:
-        self._pause = None
-        self._loop.add_reader(self._server.fileno(), READABLE, self._ready)
-
-    def _ready(self, _events: int) -> None:
-        if self._full():
-            self._rest("too many are open")
-            return
-        try:
-            connection, _ = self._server.accept()
-        except OSError as error:
-            if error.errno in _SHORT:
-                self._rest(str(error.strerror))
-            return
-        self._quiet = False
-        try:
-            self._accepted(connection)
-        except OSError as error:  # nothing of one connection is worth the agent
-            log.error("a connection could not be served: %s", error)
-            connection.close()
-
-    def _rest(self, why: str) -> None:
-        """Who connects stays in the queue, and is served when others are gone."""
-        if not self._quiet:
-            log.error("no connection can be taken now: %s", why)
-        self._quiet = True
-        self._loop.remove_reader(self._server.fileno())
-        self._pause = self._loop.call_later(_AGAIN_S, self._wait)
-
-
 class PamSocket:
     """Serves the binary protocol; ``admissions`` answers.  ``root`` is the only uid that may speak it."""
 
@@ -136,11 +53,11 @@ class PamSocket:
         self._admissions = admissions
         self._root = root
         self._open: set[_Conversation] = set()
-        self._doorway = Doorway(loop, path, 0o600, self._accepted, lambda: len(self._open) >= _CONNECTIONS_MAX)
+        self._acceptor = Acceptor(loop, path, 0o600, self._accepted, lambda: len(self._open) >= _CONNECTIONS_MAX)
 
     def close(self) -> None:
         """No new conversations; those that are open end."""
-        self._doorway.close()
+        self._acceptor.close()
         for conversation in list(self._open):
             conversation.end()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from persona.problems import Fault, PersonaError
 from persona_guest.core.pam_protocol import Caller
-from persona_guest.ipc.pam import Doorway, peer_credentials
+from persona_guest.ipc.seqpacket import Acceptor, peer_credentials
 from persona_guest.kernel.seccomp import is_listener
 from persona_guest.loop import GONE, READABLE, Loop
 
@@ -79,11 +79,11 @@ class UserSocket:
         self._handle = handle
         self._whois = whois
         self._count: Counter[int] = Counter()
-        self._doorway = Doorway(loop, path, 0o666, self._accepted)
+        self._acceptor = Acceptor(loop, path, 0o666, self._accepted)
 
     def close(self) -> None:
         """No new connections."""
-        self._doorway.close()
+        self._acceptor.close()
 
     def _accepted(self, connection: socket.socket) -> None:
         connection.setblocking(False)

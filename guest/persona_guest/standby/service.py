@@ -25,7 +25,7 @@ from persona_guest.audit.without_agent import StandbyNotes
 from persona_guest.core import state_line
 from persona_guest.gate.inflight import InFlight
 from persona_guest.gate.terminal import tell
-from persona_guest.ipc.pam import Doorway, peer_credentials
+from persona_guest.ipc.seqpacket import Acceptor, peer_credentials
 from persona_guest.ipc.standby import FDS_MAX, PACKET_MAX, PacketError, batches, decode, encode
 from persona_guest.kernel import seccomp
 from persona_guest.kernel.task import Task
@@ -93,7 +93,7 @@ class Standby:
         self._lines = (0, 0)
         self._notes = notes
         self.answered = 0
-        self._doorway = Doorway(loop, path, 0o600, self._accepted)
+        self._acceptor = Acceptor(loop, path, 0o600, self._accepted)
         self._progress.begin()
         self._wait()
 
@@ -104,7 +104,7 @@ class Standby:
         for fd in self._listeners.values():
             os.close(fd)
         self._listeners.clear()
-        self._doorway.close()
+        self._acceptor.close()
 
     # --- the agent --------------------------------------------------------------------------------
 
