@@ -15,10 +15,8 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/seccomp.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <syslog.h>
 #include <time.h>
@@ -32,6 +30,7 @@
 
 #include "accounts.h"
 #include "settings.h"
+#include "starting.h"
 #include "user.h"
 #include "wire.h"
 
@@ -42,7 +41,6 @@
 #define EXPORT __attribute__((visibility("default")))
 #define RESTART_MS 5000 /* an agent that is being restarted is heard of by then, and again each time */
 #define START_MS 60000 /* one start of the agent, as long as it makes progress */
-#define PROGRESS_MAX 32
 #define COMPLAIN_MS 1000 /* nobody is stopped, so nobody is kept waiting for long */
 #define AGAIN_MS 100
 
@@ -161,42 +159,6 @@ static int put_up_gate(pam_handle_t *pamh, const struct options *options, const 
 static long patience_ms(pam_handle_t *pamh, const struct options *options)
 {
 	return read_state(pamh, options).enforce ? RESTART_MS : COMPLAIN_MS;
-}
-
-/* What is told of a start of the agent: its process, and a number that changes while it makes progress. */
-struct progress {
-	bool known;
-	char text[PROGRESS_MAX + 1];
-	char starter[PROGRESS_MAX + 1];
-};
-
-/* Whether one start, the first that is seen, goes on: what ended and began again is no progress. */
-static bool is_starting(const struct options *options, struct progress *seen)
-{
-	char text[PROGRESS_MAX + 1];
-	bool first = !seen->known;
-	ssize_t size;
-	int fd = open(options->starting, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
-
-	seen->known = true; /* what is there at first may be left of one that was killed */
-	if (fd < 0)
-		return false;
-	size = read(fd, text, PROGRESS_MAX);
-	close(fd);
-	if (size <= 0)
-		return false;
-	text[size] = '\0';
-	if (strcmp(text, seen->text) == 0)
-		return false;
-	memcpy(seen->text, text, sizeof(text));
-	if (first)
-		return false;
-	text[strcspn(text, " ")] = '\0';
-	if (strcmp(text, "kernel") == 0) /* its layer is being loaded, which comes before a start */
-		return true;
-	if (seen->starter[0] == '\0')
-		memcpy(seen->starter, text, sizeof(text));
-	return strcmp(seen->starter, text) == 0;
 }
 
 /*
