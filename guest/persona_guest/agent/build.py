@@ -70,7 +70,7 @@ log = logging.getLogger("persona.agent")
 
 
 class CannotServeError(Exception):
-    """This machine lacks what enforce mode needs: the standby then refuses every command."""
+    """This machine lacks what enforce mode needs; the agent ends, and the standby then refuses every command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +113,11 @@ def build(
     released: threading.Event,
     hung: Callable[[], None],
 ) -> Parts:
-    """``released`` is set once root releases the gate; ``hung`` is called when the loop hangs for a user.
+    """Makes all parts of an agent; none of them has begun to work when this returns.
 
-    Raises ``CannotServeError``.  What must write something down at the end, or close a connection, registers that in
-    ``ends``; other threads end with the process.
+    ``released`` is set once root releases the gate; ``hung`` is called when the loop hangs for a user.  What must write
+    something down at the end, or close a connection, registers that in ``ends``; other threads end with the process.
+    Raises ``CannotServeError``.
     """
     registry = Registry(state / "sessions")
     leases = LeaseBook(settings.broker.grace_s)
@@ -211,7 +212,7 @@ def build(
     note = Logins(recorder.add, complain=settings.mode is Mode.COMPLAIN)
 
     def exempted(uid: int) -> None:
-        """Somebody logs in who is not looked at: what a user left in memory bounds them no more, nor their rules."""
+        """Takes off what still bounds a user who logs in without being gated: their memory, and their network."""
         if enforcing:
             enforcer.attempt(cgroups.lift(uid), f"uid {uid}: the bound on their memory could not be taken off")
         user_rules.exempted(uid)

@@ -1,7 +1,7 @@
 """The agent from its first step to its last: takes over, restores, watches, listens, is ready, and serves.
 
-The order matters: whoever asks while a step is not done waits, and nothing that could fail comes before the word to
-those who answer in the agent's stead.
+The order matters.  Whoever asks while a step is not done waits.  Before anything that could fail gate.state is written,
+by which the PAM module and the standby go while there is no agent.
 """
 
 import gc
@@ -37,7 +37,7 @@ log = logging.getLogger("persona.agent")
 
 
 def run(settings: Settings, start: Start | None = None, *, debug: bool = False) -> int:
-    """Serves until SIGTERM; what goes wrong with one part of its end keeps no other from its own."""
+    """Runs the agent until SIGTERM; returns its exit code.  A part that fails to end keeps no other from ending."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     if debug:
         logging.getLogger("persona").setLevel(logging.DEBUG)
@@ -128,7 +128,7 @@ def restore(parts: Parts, kept: dict[str, int]) -> None:
 
 
 def watch(parts: Parts) -> None:
-    """Hears from the broker and the kernel from now on, and looks after what changes by itself."""
+    """Begins to hear from the broker and the kernel, and starts what is done at intervals."""
     loop, ends = parts.loop, parts.ends
     if parts.enforcing and parts.net is not None:
         loop.call_every(_RECONCILE_S, parts.enforcer.reconcile)
@@ -171,7 +171,10 @@ def heard(parts: Parts, event: Event) -> None:
 
 
 def listen(parts: Parts) -> None:
-    """Not before all is there: who connects while nobody serves would wait in vain, root too.  Raises ``OSError``."""
+    """Opens the sockets for the PAM module and for users.  Raises ``OSError``.
+
+    Not before all is there: who connects while nobody serves would wait in vain, root too.
+    """
     pam = PamSocket(parts.loop, parts.state / "pam.sock", parts.openings, root=os.geteuid())
     parts.ends.add("the PAM module's socket", pam.close)
     socket = UserSocket(parts.loop, parts.state / "agent.sock", parts.users.handle, caller_of)
@@ -179,7 +182,7 @@ def listen(parts: Parts) -> None:
 
 
 def ready(parts: Parts, start: Start) -> None:
-    """Tells everybody who waits for it."""
+    """Tells systemd, the standby and whoever waits for this start that the agent answers from now on."""
     settings = parts.settings
     start.ready()
     parts.keeping.ready()

@@ -17,7 +17,7 @@ log = logging.getLogger("persona.agent")
 
 
 class Release:
-    """Root asks for it, before the package is removed."""
+    """Called once, when root runs ``persona-agent release`` or the package is removed."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Release:
         self._loop.call_every(1.0, lambda: None if self._registry.gated() else self._loop.stop())
 
     def unbind(self) -> None:
-        """Nothing that binds stays: no rule, no limit."""
+        """Removes all network rules and limits that personas bound."""
         if self._net is not None:
             self._net.user_rules.release()
         self._enforcer.release()

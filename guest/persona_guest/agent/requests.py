@@ -41,7 +41,10 @@ _OPENING_MAX = 64  # of one user: each holds a session of the broker's
 
 
 class Users:
-    """Handles each ``op``; ``release`` is root's, ``decider`` what would be decided."""
+    """Runs the operations of agent.sock (docs/protocol.md) for their callers.
+
+    ``decider`` says what would be decided (``explain``); ``release`` is called for root's operation of that name.
+    """
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ _BETWEEN_S = 0.25  # two samples make a rate
 
 
 class ResourceStatus:
-    """Reads; changes nothing."""
+    """Reads cgroups and documents for ``persona status`` and ``persona-agent plan``; changes nothing."""
 
     def __init__(self, loop: Loop, registry: Registry, enforcer: Enforcer) -> None:
         self._loop = loop
@@ -26,7 +26,7 @@ class ResourceStatus:
         self._enforcer = enforcer
 
     def stated(self, ref: dict[str, Any]) -> dict[str, Any]:
-        """``limits`` and ``network`` as the persona's document has them; nothing where it is not here."""
+        """``limits`` and ``network`` as the persona's document has them; empty where the document is not here."""
         try:
             document = to_mapping(self._enforcer.document(PersonaRef(ref["name"], ref["version"])))
         except PersonaError:
@@ -34,7 +34,7 @@ class ResourceStatus:
         return {"limits": document.get("resource_limits", {}), "network": document.get("network_access", [])}
 
     def use(self, session_id: str, done: Callable[[list[dict[str, Any]]], None]) -> None:
-        """Each place of a session with its limits, what it uses and how hard it waits; answers a moment later."""
+        """Calls ``done`` a moment later with each place of a session: its limits, its use, and how hard it waits."""
         placement = self._registry.placement(session_id)
         before = self._sample(list(placement.places.values())) if placement else {}
         if not before:
@@ -74,7 +74,7 @@ class ResourceStatus:
             return 0
 
     def plan(self) -> dict[str, Any]:
-        """Every place, and what would be changed now.  Raises ``PersonaError``."""
+        """Every place in use, and the operations that would be applied now.  Raises ``PersonaError``."""
         places = [
             {
                 "session": place.session,

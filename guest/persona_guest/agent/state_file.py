@@ -1,6 +1,7 @@
-"""What the PAM module and the standby go by while there is no agent: mode and exemptions, in a file.
+"""gate.state: the file by which the PAM module and the standby go while there is no agent: mode and exemptions.
 
-A missing file is a fresh installation, or a gate that was released: complain.  docs/protocol.md has its form.
+A missing file is a fresh installation, or a gate that was released, and counts as complain mode.  docs/protocol.md has
+its form.
 """
 
 import contextlib
@@ -19,12 +20,12 @@ Later = Callable[[float, Callable[[], None]], object]
 
 
 def path_of(settings: Settings) -> Path:
-    """Where it is."""
+    """The path of gate.state."""
     return Path(settings.paths.state_dir) / "gate.state"
 
 
 def write(settings: Settings) -> None:
-    """Puts it there, where it is not there already: a disk that is full stops nothing then.  Raises ``OSError``."""
+    """Writes gate.state, unless it says the same already: a full disk stops nothing then.  Raises ``OSError``."""
     path = path_of(settings)
     gate = settings.gate
     text = f"mode={settings.mode}\nuid_min={gate.uid_min}\nbreak_glass={gate.break_glass_group}\n"
@@ -36,7 +37,7 @@ def write(settings: Settings) -> None:
 
 
 def keep_writing(settings: Settings, later: Later, wanted: Callable[[], bool]) -> None:
-    """Writes it, and tries again every few seconds while it cannot be written and ``wanted()``.
+    """Writes gate.state, and tries again every few seconds while that fails and ``wanted()``.
 
     An agent that did not start for want of space on a disk would refuse everybody everything.
     """
@@ -50,5 +51,5 @@ def keep_writing(settings: Settings, later: Later, wanted: Callable[[], bool]) -
 
 
 def remove(settings: Settings) -> None:
-    """The gate was released."""
+    """Removes gate.state, once the gate is released."""
     path_of(settings).unlink(missing_ok=True)

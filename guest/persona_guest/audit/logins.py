@@ -1,4 +1,4 @@
-"""Logins, as they go into the record."""
+"""Records logins: who was let in, who was not, and when it was over."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ Add = Callable[[Recordable], None]
 
 
 class Logins:
-    """Records who was let in, who was not, and when it was over."""
+    """Called for each admission and each login of the break-glass group; ``ended`` for each end of a session."""
 
     def __init__(self, record: Add, *, complain: bool) -> None:
         self._record = record
@@ -25,7 +25,7 @@ class Logins:
         self._record(records.login(time.time(), session_id, user, event, denied, complain=self._complain))
 
     def ended(self, login: Login) -> None:
-        """Its last process is gone; one that did not come to be gated has no end."""
+        """Records that the last process of a session is gone; nothing where the session did not come to be gated."""
         if login.state is State.GATED:
             self(login.session.id, login.session.subject.user, "session_end")
             log.info("session %s ended", login.session.id)

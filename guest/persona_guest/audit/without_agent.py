@@ -30,7 +30,7 @@ class StandbyNotes:
         self._complained = False
 
     def add(self, session_id: str, *, denied: bool) -> None:
-        """One start of a session was answered."""
+        """Counts one start of a session that was answered."""
         self._counts[session_id, denied] += 1
 
     def flush(self, at: float) -> None:
@@ -58,7 +58,7 @@ class StandbyNotes:
 
 
 def take(path: Path, user_of: Callable[[str], str]) -> Iterator[Record]:
-    """For the agent: what the standby noted, each session's at a time one record; the file is gone then.
+    """Reads what the standby noted and removes its file: a record for each session each time.  For the agent.
 
     ``user_of`` names a session's user, empty where it is not known.  Raises nothing.
     """

@@ -127,7 +127,7 @@ class BrokerClient:
         *,
         opening: bool,
     ) -> None:
-        """May this user log in?  ``opening`` also tells the broker that the session exists from now on."""
+        """Asks whether this user may log in.  ``opening`` also tells the broker that the session exists from now on."""
 
         def body(groups: GroupsInUse, version: int) -> dict[str, Any]:
             return {
@@ -141,19 +141,22 @@ class BrokerClient:
         self._ask(session.subject.user, path, body, lambda outcome: done(_admission(outcome)))
 
     def closed(self, session: Session) -> None:
-        """Tells the broker that a session is over; lost where it is away: its sessions expire there."""
+        """Tells the broker that a session is over.
+
+        Nothing repeats it: sessions that it hears no more of expire there.
+        """
         who, path = session.subject.user, f"/v1/sessions/{session.id}"
         self._pool.post(who, "DELETE", path, None, lambda _outcome: None, urgent=False)
 
     def ended(self, login: Login) -> None:
-        """``closed``, where the broker may know of it."""
+        """Calls ``closed`` for a login that is over, where the broker may know of its session."""
         if login.state is State.GATED or login.admitted is not None:
             self.closed(login.session)
 
     def have(self, sessions: list[str]) -> None:
-        """Tells the broker which sessions there are: what it knows of others is over, and could not be said of them.
+        """Tells the broker all sessions that there are, so that it ends those whose end it was not told.
 
-        A broker of before this call answers that it has no such; so be it.
+        A broker of before this call refuses it, and nothing comes of that.
         """
         if len(sessions) <= _SESSIONS_TOLD_MAX:
             body = {"sessions": sessions}
@@ -181,7 +184,7 @@ class BrokerClient:
             yield part
 
     def current(self, sessions: list[str], done: Callable[[tuple[Current, ...] | Denied], None]) -> None:
-        """What applies to sessions now."""
+        """Asks what applies to these sessions now; ``done`` gets it, or why it is not known."""
 
         subjects = {session_id: self._subject_of(session_id) for session_id in sessions}
 
@@ -202,9 +205,10 @@ class BrokerClient:
         self._ask(_AGENT, "/v1/sessions/current", body, received)
 
     def entries(self, session: Session, done: Callable[[list[Any] | Denied], None]) -> None:
-        """Every policy that names this session's user, in order, with its persona and whether it holds.
+        """Asks for every policy that names this session's user, in order, with its persona and whether it holds.
 
-        None where no policy does: in complain mode they are let in, and the broker never heard of the session.
+        The list is empty where no policy does: in complain mode they are let in, and the broker never heard of the
+        session.
         """
 
         def unknown(admission: Admitted | Denied) -> None:

@@ -16,7 +16,10 @@ _UNREADABLE = (TypeError, KeyError, ValueError, AttributeError, OverflowError)  
 
 @dataclass(frozen=True, slots=True)
 class Current:
-    """``holding``: the policies that hold, in order; ``others``: personas that may be for the session later."""
+    """What applies to one session.
+
+    ``holding`` are the policies that hold, in order; ``others`` personas that may be for the session later.
+    """
 
     session: str
     holding: tuple[Applicable, ...]
@@ -25,9 +28,9 @@ class Current:
 
 
 def read(answer: Any) -> tuple[Current, ...]:
-    """Of each session that can be read; an answer that is none is about no session.  Raises nothing.
+    """Reads the broker's answer.  What cannot be read of it is left out and logged.  Raises nothing.
 
-    What is said of one session and cannot be read does not keep the others from being followed.
+    So what is said of one session and cannot be read does not keep the others from being followed.
     """
     try:
         sessions = dict(answer["sessions"])

@@ -1,8 +1,8 @@
 """The persona documents that this machine works by: fetched once, immutable, kept over restarts, bounded.
 
-Whoever is granted something under a persona waits for its document, with the link's deadline; what cannot
-be had denies.  An agent of an older version may have kept one without fields that it did not know: it is fetched
-anew, and will do until it is here, since it allows no more than the whole.
+Whoever is granted something under a persona waits for its document, with the deadline of the question to the broker;
+where it cannot be had, that is denied.  An agent of an older version may have kept a document without fields that it
+did not know: it is fetched anew, and is used until then, since it allows no more than the whole.
 """
 
 import json
@@ -42,7 +42,10 @@ class Personas:
         files.clear_unfinished(directory)
 
     def get(self, ref: PersonaRef) -> Persona:
-        """One that is here, as that of nobody always is.  Raises ``PersonaError`` (persona_unavailable)."""
+        """The document, where it is here; that of ``NO_PERSONA`` always is.
+
+        Raises ``PersonaError`` (persona_unavailable).
+        """
         if ref == NO_PERSONA:
             return NO_PERSONA_DOCUMENT
         persona = self._kept.get(ref) or self._load(ref)
@@ -51,7 +54,7 @@ class Personas:
         return persona
 
     def ensure(self, ref: PersonaRef, done: Callable[[Denied | None], None]) -> None:
-        """``done(None)`` once the document is here, at once if it is; else why it cannot be had."""
+        """Calls ``done(None)`` once the document is here, at once if it is; else ``done`` with why it cannot be had."""
         if (ref in self._kept or self._load(ref) is not None) and ref not in self._partial:
             done(None)
             return
@@ -66,7 +69,7 @@ class Personas:
             self._fetch(ref, lambda answer: self._received(ref, answer))
 
     def backed(self, decision: Decision, done: Callable[[Decision], None]) -> None:
-        """A grant, once its persona's document is here; without it, a denial."""
+        """Calls ``done`` with a grant once its persona's document is here, with a denial where it cannot be had."""
         if not isinstance(decision, Granted):
             done(decision)
             return

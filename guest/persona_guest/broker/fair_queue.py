@@ -18,7 +18,7 @@ class FairQueue(Generic[Item]):
         self._changed = threading.Condition()
 
     def put(self, who: str, item: Item) -> bool:
-        """False where this one has ``share_max`` items here already, or all together have ``total_max``."""
+        """Adds an item; false where its owner has ``share_max`` here already, or all together have ``total_max``."""
         with self._changed:
             share = self._waiting.get(who)
             if self._total >= self._total_max or (share is not None and len(share) >= self._share_max):

@@ -93,7 +93,7 @@ class LeaseBook:
         self._sizes.pop(holder, None)
 
     def advance(self, generation: int) -> None:
-        """An event: everything decided before ``generation`` is forgotten."""
+        """The broker has a new generation: every lease is forgotten."""
         if generation != self.generation:
             self.generation = generation
             self.drop()

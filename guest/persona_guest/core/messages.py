@@ -1,4 +1,4 @@
-"""The one line that a user sees when something is denied."""
+"""The lines that a user sees when something is denied, or a limit is met."""
 
 from persona.decisions import Denied
 from persona.documents import Persona
@@ -28,13 +28,16 @@ def by_policy(policy: str, origin: str) -> str:
 
 
 def admission_line(user: str, vm: str, denied: Denied) -> str:
-    """Why a login is refused."""
+    """The line for a user whose login is refused: where, why, and what helps."""
     tail = f": {denied.help}" if denied.help else ""
     return printable(f"persona: {word(user)} may not log in to {vm}, {denied.reason}{tail}")
 
 
 def limit_line(persona: Persona, reason: Reason, left: int = 0) -> str:
-    """Which limit was met, and what came of it; ``left`` bytes of a memory limit are what earlier sessions left."""
+    """The line for a user who met a limit of their persona, and what came of it.
+
+    ``left`` bytes of a memory limit are what earlier sessions of theirs left in memory.
+    """
     limits = persona.resource_limits
     if reason is Reason.MEMORY_LIMIT:
         allowed = amount(limits.memory_bytes) if limits.memory_bytes else "what the machine has"
@@ -45,7 +48,7 @@ def limit_line(persona: Persona, reason: Reason, left: int = 0) -> str:
 
 
 def refusal_line(persona: str, target: str) -> str:
-    """Where a connection may not go, or come from: programs say 'connection refused', as if the peer had."""
+    """The line for a user whose connection is refused; their program only says 'connection refused'."""
     return printable(f"persona: {target}: denied, {Reason.NETWORK_REFUSED} under persona {persona}")
 
 

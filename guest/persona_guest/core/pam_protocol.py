@@ -15,7 +15,7 @@ _UID = struct.Struct("=I")
 
 
 class Op(IntEnum):
-    """What the module asks."""
+    """What the PAM module asks, as its packet has it."""
 
     ACCOUNT = 1
     OPEN = 2
@@ -25,7 +25,7 @@ class Op(IntEnum):
 
 
 class PamVerdict(IntEnum):
-    """What the agent answers."""
+    """What the agent answers, as its packet has it."""
 
     PASS = 0
     GATE = 1
@@ -45,13 +45,13 @@ class Caller(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """What did not fit into the packet that follows."""
+    """Group names that found no room in the ACCOUNT or OPEN packet that follows."""
 
     names: tuple[str, ...]
 
 
 class WireError(ValueError):
-    """A packet that is not one of ours."""
+    """A packet that is not as docs/protocol.md says; the message tells how."""
 
 
 def parse(packet: bytes) -> tuple[Op, Caller | Groups | None]:
@@ -109,6 +109,6 @@ def _group_names(names: list[bytes]) -> tuple[str, ...]:
 
 
 def reply(verdict: PamVerdict, message: str = "", instructions: bytes = b"") -> bytes:
-    """One reply packet; a message over 1023 bytes is cut."""
+    """Encodes one reply; ``instructions`` are those of the filter.  A message over 1023 bytes is cut."""
     text = message.encode("utf-8", "replace")[:_MESSAGE_MAX].decode("utf-8", "ignore").encode()
     return _HEAD.pack(MAGIC, verdict, len(instructions) // 8) + instructions + text.replace(b"\0", b"?") + b"\0"

@@ -31,10 +31,10 @@ _MANAGER = re.compile(r"(user\.slice/user-(\d+)\.slice/user@(\d+)\.service)(?:/.
 
 @dataclass(frozen=True, slots=True)
 class PersonaCgroup:
-    """One persona of one session.  ``cgroup`` is relative to the cgroup root, without a leading slash.
+    """A place: the cgroup of one persona of one session, relative to the cgroup root, without a leading slash.
 
-    ``origin`` is the cgroup in which the session was found, where its processes go back to.
-    ``withdrawn``: what the persona does not allow any more, apart from what it does.
+    ``origin`` is the cgroup in which the session was found, where its processes go back to.  ``withdrawn``: here lives
+    what the persona does not allow any more, apart from what it does.
     """
 
     session: str
@@ -46,7 +46,7 @@ class PersonaCgroup:
 
     @property
     def key(self) -> str:
-        """What it is called within its session."""
+        """Its name among the places of its session."""
         return MANAGED if self.managed else _WITHDRAWN * self.withdrawn + self.persona.name
 
     @property

@@ -53,7 +53,7 @@ def choose(stages: Sequence[Stage], holding: Sequence[tuple[Applicable, Persona]
 
 
 def bereft(persona: Persona) -> Persona:
-    """A withdrawn persona for what may still finish, or lies frozen: the same limits, no network."""
+    """The document for what was withdrawn and may still finish, or lies frozen: the same limits, no network."""
     return replace(persona, network_access=())
 
 

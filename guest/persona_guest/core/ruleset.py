@@ -339,7 +339,10 @@ def _datagrams(rule: NetworkRule) -> list[Rule]:
 
 
 def base_chains() -> tuple[Chain, ...]:
-    """Where packets come in.  Loopback is always open, but for name service: a stub there speaks to the world."""
+    """The chains that packets enter from the kernel.
+
+    Loopback is always open, but for name service: a stub resolver there speaks to the world.
+    """
     other: Rule = (Not(Protocol(TCP)), Not(Protocol(UDP)))
     # each map is named once: the kernel walks all that a map leads to, for each rule that names it, at each change
     judge: list[Rule] = [(ByCgroup(level, f"out{level}"),) for level in LEVELS]
@@ -360,7 +363,10 @@ def base_chains() -> tuple[Chain, ...]:
 
 
 def way_chains(marks: Iterable[int]) -> tuple[Chain, ...]:
-    """A socket took its address by the machine's own route; on its way it gets that of the device it leaves by."""
+    """The chain that gives packets on a way the address of the device by which they leave.
+
+    Their socket took its address by the machine's own route.
+    """
     rules = tuple((Marked(index), NftVerdict("masquerade")) for index in marks)
     return (Chain(WAYS, rules, Hook("nat", "postrouting", 100)),) if rules else ()
 

@@ -24,7 +24,7 @@ class FromCallback(Generic[T]):
 
 
 def run(coroutine: Coroutine[Begin[Any], Any, T], done: Callable[[T], None]) -> None:
-    """Runs it until it waits, and on with each answer; ``done`` gets what it returns.
+    """Runs ``coroutine`` until it waits, and on with each answer; ``done`` gets what it returns.
 
     What it raises goes to whoever called last: ``run``'s caller, or the one that called back.
     """

@@ -11,7 +11,7 @@ _RUNNING = ("active", "reloading")
 
 
 class DependencyCheck:
-    """Looks; may wait for systemd.  Not for two threads."""
+    """Asks dpkg and systemd, and may wait for both.  Not for two threads."""
 
     def __init__(self, dpkg: Dpkg, units: Units) -> None:
         self._dpkg = dpkg

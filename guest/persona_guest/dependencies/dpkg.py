@@ -39,11 +39,11 @@ class Dpkg:
         self._apt: Any = None
 
     def stamp(self) -> Stamp:
-        """Another one after each change; cheap.  Zeros where there is no dpkg."""
+        """A value that differs after each change; costs one stat(2).  Zeros where there is no dpkg."""
         return stamp(self._status)
 
     def lacking(self, packages: Iterable[Package]) -> list[Lacking]:
-        """Those that are not installed, or in another version.  Raises ``DpkgError``."""
+        """Those of ``packages`` that are not installed, or in another version.  Raises ``DpkgError``."""
         packages = list(packages)
         installed = self.installed() if packages else Installed({}, {})
         return [Lacking(package, found) for package in packages if (found := self._instead(package, installed))]
@@ -106,7 +106,7 @@ class Dpkg:
 
 
 def stamp(status: Path) -> Stamp:
-    """Of a status file: dpkg replaces it at the end of each run."""
+    """A value that differs after each change of a status file, which dpkg replaces at the end of each run."""
     try:
         found = status.stat()
     except OSError:

@@ -1,7 +1,7 @@
-"""A grant counts once what its persona needs is there: looked at, and where the operator allows it, installed.
+"""A grant counts once what its persona needs is there: checked, and where the operator allows it, installed.
 
-Everything here runs in the loop's thread; looking and installing are threads that call back.  Whoever
-waits is asked for anew afterwards: a grant from before may not be one any more.
+Everything here runs in the loop's thread; checking and installing are threads that call back.  After an installation
+the broker is asked anew: a grant from before may not be one any more.
 """
 
 import logging
@@ -80,7 +80,11 @@ class DependencyChecker:
 
 
 class Dependencies:
-    """``of`` knows a persona's dependencies, ``stamp`` when dpkg's state changed, ``say`` reaches who waits."""
+    """Keeps what was found for a while, and one installation for all who wait for the same.
+
+    ``of`` knows a persona's dependencies, ``stamp`` when dpkg's state changed; ``say`` tells whoever waits; ``changed``
+    is called where grants that counted may count no more.
+    """
 
     def __init__(
         self,
@@ -121,7 +125,10 @@ class Dependencies:
                 self._changed()
 
     def backed(self, decision: Decision, done: Done, lacks: str = "still needs") -> None:
-        """``done`` with the decision, or with a denial that says what its persona ``lacks``; installs nothing."""
+        """Calls ``done`` with the decision, or with a denial that names what its persona needs; installs nothing.
+
+        ``lacks`` is how the denial puts it.
+        """
 
         def lacking(granted: Granted, _wanted: Wanted, found: tuple[Lacking, ...]) -> None:
             done(_denied(granted, f"persona {granted.persona.name} {lacks} {named(found)}"))
@@ -129,7 +136,7 @@ class Dependencies:
         self._check(decision, done, lacking)
 
     def installed(self, decision: Decision, request: Request, done: Callable[[Decision | Installed], None]) -> None:
-        """The same, but what may be installed is: ``request`` waits for it and is told so."""
+        """As ``backed``, but installs what may be installed: ``request`` waits for it, and its user is told so."""
 
         def lacking(granted: Granted, wanted: Wanted, found: tuple[Lacking, ...]) -> None:
             self._missing(wanted, found, _Waiter(request, granted, done))

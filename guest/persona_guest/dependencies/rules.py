@@ -26,13 +26,13 @@ class Lacking:
 
 
 def named(lacking: Iterable[Lacking]) -> str:
-    """The first eight, comma-separated."""
+    """What is lacking, for a message: the first eight, comma-separated."""
     words = [str(item) for item in lacking]
     return ", ".join(words[:_NAMED_MAX]) + (", ..." if len(words) > _NAMED_MAX else "")
 
 
 def not_allowed(lacking: Iterable[Lacking], install: tuple[str, ...], start: tuple[str, ...]) -> list[Lacking]:
-    """What the operator's patterns of packages and services do not cover."""
+    """Those that the operator's patterns of packages and services do not cover."""
 
     def covered(dependency: Dependency) -> bool:
         if isinstance(dependency, Package):
@@ -43,7 +43,7 @@ def not_allowed(lacking: Iterable[Lacking], install: tuple[str, ...], start: tup
 
 
 def remedy(lacking: Iterable[Lacking]) -> str:
-    """What an operator can do by hand."""
+    """What an operator can do by hand, for a message."""
     lacking = list(lacking)
     packages = [item.dependency.name for item in lacking if isinstance(item.dependency, Package)]
     services = [item.dependency.name for item in lacking if isinstance(item.dependency, Service)]
@@ -60,14 +60,14 @@ def remedy(lacking: Iterable[Lacking]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A line for whoever waits."""
+    """The installer's line on how far it is, for whoever waits."""
 
     line: str
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How it ended; ``why`` has apt's own words, empty = everything is there now."""
+    """How the installation ended; ``why`` has apt's own words, empty = everything is there now."""
 
     why: str
 
@@ -76,12 +76,12 @@ Message = Progress | Outcome
 
 
 def encode_wish(dependencies: Iterable[Dependency]) -> bytes:
-    """What the agent asks for."""
+    """The agent's packet: install these."""
     return json.dumps({"dependencies": [str(dependency) for dependency in dependencies]}).encode()
 
 
 def decode_wish(data: bytes) -> tuple[Dependency, ...]:
-    """Raises ``ValueError`` for anything but a list of well-formed dependencies."""
+    """What the agent's packet asks for.  Raises ``ValueError`` for anything but a list of well-formed dependencies."""
     value = _object(data)
     items = value.pop("dependencies", None)
     if value or not isinstance(items, list) or not 0 < len(items) <= DEPENDENCIES_MAX:
@@ -93,14 +93,14 @@ def decode_wish(data: bytes) -> tuple[Dependency, ...]:
 
 
 def encode_message(message: Message) -> bytes:
-    """What the installer says."""
+    """The installer's packet."""
     if isinstance(message, Progress):
         return json.dumps({"progress": message.line[:_TEXT_MAX]}).encode()
     return json.dumps({"outcome": message.why[:_TEXT_MAX]}).encode()
 
 
 def decode_message(data: bytes) -> Message:
-    """Raises ``ValueError``."""
+    """What the installer's packet says.  Raises ``ValueError``."""
     value = _object(data)
     kind, text = value.popitem() if len(value) == 1 else ("", None)
     if not isinstance(text, str) or kind not in ("progress", "outcome"):
