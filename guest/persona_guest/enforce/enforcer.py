@@ -98,7 +98,7 @@ class Enforcer:
 
     @staticmethod
     def attempt(plan: Plan, what: str) -> None:
-        """Applies a plan that nobody waits for; that it failed is in the journal, where ``what`` says what stays."""
+        """Applies a plan that nobody waits for.  A failure is in the journal, where ``what`` says what stays."""
         try:
             plans.apply(plan)
         except (PersonaError, OSError) as error:
@@ -159,7 +159,7 @@ class Enforcer:
             self._registry.try_to_save(login)  # it has been done already
 
     def document(self, ref: PersonaRef) -> Persona:
-        """Raises ``PersonaError`` where it is not here."""
+        """The document of a persona's version.  Raises ``PersonaError`` where it is not here."""
         return self._personas.get(ref)
 
     def _entering(self, place: PersonaCgroup, persona: Persona) -> Plan:
@@ -189,7 +189,7 @@ class Enforcer:
     # --- sessions ---------------------------------------------------------------------------------
 
     def ended(self, login: Login) -> None:
-        """The last process of a session is gone."""
+        """The last process of a session is gone: takes its places apart, a moment later."""
         if login.placement is not None:
             self._clear(login.placement, 0)
 
@@ -241,7 +241,7 @@ class Enforcer:
         return [(facility.name, facility.reconcile(wanted)) for facility in self._facilities]
 
     def reconcile(self) -> None:
-        """Makes what is found what should be; what cannot be is in the journal, and denied when it matters."""
+        """Brings what is found to what should be.  What fails is in the journal, and denied when it matters."""
         try:
             wanted = self.wanted()
         except PersonaError as error:  # what is there stays as it is, rather than go for want of a document
@@ -276,7 +276,7 @@ class Enforcer:
                 self._personas.ensure(ref, functools.partial(arrived, ref))
 
     def release(self) -> None:
-        """Nothing of ours stays, and nothing is bound any more; the sessions go on without limits."""
+        """Removes everything of ours and binds nothing any more; the sessions go on without limits."""
         self._released = True
         for login in self._registry.gated():
             for place in login.placement.places.values() if login.placement is not None else ():

@@ -32,7 +32,7 @@ class Facility(Protocol):
         """Takes back what was made for ``place``.  Its cgroup may be gone: systemd ends scopes by itself."""
 
     def reconcile(self, wanted: Wanted) -> Plan:
-        """From whatever is found, left by any crash, to what should be; ``{}`` = nobody is bound now."""
+        """From whatever is found, left by any crash, to what should be; an empty ``wanted`` = nobody is bound now."""
 
     def release(self) -> Plan:
         """From whatever is found, left by any crash, to nothing of ours at all."""

@@ -42,7 +42,10 @@ def describe(plan: Plan) -> list[dict[str, object]]:
 
 
 def apply(plan: Plan) -> None:
-    """All of it, in order, or nothing: after a failure what was applied is undone.  Raises ``PlanError``."""
+    """Applies a plan in order, whole or not at all: after a failure what was applied is undone.
+
+    Raises ``PlanError``.
+    """
     if not plan:
         return
     if log.isEnabledFor(logging.DEBUG):
@@ -56,7 +59,7 @@ def apply(plan: Plan) -> None:
 
 
 def apply_each(plan: Plan) -> list[str]:
-    """As much of it as can be, in order, whatever fails: one thing that cannot be keeps no other.  What failed."""
+    """Applies every operation that can be, in order; returns what failed."""
     failures = []
     for operation in plan:
         try:
@@ -72,7 +75,7 @@ def _brief(operation: Operation) -> dict[str, object]:
 
 
 def undo(plan: Plan) -> None:
-    """Takes a plan back that was applied: all operations in reverse, whatever fails.  Raises ``PlanError``."""
+    """Takes back a plan that was applied: all operations in reverse, whatever fails.  Raises ``PlanError``."""
     failures = _undo(reversed(plan))
     if failures:
         raise PlanError("; ".join(failures))

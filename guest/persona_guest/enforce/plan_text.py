@@ -28,7 +28,7 @@ WORDS = {
 
 
 def in_words(plan: Plan) -> str:
-    """What a plan changed: the first few operations, and how many more there were."""
+    """The first few operations of a plan as one line, and how many more there were."""
     said = [WORDS.get(str(it["op"]), "{op}").format_map(it) for it in (step.describe() for step in plan[:NAMED_MAX])]
     if len(plan) > NAMED_MAX:
         said.append(f"and {len(plan) - NAMED_MAX} more")

@@ -43,7 +43,7 @@ _USERS = "user.slice"
 
 
 class Cgroups:
-    """The facility; everything it needs to know it reads from the hierarchy when it plans."""
+    """The facility of limits.  It keeps nothing: each plan is made from what the hierarchy has then."""
 
     name = "cgroups"
 
@@ -56,7 +56,7 @@ class Cgroups:
     # --- one place --------------------------------------------------------------------------------
 
     def enter(self, place: PersonaCgroup, persona: Persona) -> Plan:
-        """The cgroups down to the place, then its numbers; only what is not so already."""
+        """Makes the cgroups down to the place and sets its limits; plans only what is not so already."""
         return self._enter(place, persona, self._memory.left, alone=True)
 
     def _enter(self, place: PersonaCgroup, persona: Persona, left: Callable[[int], int], *, alone: bool) -> Plan:
@@ -94,7 +94,10 @@ class Cgroups:
         return tuple(steps)
 
     def leave(self, place: PersonaCgroup) -> Plan:
-        """Its cgroup.  What is above it below ``FALLBACK_ROOT`` stays: what was left in memory counts there."""
+        """Removes the place's cgroup.
+
+        What is above it below ``FALLBACK_ROOT`` stays: what was left in memory counts there.
+        """
         if not self._tree.exists(place.cgroup):
             return self._leave_above(place)
         if place.managed:
@@ -108,7 +111,7 @@ class Cgroups:
         return (*weighed, *self._memory.settle(place.above, {}, gone=(place.cgroup,)))
 
     def lift(self, uid: int) -> Plan:
-        """Somebody logs in as this user who is not looked at: what the user left bounds nobody."""
+        """Takes off the bound of a user's memory, for they log in without being gated."""
         return tuple(step for above in (slice_of(uid), fallback_slice_of(uid)) for step in self._memory.lift(above))
 
     def _away(self) -> Plan:
@@ -201,7 +204,7 @@ class Cgroups:
     # --- all of it --------------------------------------------------------------------------------
 
     def reconcile(self, wanted: Wanted) -> Plan:
-        """What is wanted is entered; what is ours and not wanted goes, its processes back to where they were.
+        """Enters what is wanted; removes what is ours and not wanted, its processes back to where they were.
 
         What users left in memory stays bounded.
         """
@@ -213,7 +216,7 @@ class Cgroups:
         return tuple(steps)
 
     def release(self) -> Plan:
-        """Nothing of ours at all."""
+        """Removes every cgroup and every value of ours."""
         steps, _ = self._places({})
         for above in self._bounded():
             steps += self._memory.lift(above)

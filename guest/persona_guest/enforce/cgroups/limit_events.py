@@ -43,7 +43,7 @@ class Alarms:
         loop.add_reader(self._inotify.fd, READABLE, self._ready)
 
     def watch(self, place: PersonaCgroup) -> None:
-        """From now on; what was counted before is not told.  Ends by itself with the cgroup."""
+        """Watches a place from now on, until its cgroup goes; what was counted before is not told."""
         for file, key, reason in _COUNTERS:
             try:
                 number = self._inotify.add(self._tree.path(place.cgroup, file))

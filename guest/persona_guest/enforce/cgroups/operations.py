@@ -15,7 +15,7 @@ _TRIES = 16  # something is born while its parent is moved
 
 @dataclass(frozen=True, slots=True)
 class Make:
-    """A cgroup."""
+    """Makes a cgroup."""
 
     tree: Hierarchy
     cgroup: str
@@ -32,7 +32,7 @@ class Make:
 
 @dataclass(frozen=True, slots=True)
 class HandOn:
-    """Controllers for the cgroups below; what lives in the cgroup itself moves to ``login`` before."""
+    """Switches controllers on for the cgroups below; what lives in the cgroup itself moves to ``login`` before."""
 
     tree: Hierarchy
     cgroup: str
@@ -65,7 +65,7 @@ class HandOn:
 
 @dataclass(frozen=True, slots=True)
 class TakeBack:
-    """No controllers for the cgroups below any more, so that processes may live in it again."""
+    """Switches controllers off for the cgroups below, so that processes may live in the cgroup itself again."""
 
     tree: Hierarchy
     cgroup: str
@@ -83,7 +83,7 @@ class TakeBack:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A mark on a cgroup that it is ours, or ours to put back: the cgroup that its processes came from."""
+    """Marks a cgroup as ours, or ours to put back; the mark is the cgroup that its processes came from."""
 
     tree: Hierarchy
     cgroup: str
@@ -101,7 +101,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class NoteMemory:
-    """What else is to be known of a cgroup's memory limit, kept with the cgroup; empty = nothing any more."""
+    """Keeps with a cgroup what else is to be known of its memory limit; an empty text removes that."""
 
     tree: Hierarchy
     cgroup: str
@@ -121,7 +121,7 @@ class NoteMemory:
 
 @dataclass(frozen=True, slots=True)
 class Set:
-    """One value; ``before`` is what it was, ``None`` where the cgroup did not exist."""
+    """Writes one value; ``before`` is what it was, ``None`` where the cgroup did not exist."""
 
     tree: Hierarchy
     cgroup: str
@@ -153,7 +153,7 @@ class Set:
 
 @dataclass(frozen=True, slots=True)
 class Empty:
-    """What lives in one cgroup moves to another; ``pids`` lived there when it was planned."""
+    """Moves what lives in one cgroup to another; ``pids`` lived there when it was planned."""
 
     tree: Hierarchy
     cgroup: str
@@ -174,7 +174,7 @@ class Empty:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """An empty cgroup."""
+    """Removes an empty cgroup."""
 
     tree: Hierarchy
     cgroup: str

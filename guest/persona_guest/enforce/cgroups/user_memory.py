@@ -58,7 +58,7 @@ class _Bound:
 
 
 class UserMemory:
-    """Plans only; everything is read from the hierarchy."""
+    """Plans what bounds a user's memory.  It keeps nothing: everything is read from the hierarchy."""
 
     def __init__(self, tree: Hierarchy) -> None:
         self._tree = tree
@@ -120,7 +120,7 @@ class UserMemory:
         return tuple(self._write(above, known, _Bound(ours, known.theirs, known.their_swap)))
 
     def lift(self, above: str) -> Plan:
-        """Nothing of ours."""
+        """Takes our bound off a cgroup of all that is one user's; what an operator wrote there comes back."""
         known = self._known(above)
         return tuple(self._write(above, known, _Bound(None, known.theirs, known.their_swap)))
 

@@ -1,4 +1,4 @@
-"""The network of personas, put together: the table, the ways, and what users are under outside of every place."""
+"""The network of personas, put together: the table, the ways (routes that rules name), and the rules of users."""
 
 import logging
 from collections.abc import Callable
@@ -33,9 +33,10 @@ _RESOLVERS_S = 2.0  # after a change of resolv.conf; at none it costs two calls 
 
 
 class Net:
-    """``document`` has the personas' documents, ``is_open`` knows which sessions have not ended.
+    """Makes the parts and holds them.
 
-    Raises ``OSError`` where there is no nftables to speak to.
+    ``document`` has the personas' documents, ``is_open`` knows which sessions have not ended.  Raises ``OSError`` where
+    there is no nftables to speak to.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Net:
         return self._network.bind_user(uid)
 
     def warm(self) -> None:
-        """Before the first login, which would wait for it."""
+        """Has the kernel load what nftables needs, before the first login, which would wait for it."""
         for persona, who in ((NO_PERSONA_DOCUMENT, "every login"), (KINDS, "some kind of rule")):
             try:
                 self.table.warm(access(persona, {WAY: 1}))
@@ -69,7 +70,7 @@ class Net:
                 log.error("nftables lacks something that %s would need: %s", who, error)
 
     def watch(self, loop: Loop, repair: Callable[[], None], tell: Tell) -> None:
-        """Hears from now on what is refused, and of others' hands in the table."""
+        """Hears from now on of connections that are refused, and of others who change the table."""
 
         def meddled() -> None:
             log.warning("somebody else changed the table inet persona; it is made anew")
@@ -81,7 +82,7 @@ class Net:
         loop.call_every(_RESOLVERS_S, self.resolvers.refresh)
 
     def clear(self) -> None:
-        """Nothing of ours stays, whoever made it."""
+        """Removes everything of ours, whichever agent made it; what fails is in the journal."""
         self.user_rules.release()
         for facility in reversed(self.facilities):
             try:

@@ -1,8 +1,8 @@
-"""The ways that personas' rules name: a mark, two routing rules a family, and a table where the kernel has none.
+"""The ways of personas' rules (``via``): a mark, two routing rules a family, and a table where the kernel has none.
 
-A packet with the mark of a way takes it or is refused: where its gateway, device or table is gone, the rule
-after it says unreachable, so nothing leaks to the machine's own routes.  Through pyroute2, which is imported
-with the first way: it costs 26 MB and 0.1 s, and most machines have none.  Needs CAP_NET_ADMIN.
+A packet with the mark of a way takes it or is refused: where its gateway, device or table is gone, the rule after it
+says unreachable, so nothing leaks to the machine's own routes.  Through pyroute2, which is imported with the first way:
+it costs 26 MB and 0.1 s, and most machines have none.  Needs CAP_NET_ADMIN.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _PRIORITIES = range(_PRIORITY, _PRIORITY + 2 * MARKS_MAX + 2)
 
 
 class EgressRoutes:
-    """Which way has which number, kept in a file before anything is made under it."""
+    """The number of each way, from which its mark comes; kept in a file before anything is made under it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -46,7 +46,10 @@ class EgressRoutes:
         self.left_over = path.exists()
 
     def number(self, via: Via) -> int:
-        """From 1 on; a free one for a way that has none.  Raises ``PersonaError`` where there are too many."""
+        """The number of a way, from 1 on; a free one for a way that has none.
+
+        Raises ``PersonaError`` where all are taken.
+        """
         found = self.numbers.get(via)
         if found is None:
             free = set(range(1, MARKS_MAX + 1)) - set(self.numbers.values())
@@ -56,7 +59,7 @@ class EgressRoutes:
         return found
 
     def making(self, via: Via) -> None:
-        """Raises ``OSError``."""
+        """Writes into the file that this way is about to be made.  Raises ``OSError``."""
         self.made.add(via)
         self._save()
 
@@ -84,9 +87,9 @@ class Routing:
         self._route: Any = None
 
     def open(self, via: Via, number: int) -> None:
-        """Leads what has the mark that way; what cannot take it is unreachable, also where this fails.
+        """Leads packets with the mark of ``number`` by the way ``via``; what cannot take it is unreachable.
 
-        What is there of it already stays.
+        That holds also where this fails.  What is there of it already stays.
         """
         for family in _families():
             self._rule("add", family, number, 1, action="unreachable")
@@ -105,13 +108,13 @@ class Routing:
             self._call("route", "replace", family=family, **way)
 
     def hold(self, number: int) -> None:
-        """Leads what has the mark nowhere: it is unreachable before whatever else there is of it goes."""
+        """Makes packets with the mark of ``number`` unreachable, then removes whatever else there is of the way."""
         for family in _families():
             self._rule("add", family, number, 1, action="unreachable")
             self._clear(family, number)
 
     def close(self, number: int) -> None:
-        """Takes back whatever there is of it: what has the mark goes as if it had none."""
+        """Removes all that there is of the way: packets with its mark go as if they had none."""
         for family in _families():
             self._clear(family, number)
             with _ignoring(errno.ENOENT):
@@ -124,7 +127,7 @@ class Routing:
             self._call("flush_routes", family=family, table=OUR_TABLES[number])
 
     def found(self) -> set[int]:
-        """The numbers under which there is any rule."""
+        """The numbers under which there is any rule, whoever made it."""
         return {number for family in _families() for number in self._rules(family)}
 
     def whole(self, via: Via, number: int) -> bool:
@@ -195,7 +198,7 @@ def _ignoring(*numbers: int) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A way that nothing goes yet, whole or not at all."""
+    """Makes a way that no packet takes yet, whole or not at all."""
 
     via: Via
     number: int
@@ -225,7 +228,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """A way that packets may be sent already.
+    """Mends a way that packets may be sent already.
 
     It never goes, so that they never take another; while it cannot be had they are refused, and nothing else fails.
     """
@@ -254,7 +257,7 @@ class Repair:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """What is left under a number; ``via`` where it is known which way that was."""
+    """Removes what there is under a number; ``via`` where it is known which way that was."""
 
     via: Via | None
     number: int
@@ -292,7 +295,7 @@ class Routes:
         return self.need(persona)
 
     def need(self, persona: Persona) -> Plan:
-        """The ways that a persona's rules name, where they are not there yet."""
+        """Makes the ways that a persona's rules name, where they are not there yet."""
         return tuple(self._open(via) for via in sorted(_egress_routes([persona]) - self._egress_routes.made, key=str))
 
     def leave(self, place: PersonaCgroup) -> Plan:

@@ -79,7 +79,7 @@ class Rebuild:
             self.owners.forget()
 
     def undo(self) -> None:
-        """Nothing."""
+        """Does nothing: the table is as it should be."""
 
 
 class Network:

@@ -106,7 +106,7 @@ class ExemptSlice:
             self.table.bind({ORPHANS: self.nobody()})
 
     def undo(self) -> None:
-        """Nothing: that they are exempt stays true."""
+        """Does nothing: that they are exempt stays true."""
 
 
 def owned_place(place: PersonaCgroup, bound: Bound) -> dict[int, OwnedCgroup]:

@@ -23,7 +23,11 @@ _KNOWN_MAX = 4096
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """``uid`` of who sent; ``None`` where the packet came in, or its socket was gone."""
+    """A connection that was refused under ``persona``.
+
+    ``uid`` of who sent; ``None`` where the packet came in, or its socket was gone.  ``target`` is in the words of
+    network rules.
+    """
 
     persona: str
     uid: int | None
@@ -34,7 +38,7 @@ Tell = Callable[[Refusal], None]
 
 
 class Refusals:
-    """``tell`` is called in the loop's thread."""
+    """Reads what the rules log; ``tell`` is called in the loop's thread."""
 
     def __init__(self, loop: Loop, tell: Tell, clock: Callable[[], float] = time.monotonic) -> None:
         self._tell = tell
@@ -52,7 +56,7 @@ class Refusals:
         loop.add_reader(self._netlink.fileno(), READABLE, lambda _events: self._ready())
 
     def close(self) -> None:
-        """Hears no more; another may."""
+        """Gives the log group back: another socket may hear it."""
         self._loop.remove_reader(self._netlink.fileno())
         self._netlink.close()
 

@@ -1,4 +1,4 @@
-"""Keeps the table's resolvers those that this machine is configured with: what ``dns`` means."""
+"""Keeps the resolvers in our table those that this machine is configured with: what ``dns`` of a network rule means."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ _SIZE_MAX = 65536
 
 
 class Resolvers:
-    """Looks at the files' state, and reads them only when that is another."""
+    """Reads resolv.conf and the like, each time that one of the files has changed."""
 
     def __init__(self, table: Table, files: Iterable[str] = FILES) -> None:
         self._table = table
@@ -23,7 +23,7 @@ class Resolvers:
         self._state: list[tuple[int, int, int] | None] = []
 
     def refresh(self) -> None:
-        """Call now and then: at no change it costs two stat(2)."""
+        """Brings the table up to date.  Call it now and then: where nothing changed it costs two stat(2)."""
         state = [_state(file) for file in self._files]
         if state == self._state:
             return

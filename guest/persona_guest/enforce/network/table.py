@@ -1,7 +1,7 @@
-"""The nftables table of ours, and the transactions that change it.
+"""The nftables table ``inet persona``, and the transactions that change it.
 
-It touches no other table.  What is bound where is mirrored here, so that nothing is read before a change.
-Needs CAP_NET_ADMIN.
+No other table is touched.  What is bound where is mirrored here, so that nothing is read before a change.  Needs
+CAP_NET_ADMIN.
 """
 
 import errno
@@ -26,7 +26,7 @@ class Key:
     number: int
 
     def packed(self) -> bytes:
-        """As the maps have it."""
+        """The key in the form of the table's maps."""
         return nftables.cgroup_key(self.number) if self.level else nftables.owner_key(self.number)
 
     def maps(self, access: Access) -> list[tuple[str, str]]:
@@ -38,7 +38,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What one cgroup or owner is under."""
+    """The rules that some cgroups, or an owner with theirs, are under."""
 
     keys: tuple[Key, ...]
     access: Access
@@ -60,11 +60,11 @@ class Table:
 
     @property
     def port(self) -> int:
-        """Of the socket by which it is changed."""
+        """The netlink port of the socket that changes the table: others are told of changes as from there."""
         return self._netlink.port
 
     def close(self) -> None:
-        """Leaves the table as it is."""
+        """Closes the socket; the table stays as it is."""
         self._netlink.close()
 
     def warm(self, access: Access) -> None:
@@ -121,7 +121,7 @@ class Table:
         self._there, self.known, self.disturbed = bool(bound), True, False
 
     def resolve(self, addresses: tuple[str, ...]) -> None:
-        """The resolvers that ``dns`` means from now on.  Raises ``OSError``."""
+        """Sets the addresses of the resolvers that ``dns`` means from now on.  Raises ``OSError``."""
         if addresses != self._resolvers and self._there:
             old, new = set(self._resolvers), set(addresses)
             messages = [nftables.delete_element(_family(a), nftables.address_key(a)) for a in sorted(old - new)]
@@ -130,7 +130,7 @@ class Table:
         self._resolvers = addresses
 
     def refused(self) -> dict[str, int]:
-        """Packets that were refused, by the name of the access."""
+        """How many packets were refused, by the name of the access."""
         found = {}
         for body in self._netlink.dump(nftables.get_counters()):
             values = dict(netlink.attributes(body))

@@ -12,7 +12,7 @@ _SOON_S = 0.01  # what was done as one transaction is told piece by piece
 
 
 class Meddling:
-    """``repair`` is called soon after, in the loop's thread; ``own`` is the port of the table's own socket."""
+    """Calls ``repair`` soon after such a change, in the loop's thread; ``own`` is the port of the table's socket."""
 
     def __init__(self, loop: Loop, own: int, repair: Callable[[], None]) -> None:
         self._loop = loop

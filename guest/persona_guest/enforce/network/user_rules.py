@@ -39,7 +39,7 @@ class UserRules:
         self._released = False
 
     def opened(self, session: Session, ref: PersonaRef | None) -> None:
-        """A session begins; afterwards it is bound.  Raises ``PersonaError``: then it must not begin."""
+        """Binds the user of a session that begins.  Raises ``PersonaError``: then the session must not begin."""
         if self._released:
             return
         self._sessions[session.id] = (session.uid, ref or NO_PERSONA)
@@ -51,7 +51,7 @@ class UserRules:
             raise
 
     def default_changed(self, session_id: str, ref: PersonaRef | None) -> None:
-        """A session has another default persona, or version of it, from now on."""
+        """Binds the user of a session whose default persona, or its version, is another from now on."""
         known = self._sessions.pop(session_id, None)
         if known is None:
             return
@@ -59,12 +59,12 @@ class UserRules:
         self._try(known[0])
 
     def ended(self, login: Login) -> None:
-        """The last process of a session is gone, or it never had one."""
+        """Binds the user of a session that is over by those that they still have, or lets them go."""
         if (known := self._sessions.pop(login.session.id, None)) is not None:
             self._try(known[0])
 
     def exempted(self, uid: int) -> None:
-        """Somebody logs in who is not looked at, perhaps beside a session of theirs that is."""
+        """Leaves a user alone who logs in without being gated, perhaps beside a session of theirs that is."""
         if self._released:
             return
         try:
@@ -79,7 +79,7 @@ class UserRules:
             self._choose(login.session.uid)
 
     def release(self) -> None:
-        """Nobody is bound any more, now or later."""
+        """Binds nobody any more, now or later."""
         self._released = True
         self._sessions.clear()
         self.current.clear()
@@ -119,7 +119,7 @@ class NoUserRules:
         """Binds nothing."""
 
     def ended(self, login: Login) -> None:
-        """Nothing was bound."""
+        """Binds nothing."""
 
     def exempted(self, uid: int) -> None:
-        """Nothing is bound."""
+        """Binds nothing."""
