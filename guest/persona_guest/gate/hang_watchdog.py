@@ -39,11 +39,11 @@ Entered = tuple[float, Session]  # since when (monotonic seconds), for whom
 
 
 class HangWatchdog:
-    """``enter`` and ``leave`` around what may hang, in the thread that made this; one of its own watches.
+    """Watches, in a thread of its own, what the thread that made this does between ``enter`` and ``leave``.
 
-    Past the limit every process of the session's user is killed: their file system goes with it, and
-    the read fails.  Where that does not help for as long again, ``give_up`` is called: a new agent
-    denies what this one hangs in without reading it.
+    Past the limit every process of the session's user is killed: their file system goes with it, and the read fails.
+    Where that does not help for as long again, ``give_up`` is called: a new agent denies what this one hangs in without
+    reading it.
     """
 
     def __init__(
@@ -76,15 +76,16 @@ class HangWatchdog:
         self._entered = outer
 
     def rest(self) -> Entered | None:
-        """What comes now waits for the kernel only, however long a module takes to load; what to ``resume``.
+        """Stops watching until ``resume``, which gets what this returns: what comes now waits for the kernel only.
 
-        Nobody notices a wait until then: no file, memory or terminal of a user's may be looked at.
+        That may take as long as a module takes to load.  Nobody notices a wait until then: no file, memory or terminal
+        of a user's may be looked at.
         """
         outer, self._entered = self._entered, None
         return outer
 
     def resume(self, outer: Entered | None) -> None:
-        """Watches on, with its time anew."""
+        """Goes on with the watch that ``rest`` stopped; its time begins anew."""
         self._entered = outer and (time.monotonic(), outer[1])
 
     @contextlib.contextmanager
@@ -108,7 +109,7 @@ class HangWatchdog:
         self._excluded[uid] = now, min(before, _EXCLUDED_MAX_S)
 
     def close(self) -> None:
-        """Watches no more."""
+        """Ends the watching thread."""
         self._over.set()
 
     def _watch(self) -> None:

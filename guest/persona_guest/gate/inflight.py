@@ -18,7 +18,7 @@ _SLOT = struct.Struct(f"=B7x{_NAME_SIZE}s{NOTIF_SIZE}s")
 
 
 class InFlight:
-    """A fixed table in shared memory; taking and clearing a slot is a copy, no system call."""
+    """A fixed table in shared memory; to take or clear a slot is a copy, and no system call."""
 
     def __init__(self, fd: int | None = None) -> None:
         if fd is None:
@@ -40,7 +40,7 @@ class InFlight:
         return table
 
     def put(self, session_id: bytes, raw: bytes | bytearray) -> int:
-        """Remembers a raw struct seccomp_notif; the slot to clear, or -1 where the table is full."""
+        """Keeps a raw struct seccomp_notif; returns the slot to clear, or -1 where the table is full."""
         if not self._free:
             return -1
         slot = self._free.pop()
@@ -48,18 +48,18 @@ class InFlight:
         return slot
 
     def mark_read(self, slot: int) -> None:
-        """The task's memory has been read; the notification of ``slot`` waits for an answer."""
+        """Says of a slot that its task's memory has been read and done no harm; it waits for an answer."""
         if slot >= 0:
             self._map[slot * _SLOT.size] = _READ
 
     def clear(self, slot: int) -> None:
-        """The notification of ``slot`` is answered; once more is nothing, or two would share the slot."""
+        """Frees the slot of an answered notification; a second time does nothing, or two would share the slot."""
         if slot >= 0 and self._map[slot * _SLOT.size] != _FREE:
             self._map[slot * _SLOT.size] = _FREE
             self._free.append(slot)
 
     def close(self) -> None:
-        """Lets go of the table; systemd keeps its own descriptor."""
+        """Unmaps and closes the table here; systemd keeps its own descriptor."""
         self._map.close()
         os.close(self.fd)
 

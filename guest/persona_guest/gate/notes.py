@@ -54,7 +54,7 @@ class Notes:
         ran: str | None = None,
         argv: tuple[bytes, ...] | None = None,
     ) -> None:
-        """One exec and what became of it; ``None`` = what a session starts by itself.
+        """Notes one exec and its decision, ``None`` for what a session starts by itself.
 
         ``ran`` and ``argv`` are what started, where that was something else than what was to be started.
         """
@@ -63,7 +63,7 @@ class Notes:
         self._waiting.append(_Note(time.time(), pending, event, decision, ran, argv))
 
     def add_unjudged(self, session: Session, why: str) -> None:
-        """One exec of which nothing is known but that it was denied, or in complain mode let go on."""
+        """Notes one exec that could not be read, and was denied for it or, in complain mode, let go on."""
         denied = Denied(Reason.PROGRAM_UNREADABLE, help=why)
         record = records.unjudged_start(
             time.time(), session.id, session.subject.user, denied.reason, complain=self._complain
@@ -73,7 +73,7 @@ class Notes:
             self._denials.note(session.uid, record.at, record.event, record.program, "", denied, session.id)
 
     def flush(self) -> None:
-        """Hands on what waits; call before the agent ends."""
+        """Records what was noted; call it before the agent ends."""
         waiting, self._waiting = self._waiting, []
         for note in waiting:
             record = _to_record(note, self._masks, complain=self._complain)

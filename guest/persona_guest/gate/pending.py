@@ -13,7 +13,12 @@ from persona_guest.session.model import Login
 
 @dataclass(slots=True)
 class Pending:
-    """An exec that is not answered yet."""
+    """An exec that is not answered yet.
+
+    ``ident`` is its notification's id, ``slot`` where the notification is in ``InFlight``.  ``stage`` is the one that
+    is being decided, ``denials`` are the answers to those before it.  ``leased``: nobody had to be asked.  ``since`` is
+    monotonic seconds.
+    """
 
     login: Login
     ident: int
@@ -34,7 +39,7 @@ class Pending:
         return self._before
 
     def hangs_on(self, granted: Granted | None) -> HangsOn:
-        """What of the command line would make the answer another one.
+        """What of the command line the kernel has to compare, since the answer depends on it.
 
         Of one that is too long to read, no argument can have mattered but the name of a file that is several programs.
         """

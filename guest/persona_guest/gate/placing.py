@@ -7,7 +7,7 @@ from persona_guest.gate.pending import Pending
 
 
 class Placing(Protocol):
-    """``enforce.enforcer.Enforcer`` where personas bind."""
+    """Moves a task to its place: ``enforce.enforcer.Enforcer`` where personas bind, else ``NoPlacing``."""
 
     def read_task(self, pending: Pending) -> None:
         """Reads what ``place`` needs of the task.  May take as long as its user's file systems make it.
@@ -16,7 +16,10 @@ class Placing(Protocol):
         """
 
     def place(self, pending: Pending, granted: Granted | None) -> None:
-        """Raises ``PersonaError`` where it cannot be bound (it must not start), ``OSError`` when it is gone."""
+        """Moves the task to the place of the persona that it was granted under, else of the session's default persona.
+
+        Raises ``PersonaError`` where it cannot be bound (it must not start), ``OSError`` when it is gone.
+        """
 
 
 class NoPlacing:

@@ -77,7 +77,7 @@ class _Check:
 
 
 class Verifier:
-    """Owns the processes that it is given and closes them; at most one check a process is open."""
+    """Checks each process a moment after its exec, and closes what it was given; one open check a process."""
 
     def __init__(self, loop: Loop, clock: Callable[[], float], hang_watchdog: HangWatchdog) -> None:
         self._loop = loop
@@ -104,7 +104,7 @@ class Verifier:
         self._schedule(_FIRST_CHECK_S)
 
     def forget(self, pid: int) -> None:
-        """What this process starts from now on is nobody's business: the gate was released."""
+        """Drops the open check of a process, for the gate was released."""
         if pid in self._open:
             self._close(pid, _Seen.GONE)
 

@@ -1,7 +1,7 @@
 """The gate: every execve of every gated session comes here, is decided, and goes on or fails.
 
-Received eagerly, decided from leases where they hold, asked of the broker otherwise; whatever
-prevents a decision is a denial.  In complain mode the same happens, is recorded, and goes on.
+A notification is received as soon as it is there.  It is decided from leases where they hold, else the broker is asked;
+whatever prevents a decision is a denial.  In complain mode the same happens, is recorded, and goes on.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ class Supervisor:
         return Owner(login.session.uid, self._home_of)
 
     def answer_for(self, login: Login, *, fresh: bool = False) -> None:
-        """Reads its listener from now on; ``fresh`` = just admitted.  Raises ``OSError``."""
+        """Reads the login's listener from now on; ``fresh`` = just admitted.  Raises ``OSError``."""
         session = login.session
         seccomp.use_synchronous_wakeup(login.listener)
         login.shells = _shells_of(session)

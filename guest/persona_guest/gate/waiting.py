@@ -12,24 +12,24 @@ from persona_guest.kernel import seccomp
 
 
 class Waiting:
-    """By session and question; the loop's thread alone uses it."""
+    """Execs that wait, by session and question; the loop's thread alone uses it."""
 
     def __init__(self, hang_watchdog: HangWatchdog) -> None:
         self._hang_watchdog = hang_watchdog
         self._execs: dict[tuple[str, Question], list[Pending]] = {}
 
     def add(self, pending: Pending, question: Question) -> int:
-        """One more exec waits for the answer; how many do by now.  The first of them has to ask."""
+        """Adds an exec and returns how many wait for the same answer by now; whoever adds the first has to ask."""
         execs = self._execs.setdefault((pending.login.session.id, question), [])
         execs.append(pending)
         return len(execs)
 
     def take(self, session_id: str, question: Question) -> list[Pending]:
-        """Those that waited for this answer, which is here."""
+        """Removes and returns all that wait for this answer."""
         return self._execs.pop((session_id, question), [])
 
     def tell(self, session_id: str, line: str) -> None:
-        """A line to one of the session's tasks that wait, if there is one and it may be spoken to."""
+        """Writes a line to one task of the session that waits, if there is one and its user may be shown a line."""
         for (ident, _), execs in self._execs.items():
             for pending in execs if ident == session_id else ():
                 login = pending.login

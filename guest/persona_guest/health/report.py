@@ -1,7 +1,7 @@
-"""Looks after this machine's health and reports it to the broker: at an interval, and at once what is news.
+"""Measures this machine's health and reports it to the broker: at an interval, and at once what is news.
 
-A thread of its own, with a connection of its own: whatever it waits for, no exec does.  When it hangs,
-so do its reports, and the broker takes that for what it is.
+A thread of its own, with a connection of its own: whatever it waits for, no exec does.  When it hangs, so do its
+reports, and the broker takes the machine's health for unknown.
 """
 
 import logging
@@ -76,7 +76,7 @@ class Journal:
 
 
 class Watch:
-    """Looks at the machine; each figure that cannot be had is left out, and says nothing of the others."""
+    """Measures; each figure that cannot be had is left out, and says nothing of the others."""
 
     def __init__(self, uid_min: int, layers: Callable[[], Mapping[str, bool]], proc: Path = Path("/proc")) -> None:
         self._journal = Journal(uid_min)
@@ -85,7 +85,7 @@ class Watch:
         self._proc = proc
 
     def measure(self, clock_skew_s: float | None) -> Report:
-        """The machine now.  May wait, for systemd or a disk."""
+        """All figures as they are now.  May wait, for systemd or a disk."""
         cpus = os.cpu_count() or 1
         pressures = {name: self._figure(f"pressure/{name}", rules.pressure) for name in RESOURCES}
         return Report(
@@ -129,7 +129,7 @@ class Watch:
 
 
 class Reporter:
-    """Looks and reports for ever, in a thread of its own."""
+    """Measures and reports for as long as the agent runs, in a thread of its own."""
 
     def __init__(self, settings: Broker, watch: Watch) -> None:
         self._settings = settings

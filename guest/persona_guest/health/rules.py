@@ -49,7 +49,7 @@ def real_mounts(mountinfo: bytes | str) -> list[str]:
 
 
 def memory(meminfo: bytes | str) -> Space | None:
-    """``None`` where the kernel does not say."""
+    """Size and available bytes, from meminfo; ``None`` where the kernel does not say."""
     kib = {}
     for line in kernel_text.lines(meminfo):
         name, _, value = line.partition(b":")
@@ -67,7 +67,7 @@ def pressure(text: bytes | str) -> float | None:
 
 
 def load_average(text: bytes | str, cpus: int) -> float:
-    """One minute, a CPU.  Raises ``ValueError``."""
+    """The load of the last minute for each CPU, from loadavg.  Raises ``ValueError``."""
     first = kernel_text.lines(text)[0].partition(b" ")[0]
     if not _FIGURE.fullmatch(first):
         raise ValueError(f"{first!r} is not a load average")

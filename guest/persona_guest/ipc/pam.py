@@ -27,19 +27,19 @@ class Reply(Protocol):
 
 
 class Peer(Protocol):
-    """What is done with each packet; ``reply`` may be called later, once."""
+    """What answers the PAM module; ``reply`` may be called later, once."""
 
     def account(self, caller: Caller, pid: int, reply: Reply) -> None:
         """May this user log in?"""
 
     def open(self, caller: Caller, pid: int, reply: Reply) -> str | None:
-        """A session opens; its id where a listener may follow."""
+        """A session opens; returns its id where a listener may follow."""
 
     def listener(self, session_id: str, fd: int, reply: Reply) -> None:
-        """Takes the listener over."""
+        """The filter is in place: takes its listener over."""
 
     def present(self, pid: int, session_id: str, reply: Reply) -> None:
-        """Is this process inside a gated session?"""
+        """A filter is there already: is this process inside a gated session of ours?"""
 
     def abandoned(self, session_id: str) -> None:
         """The opener went away before its listener came."""

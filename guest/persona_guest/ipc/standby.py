@@ -26,16 +26,16 @@ _AGAIN_S = 1.0
 
 
 class PacketError(ValueError):
-    """A packet that is not one of ours."""
+    """A packet that agent and standby do not send; the message tells what is wrong."""
 
 
 def encode(word: str, names: Iterable[str] = ()) -> bytes:
-    """One packet."""
+    """A packet: what is said, and the names that it is about."""
     return "\n".join((word, *names)).encode()
 
 
 def decode(packet: bytes) -> tuple[str, list[str]]:
-    """Its first word and its names.  Raises ``PacketError``."""
+    """What a packet says, and the names that it is about.  Raises ``PacketError``."""
     try:
         word, *names = packet.decode("ascii").split("\n")
     except UnicodeDecodeError:
@@ -116,7 +116,7 @@ class Keeping:
         return found
 
     def ready(self) -> None:
-        """Tells the standby that this agent answers from now on; until then it may lose its patience."""
+        """Tells the standby that this agent answers from now on; until then it may begin to answer itself."""
         self._send(encode("here"), [])
 
     def repeat(self) -> None:

@@ -71,7 +71,7 @@ class Map:
             raise failure("bpf")
 
     def lookup(self, key: bytes) -> bytes | None:
-        """The element's value."""
+        """The value of an element; ``None`` where there is none."""
         self._key[:] = key
         try:
             _bpf(_MAP_LOOKUP_ELEM, self._element)
@@ -80,7 +80,7 @@ class Map:
         return bytes(self._value)
 
     def delete(self, key: bytes) -> None:
-        """Removes an element that may be gone already."""
+        """Removes an element; does nothing where it is gone."""
         self._key[:] = key
         with contextlib.suppress(FileNotFoundError):
             _bpf(_MAP_DELETE_ELEM, self._key_only)
@@ -98,7 +98,7 @@ class Map:
             at = ctypes.addressof(found)
 
     def close(self) -> None:
-        """Lets go of it; what is pinned stays."""
+        """Closes its descriptor; what is pinned stays."""
         os.close(self.fd)
 
 
@@ -145,7 +145,7 @@ class RingBuffer:
         return records
 
     def close(self) -> None:
-        """Lets go of it; what is pinned stays."""
+        """Closes its descriptor; what is pinned stays."""
         self._consumer.close()
         self._data.close()
         os.close(self.fd)

@@ -23,7 +23,7 @@ class Hierarchy:
         self.root = root
 
     def path(self, cgroup: str, file: str = "") -> str:
-        """The absolute path."""
+        """The absolute path of a cgroup's directory."""
         return "/".join(part for part in (self.root, cgroup, file) if part)
 
     def exists(self, cgroup: str) -> bool:
@@ -31,7 +31,7 @@ class Hierarchy:
         return os.path.isdir(self.path(cgroup))
 
     def read(self, cgroup: str, file: str) -> str:
-        """The whole file."""
+        """A whole file of a cgroup."""
         with self._going(cgroup):
             fd = os.open(self.path(cgroup, file), os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -43,7 +43,7 @@ class Hierarchy:
                 os.close(fd)
 
     def write(self, cgroup: str, file: str, text: str) -> None:
-        """One write, which is how the kernel takes a value."""
+        """Writes a file of a cgroup by one write(2), which is how the kernel takes a value."""
         with self._going(cgroup):
             fd = os.open(self.path(cgroup, file), os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -62,12 +62,12 @@ class Hierarchy:
             raise
 
     def make(self, cgroup: str) -> None:
-        """A new cgroup, whose parent exists; one that is there is fine."""
+        """Makes a cgroup whose parent exists; does nothing where it is there."""
         with contextlib.suppress(FileExistsError), self._going(cgroup):
             os.mkdir(self.path(cgroup), 0o755)
 
     def remove(self, cgroup: str) -> None:
-        """An empty one; one that is gone is fine.  EBUSY where something lives there."""
+        """Removes an empty cgroup; does nothing where it is gone.  EBUSY where something lives there."""
         with contextlib.suppress(FileNotFoundError), self._going(cgroup):
             os.rmdir(self.path(cgroup))
 
@@ -98,31 +98,34 @@ class Hierarchy:
             return False
 
     def freezes(self, cgroup: str) -> bool:
-        """Whether it is to be frozen; one that is gone is not."""
+        """Whether cgroup.freeze says that it is to be frozen; one that is gone is not."""
         try:
             return "1" in self.read(cgroup, "cgroup.freeze")
         except FileNotFoundError:
             return False
 
     def freeze(self, cgroup: str, within_s: float = 0.0) -> None:
-        """Returns when all that lives there has stopped, or after so many seconds: not all waiting can be broken."""
+        """Freezes a cgroup; returns when all that lives there has stopped, or after so many seconds.
+
+        What waits in the kernel may not stop before that.
+        """
         self.write(cgroup, "cgroup.freeze", "1")
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline and "frozen 1" not in self.read(cgroup, "cgroup.events"):
             time.sleep(_POLL_S)
 
     def thaw(self, cgroup: str) -> None:
-        """One that is not frozen, or gone, is fine."""
+        """Thaws a cgroup; does nothing where it is not frozen, or gone."""
         with contextlib.suppress(FileNotFoundError):
             if self.freezes(cgroup):
                 self.write(cgroup, "cgroup.freeze", "0")
 
     def move(self, cgroup: str, pid: int) -> None:
-        """The process that ``pid`` (of any of its threads) belongs to, with all its threads."""
+        """Moves the process that ``pid`` (of any of its threads) belongs to, with all its threads."""
         self.write(cgroup, "cgroup.procs", str(pid))
 
     def note(self, cgroup: str, text: str, name: str = _NOTE) -> None:
-        """Keeps a word with the cgroup (user.* attributes: Linux 5.7); the empty word = forgets it."""
+        """Keeps a text with a cgroup (user.* attributes: Linux 5.7); an empty one removes it."""
         if text:
             os.setxattr(self.path(cgroup), name, text.encode())
         else:
@@ -130,14 +133,14 @@ class Hierarchy:
                 os.removexattr(self.path(cgroup), name)
 
     def noted(self, cgroup: str, name: str = _NOTE) -> str:
-        """What ``note`` kept; empty where there is nothing.  On a cgroup of a user's own it may be their word."""
+        """The text that ``note`` kept; empty where there is none.  A user can write it on a cgroup of their own."""
         try:
             return os.getxattr(self.path(cgroup), name).decode("utf-8", "replace")
         except OSError:
             return ""
 
     def empty(self, cgroup: str, into: str) -> None:
-        """Moves what lives in one to another, children that are born meanwhile too."""
+        """Moves all that lives in one cgroup to another, children that are born meanwhile too."""
         for _ in range(16):
             pids = self.processes(cgroup)
             if not pids:

@@ -37,7 +37,7 @@ class Inotify:
             offset += _EVENT.size + length
 
     def close(self) -> None:
-        """Watches no more."""
+        """Closes the instance with all its watches."""
         os.close(self.fd)
 
 

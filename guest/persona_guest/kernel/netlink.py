@@ -54,17 +54,17 @@ def nested(kind: int, *inner: bytes) -> bytes:
 
 
 def text(kind: int, value: str) -> bytes:
-    """A string with its NUL."""
+    """A string attribute: the text with its NUL."""
     return attribute(kind, value.encode() + b"\0")
 
 
 def u32(kind: int, value: int) -> bytes:
-    """A number in network order, as nfnetlink wants them."""
+    """A number attribute of four bytes in network order, as nfnetlink wants them."""
     return attribute(kind, value.to_bytes(4, "big"))
 
 
 def u64(kind: int, value: int) -> bytes:
-    """The same in eight bytes."""
+    """A number attribute of eight bytes in network order."""
     return attribute(kind, value.to_bytes(8, "big"))
 
 
@@ -96,11 +96,11 @@ class Netlink:
         self._large = False
 
     def close(self) -> None:
-        """Ends it; the kernel keeps what was made."""
+        """Closes the socket; what it made in the kernel stays."""
         self._socket.close()
 
     def fileno(self) -> int:
-        """For the agent's loop."""
+        """The socket's descriptor, for the agent's loop."""
         return self._socket.fileno()
 
     def batch(self, subsystem: int, messages: Iterable[Message]) -> None:
@@ -167,7 +167,7 @@ class Netlink:
         return int(self._socket.getsockname()[0])
 
     def join(self, group: int) -> None:
-        """Hears what is told to a group, from now on.  Raises ``OSError``."""
+        """Subscribes to a multicast group.  Raises ``OSError``."""
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
 
     def received(self, rounds: int = 64) -> Iterator[tuple[int, int, bytes]]:

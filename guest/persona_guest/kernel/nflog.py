@@ -14,7 +14,10 @@ _AT_ONCE = 1  # the kernel gathers so many packets: who is refused should hear o
 
 
 class Packet(NamedTuple):
-    """``hook`` as in enum nf_inet_hooks; ``uid`` is the sender's, where known; ``data`` begins with the IP header."""
+    """A packet that a rule logged.
+
+    ``hook`` as in enum nf_inet_hooks; ``uid`` is the sender's, where known; ``data`` begins with the IP header.
+    """
 
     hook: int
     prefix: str
@@ -23,7 +26,7 @@ class Packet(NamedTuple):
 
 
 def bind(socket: Netlink, group: int, size: int) -> None:
-    """From now on the group's packets come to this socket.  Raises ``OSError``, EBUSY where another has it."""
+    """Has a log group's packets sent to this socket.  Raises ``OSError``, EBUSY where another socket has it."""
     socket.request(_config(group, attribute(1, bytes((_BIND,)))))
     copy = attribute(2, size.to_bytes(4, "big") + bytes((_COPY_PACKET, 0)))
     socket.request(_config(group, copy + u32(5, _AT_ONCE)))
@@ -34,7 +37,7 @@ def _config(group: int, body: bytes) -> Message:
 
 
 def packets(socket: Netlink) -> Iterator[Packet]:
-    """What has come.  Raises ``OSError``, ENOBUFS where the kernel had to drop some."""
+    """The packets that have come.  Raises ``OSError``, ENOBUFS where the kernel had to drop some."""
     for kind, _, body in socket.received():
         if kind == _SUBSYSTEM << 8 | _PACKET:
             values = dict(netlink.attributes(body))

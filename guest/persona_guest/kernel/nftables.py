@@ -63,29 +63,29 @@ def _message(kind: int, flags: int, *body: bytes) -> Message:
 
 
 def add_table() -> Message:
-    """Our table, where it is not there."""
+    """Makes our table, where it is not there."""
     return _message(_NEW_TABLE, NLM_F_CREATE, _OURS)
 
 
 def delete_table() -> Message:
-    """The table with all that is in it."""
+    """Deletes our table with all that is in it."""
     return _message(_DEL_TABLE, 0, _OURS)
 
 
 def get_table() -> Message:
-    """Answers with ENOENT where there is none."""
+    """Asks for our table; answered with ENOENT where there is none."""
     return _message(_GET_TABLE, 0, _OURS)
 
 
 def add_map(name: str, *, owner: bool, ident: int) -> Message:
-    """A map from cgroups, or from owners, to verdicts."""
+    """Makes a map from cgroups, or from owners, to verdicts."""
     kind, size = (_TYPE_UID, 4) if owner else (_TYPE_CGROUP, 8)
     data = u32(6, _VERDICT_TYPE) + u32(7, _VERDICT_SIZE)
     return _set(name, ident, kind, size, u32(3, _MAP) + data + attribute(13, _HOST_ORDER))
 
 
 def add_addresses(name: str, version: int, ident: int) -> Message:
-    """A set of addresses."""
+    """Makes a set of addresses of one IP version."""
     kind, size = (_TYPE_IPV6, 16) if version == 6 else (_TYPE_IPV4, 4)
     return _set(name, ident, kind, size, b"")
 
@@ -96,13 +96,13 @@ def _set(name: str, ident: int, kind: int, size: int, more: bytes) -> Message:
 
 
 def add_element(name: str, key: bytes, chain: str | None = None) -> Message:
-    """An element; of a map, the chain that it goes to."""
+    """Adds an element to a set or, with the chain that it goes to, to a map."""
     data = nested(2, _verdict(_GOTO, chain)) if chain is not None else b""
     return _element(_NEW_ELEMENT, NLM_F_CREATE | NLM_F_EXCL, name, nested(1, attribute(1, key)) + data)
 
 
 def delete_element(name: str, key: bytes) -> Message:
-    """The element with that key."""
+    """Deletes the element with that key."""
     return _element(_DEL_ELEMENT, 0, name, nested(1, attribute(1, key)))
 
 
@@ -111,27 +111,27 @@ def _element(kind: int, flags: int, name: str, element: bytes) -> Message:
 
 
 def cgroup_key(ident: int) -> bytes:
-    """A cgroup's number, which is the inode number of its directory."""
+    """The key of a cgroup by its number, which is the inode number of its directory."""
     return ident.to_bytes(8, sys.byteorder)
 
 
 def owner_key(uid: int) -> bytes:
-    """A user's number."""
+    """The key of a user by their number."""
     return uid.to_bytes(4, sys.byteorder)
 
 
 def address_key(address: str) -> bytes:
-    """An address as it travels."""
+    """The key of an IP address: its bytes in network order."""
     return ipaddress.ip_address(address).packed
 
 
 def add_chain(chain: r.Chain) -> list[Message]:
-    """The chain and its rules."""
+    """Makes a chain with its rules."""
     return [declare_chain(chain), *(_rule(chain.name, rule) for rule in chain.rules)]
 
 
 def declare_chain(chain: r.Chain) -> Message:
-    """The chain without its rules."""
+    """Makes a chain without its rules."""
     hook = b""
     if chain.hook is not None:
         priority = chain.hook.priority & 0xFFFFFFFF
@@ -140,17 +140,17 @@ def declare_chain(chain: r.Chain) -> Message:
 
 
 def delete_chain(name: str) -> Message:
-    """The chain with its rules; refused with EBUSY while anything leads to it."""
+    """Deletes a chain with its rules; refused with EBUSY while anything leads to it."""
     return _message(_DEL_CHAIN, 0, _OURS, text(3, name))
 
 
 def add_counter(name: str) -> Message:
-    """A counter of packets and bytes."""
+    """Makes a counter of packets and bytes."""
     return _message(_NEW_OBJECT, NLM_F_CREATE, _OURS, text(2, name), u32(3, _COUNTER), nested(4, u64(2, 0)))
 
 
 def delete_counter(name: str) -> Message:
-    """The counter; refused with EBUSY while a rule counts in it."""
+    """Deletes a counter; refused with EBUSY while a rule counts in it."""
     return _message(_DEL_OBJECT, 0, _OURS, text(2, name), u32(3, _COUNTER))
 
 

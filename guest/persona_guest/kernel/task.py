@@ -93,7 +93,7 @@ class Task:
         self._root = -1
 
     def let_go(self) -> None:
-        """To be called once the programs that belong together are open."""
+        """Closes what ``open_program`` holds of the task; call it once the programs that belong together are open."""
         if self._root >= 0:
             os.close(self._root)
             self._root = -1
@@ -315,7 +315,7 @@ class Process:
         signal.pidfd_send_signal(self._pidfd, number)
 
     def close(self) -> None:
-        """Lets go of it."""
+        """Closes the pidfd."""
         os.close(self._pidfd)
 
 

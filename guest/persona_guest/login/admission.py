@@ -1,4 +1,4 @@
-"""May this user log in, and if not, why: exemptions first, then what the machine itself refuses, then the broker."""
+"""Whether a user may log in, and if not, why: exemptions first, then what this machine refuses, then the broker."""
 
 import logging
 import time
@@ -22,7 +22,7 @@ log = logging.getLogger("persona.agent")
 
 
 class Admission:
-    """``exempted`` is told of who logs in without being looked at; ``excluded_s`` for how long a uid is kept out."""
+    """``exempted`` is told of who logs in without being gated; ``excluded_s`` tells for how long a uid is kept out."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Admission:
         self._exempted = exempted
 
     def exempt(self, caller: Caller, *, opens: bool) -> bool:
-        """Whether this user is not looked at at all; that a session ``opens`` by break-glass is recorded."""
+        """Whether this user is not gated at all; that a session ``opens`` by break-glass is recorded."""
         found = exemption(caller.uid, caller.groups, self._settings.gate)
         if found is Exemption.BREAK_GLASS and opens:
             log.critical("BREAK GLASS: %s logs in ungated by %s", printable(caller.user), caller.service)
@@ -75,7 +75,7 @@ class Admission:
         return Denied(Reason.KERNEL_LAYER_MISSING, help=help)
 
     def ask(self, session: Session, done: Callable[[Admitted | Denied], None], *, opening: bool) -> None:
-        """The broker's word, once the document that it is about is here; without that, a refusal.
+        """Asks the broker; ``done`` gets its answer once the document of its persona is here, without that a refusal.
 
         ``opening`` also tells the broker that the session exists from now on.
         """
@@ -94,7 +94,7 @@ class Admission:
         self._broker_client.admit(session, answered, opening=opening)
 
     def record(self, session: Session, result: Admitted | Denied) -> None:
-        """How it came out: for the audit record and, where it is refused, for its user."""
+        """Records the answer; a refusal in enforce mode also goes into the user's ``persona denials``."""
         denied = result if isinstance(result, Denied) else None
         self._note(session.id, session.subject.user, "admission", denied)
         if denied is not None and self._settings.mode is Mode.ENFORCE:
@@ -102,5 +102,5 @@ class Admission:
             self._denials.note(session.uid, time.time(), "admission", "", command, denied, session.id)
 
     def line(self, caller: Caller, denied: Denied) -> str:
-        """What a user is told who may not log in."""
+        """The line for a user who may not log in."""
         return admission_line(caller.user, self._settings.vm.name, denied)

@@ -49,7 +49,7 @@ class Recent(Generic[Answer]):
         self._kept: dict[tuple[int, Subject], tuple[Answer, int, float]] = {}
 
     def keep(self, pid: int, subject: Subject, answer: Answer, generation: int, now: float) -> None:
-        """Remembers; ``generation`` is that of the newest event, ``now`` monotonic seconds."""
+        """Remembers an answer; ``generation`` is that of the newest event, ``now`` monotonic seconds."""
         if len(self._kept) >= _KEPT_MAX:
             self._kept.clear()  # an account stage without a session stage: password changes, failed logins
         self._kept[pid, subject] = (answer, generation, now)

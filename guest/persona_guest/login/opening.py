@@ -72,7 +72,7 @@ class Openings:
     # --- what the PAM module asks -----------------------------------------------------------------
 
     def account(self, caller: Caller, pid: int, reply_to: Reply) -> None:
-        """May this user log in at all?"""
+        """Answers PAM's account stage: whether this user may log in at all."""
         if self._admission.exempt(caller, opens=False):
             reply_to(reply(PamVerdict.PASS))
             return
@@ -91,7 +91,7 @@ class Openings:
         self._admission.ask(session, answered, opening=False)
 
     def open(self, caller: Caller, pid: int, reply_to: Reply) -> str | None:
-        """A session opens: pass, refuse, or gate it."""
+        """Answers PAM's session stage: pass, refuse, or gate; returns the session's id where a listener may follow."""
         if self._admission.exempt(caller, opens=True):
             reply_to(reply(PamVerdict.PASS))
             return None
@@ -110,7 +110,7 @@ class Openings:
         return session.id
 
     def listener(self, session_id: str, fd: int, reply_to: Reply) -> None:
-        """The filter is in place; answer for it from now on."""
+        """Takes over the listener of a session whose filter is in place, and answers for it from now on."""
         try:
             self._take(session_id, fd)
         except PersonaError as error:
@@ -119,7 +119,7 @@ class Openings:
             reply_to(reply(PamVerdict.DONE))
 
     def present(self, pid: int, session_id: str, reply_to: Reply) -> None:
-        """A session inside a session: it keeps the outer gate, if that is ours."""
+        """Answers for a session inside a session: it keeps the outer gate, if that is ours."""
         self.abandoned(session_id)
         if self._registry.find(pid) is not None or self._settings.mode is Mode.COMPLAIN:
             reply_to(reply(PamVerdict.DONE))
@@ -127,7 +127,7 @@ class Openings:
             reply_to(reply(PamVerdict.DENY, "persona: another seccomp listener is in the way of the gate"))
 
     def abandoned(self, session_id: str) -> None:
-        """An opened session whose listener will not come; nothing where it came."""
+        """Ends a session that was opened and whose listener will not come; does nothing where it came."""
         login = self._registry.get(session_id)
         if login is not None and login.state is not State.GATED:
             self._registry.end(login)
@@ -135,11 +135,11 @@ class Openings:
     # --- what persona-shell asks ------------------------------------------------------------------
 
     def exempt(self, caller: Caller) -> bool:
-        """Whether this user is not looked at at all; a login by break-glass is recorded."""
+        """Whether this user is not gated at all; a login by break-glass is recorded."""
         return self._admission.exempt(caller, opens=True)
 
     def open_from_shell(self, caller: Caller, pid: int, reply_to: Callable[[dict[str, Any]], None]) -> str:
-        """``persona-shell`` wants a gate; the session's id, for the listener that may follow."""
+        """Opens a session for ``persona-shell``; returns its id, for the listener that may follow."""
         session = self._session(caller, pid)
 
         def refuse(denied: Denied) -> None:
@@ -162,7 +162,7 @@ class Openings:
         return session.id
 
     def listener_from_shell(self, session_id: str, fd: int) -> None:
-        """The listener of ``persona-shell``.  Raises ``PersonaError`` where it is not taken."""
+        """Takes over the listener of ``persona-shell``.  Raises ``PersonaError`` where it is not taken."""
         self._take(session_id, fd)
 
     # --- from admission to the gate ----------------------------------------------------------------
@@ -310,6 +310,6 @@ class Openings:
         self._broker_client.admit(login.session, answered, opening=True)
 
     def announce_again(self) -> None:
-        """Call every few seconds."""
+        """Tells the broker once more of sessions that it has not confirmed.  Call it every few seconds."""
         for login in self._registry.unannounced():
             self._announce(login)

@@ -95,10 +95,10 @@ class AttachedLayer:
         hangs_on: HangsOn = HangsOn.NOTHING,
         script: int | None = None,
     ) -> None:
-        """To be called before the exec of thread ``tid`` is let go on; where it fails the kernel refuses the exec.
+        """Approves the exec of thread ``tid``, before it is let go on; where this fails the kernel refuses the exec.
 
-        ``uid`` is the session's, whose share it is.  The kernel also holds the task to what the answer hangs on of
-        its command line, and with ``script`` to the path of that stage.
+        ``uid`` is the session's, whose share of the maps it is.  The kernel also holds the task to what the answer
+        hangs on of its command line, and with ``script`` to the path of that stage.
         """
         chain = [stage.found.kernel for stage in exec_request.stages]
         loader = exec_request.loader.kernel if exec_request.loader is not None else abi.NO_IMAGE
@@ -138,7 +138,7 @@ class AttachedLayer:
             self._arguments.delete(abi.PAGE_KEY.pack(tid, number))
 
     def withdraw(self, tid: int) -> None:
-        """The task was gone before it could go on: its number may soon be another's."""
+        """Takes an approval back whose task was gone before it could go on: its number may soon be another's."""
         self._approvals.delete(abi.TID.pack(tid))
 
     def read_events(self, tell: Callable[[Event], None]) -> None:
@@ -147,7 +147,7 @@ class AttachedLayer:
             tell(abi.event(raw))
 
     def counts(self) -> dict[str, int]:
-        """How many were stopped, would have been (complain mode), were killed; and events that were lost."""
+        """How many starts were stopped, would have been (complain mode), were killed; and how many events were lost."""
         found = {}
         for number, name in enumerate(abi.COUNTERS):
             value = self._counters.lookup(abi.TID.pack(number))
@@ -172,7 +172,7 @@ class AttachedLayer:
         return is_loaded(self._directory) and _made(self._directory) == self._made
 
     def close(self) -> None:
-        """Lets go of the maps."""
+        """Closes the maps; they stay pinned."""
         for table in (self._approvals, self._arguments, self._counters):
             table.close()
         self._events.close()

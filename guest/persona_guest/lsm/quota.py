@@ -26,7 +26,10 @@ class Quota:
         self._quota: dict[int, _Share] = {}
 
     def take(self, uid: int, tid: int, pages: int, until: int, now: int) -> None:
-        """One more approval, with so many pages.  Raises ``ValueError`` where that is more than the user's share."""
+        """Counts one more approval of a user's, with so many pages.
+
+        Raises ``ValueError`` where it exceeds their share.
+        """
         share = self._quota.setdefault(uid, _Share())
         earlier = share.given.get(tid)
         if earlier is not None:
@@ -41,7 +44,7 @@ class Quota:
         share.pages += pages
 
     def tidy(self, now: int) -> None:
-        """Takes back what was not used in its time; call every few seconds."""
+        """Gives back what was used, and removes what was not used in its time.  Call it every few seconds."""
         for uid, share in list(self._quota.items()):
             self._tidy(share, now)
             if not share.given:

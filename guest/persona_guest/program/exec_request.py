@@ -251,7 +251,7 @@ def _moving_script(stage: Stage, view: View, identifier: Identifier) -> Denied |
 
 
 def untrusted(found: Identified) -> Denied:
-    """Why a program cannot be on any whitelist, whatever it says."""
+    """The denial of a program that no whitelist can vouch for, whatever the whitelist says."""
     if not found.visible:
         why = "it is not a file of this machine that a whitelist could name"
     else:

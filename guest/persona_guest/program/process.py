@@ -50,7 +50,7 @@ class Running:
 
     @property
     def trusted(self) -> tuple[Stage, ...]:
-        """Of the stages those that a persona can vouch for."""
+        """Those of the stages that a persona can vouch for: program and command line of each."""
         return tuple(
             (found.as_called(called), argv)
             for found, argv in self.stages
@@ -59,7 +59,7 @@ class Running:
         )
 
     def plumbing(self, settings: Settings) -> bool:
-        """Whether it is the session's own machinery."""
+        """Whether it is a program of ``gate.plumbing`` in guest.toml, or the user's own command."""
         found = self.stages[-1][0]
         return found.trusted and settings.gate.is_plumbing(found.program.path)
 
@@ -72,10 +72,10 @@ UNKNOWN = Running(((_NOTHING, ()),))
 
 
 def read_running(pid: int, identifier: Identifier, owner: Owner | None = None) -> Running:
-    """``UNKNOWN`` where it cannot be told.  ``owner`` is the user of its session.
+    """What the process runs; ``UNKNOWN`` where it cannot be told.  ``owner`` is the user of its session.
 
-    Raises ``ProcessLookupError`` where it is gone, any other ``OSError`` where the agent itself is short of
-    descriptors or memory, which says nothing of the process.
+    Raises ``ProcessLookupError`` where it is gone, any other ``OSError`` where the agent itself is short of descriptors
+    or memory, which says nothing of the process.
     """
     for _ in range(2):
         with contextlib.suppress(OSError):

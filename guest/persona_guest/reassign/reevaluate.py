@@ -1,4 +1,4 @@
-"""Running processes follow: asks the broker what applies to running sessions, after each event, for all at once."""
+"""Asks the broker after each event what applies to running sessions now, and has their processes follow."""
 
 import logging
 from functools import partial
@@ -22,7 +22,7 @@ _AGAIN_S = 1.0
 
 
 class Reevaluator:
-    """``user_rules`` are told what a session is under from now on; ``migrator`` brings its processes there."""
+    """``user_rules`` are told of a session's new default persona; ``migrator`` moves its processes."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Reevaluator:
         self.changed()
 
     def began(self, session_id: str) -> None:
-        """A session that has just begun: what may apply to it next is fetched before it does."""
+        """Asks for a session that has just begun, so that documents of what may apply next are here before it does."""
         self._asking += 1
         self._broker_client.current([session_id], self._answered)
 
@@ -166,5 +166,5 @@ class Reevaluator:
             self._registry.try_to_save(login)
 
     def release(self) -> None:
-        """From now on what runs stays where it is."""
+        """Moves no process any more."""
         self._released = True

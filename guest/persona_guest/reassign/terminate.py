@@ -56,7 +56,10 @@ class _ProcessDeadline:
 
 
 class Termination:
-    """``tell`` tells a session's user, ``note`` records what becomes of one process."""
+    """Keeps who was asked to end and until when.
+
+    ``tell`` tells a session's user, ``note`` records what becomes of one process.
+    """
 
     def __init__(self, loop: Loop, registry: Registry, enforcer: Enforcer, tell: TellUser, note: RecordProcess) -> None:
         self._loop = loop
@@ -72,11 +75,11 @@ class Termination:
         return cgroup in self._notices
 
     def asked(self, cgroup: str) -> dict[int, int]:
-        """Who of a cgroup was asked to end one by one, by when they started, and whose grace lasts."""
+        """Those of a cgroup that were asked to end one by one, and whose grace lasts: pid and when each started."""
         return {pid: at for some in self._some if some.cgroup == cgroup for pid, at in some.started.items()}
 
     def all_of(self, placement: Placement, old: Persona, cgroup: str, rest: dict[int, Running]) -> None:
-        """Asks them to end, and ends all of their cgroup when the grace of those that were asked first is over."""
+        """Asks ``rest`` to end, and kills their whole cgroup when the grace of those that were asked first is over."""
         now = time.monotonic()
         notice = self._notices.get(cgroup)
         if notice is None:
@@ -85,7 +88,7 @@ class Termination:
         self._ask(placement, old, rest, notice.due - now)
 
     def void(self, cgroup: str) -> None:
-        """Whoever was asked to end there has ended, or come back."""
+        """Forgets that all of a cgroup was asked to end: they have ended, or come back."""
         notice = self._notices.pop(cgroup, None)
         if notice is not None:
             notice.timer.cancel()
@@ -93,14 +96,17 @@ class Termination:
     def each(
         self, placement: Placement, old: Persona, cgroup: str, rest: dict[int, Running], started: dict[int, int]
     ) -> None:
-        """The same for some of a cgroup, by when they ``started``: descriptors for all might be too many."""
+        """Asks some of a cgroup to end, and kills those alone.
+
+        ``started`` says when each began, which tells them from later processes: descriptors for all might be too many.
+        """
         some = _ProcessDeadline(cgroup, old.name, time.monotonic() + GRACE_S, started)
         self._some.append(some)
         self._loop.call_later(GRACE_S, lambda: self._over_each(some))
         self._ask(placement, old, rest, GRACE_S)
 
     def returned(self, cgroup: str, persona: str) -> None:
-        """A cgroup is under ``persona`` again: whoever was asked to end there since it was may stay."""
+        """Lets those of a cgroup stay that were asked to end since it was last under ``persona``, which it is again."""
         notice = self._notices.get(cgroup)
         asked = [one for one in (*self._some, notice) if one is not None and one.cgroup == cgroup]
         since = min((one.due for one in asked if one.persona == persona), default=math.inf)
@@ -159,7 +165,10 @@ class Termination:
 
 
 def started(pids: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """When each began, of those that are there: with the pid, that process and no later one.  Raises ``OSError``."""
+    """Pid and start time of those that are still there; both together are never a later process.
+
+    Raises ``OSError``.
+    """
     for pid in pids:
         at = Task(pid).started()
         if at:
@@ -171,7 +180,7 @@ def started(pids: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 
 def names_of(rest: dict[int, Running]) -> str:
-    """What people call them."""
+    """The names of some processes for a message, at most five."""
     names = sorted({running.name for running in rest.values()})
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 

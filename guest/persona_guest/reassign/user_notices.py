@@ -35,7 +35,7 @@ _NETWORK_HELP = "its network_access does not list that; 'persona status' shows w
 
 
 class Notices:
-    """Says it in one line, and records it."""
+    """Tells a session's user in one line what happened, and records it."""
 
     def __init__(
         self,
@@ -58,10 +58,11 @@ class Notices:
         self._record = record
 
     def tell(self, placement: Placement, line: str) -> None:
-        """One line to the session's user, through the first process of it that has a terminal or pipe.
+        """Writes one line to the session's user, through the first process of it that has a terminal or pipe.
 
-        What a process has as its standard error may hang: the caller is between the watchdog's ``enter`` and ``leave``.
-        A terminal that another one is just writing to takes nothing: once more then, and the record has it anyway.
+        What a process has as its standard error may hang: the caller is between the watchdog's ``enter`` and
+        ``leave``.  A terminal that another one is just writing to takes nothing: it is tried once more then, and the
+        record has it anyway.
         """
         if not self._written(placement, line):
             self._loop.call_later(_AGAIN_S, lambda: self._tell_again(placement, line))
@@ -86,7 +87,7 @@ class Notices:
         return any(tell(pid, printable(line)) for pid in sorted(pids)[:_TRIED_MAX])
 
     def alarm(self, place: PersonaCgroup, reason: Reason) -> None:
-        """A place ran into a limit."""
+        """Tells and records that a place ran into a limit."""
         login = self._registry.get(place.session)
         if login is None or login.placement is None:
             return
@@ -102,7 +103,7 @@ class Notices:
         self._deny(session, "limit", "", "", Denied(reason, persona=persona.name, help=line))
 
     def refused(self, refusal: Refusal) -> None:
-        """A connection that the rules refuse: to its user's terminal, where it is clear which, and to the record."""
+        """Records a connection that the rules refuse; told to its user's terminal where it is clear which that is."""
         theirs = [login.session for login in self._registry.of_user(refusal.uid)] if refusal.uid is not None else []
         logins = [session for session in theirs if session.service != _MANAGER]
         session = logins[0] if len(logins) == 1 else None
@@ -124,7 +125,7 @@ class Notices:
         )
 
     def note(self, placement: Placement, persona: Persona, event: str, running: Running) -> None:
-        """One process that was frozen or asked to end."""
+        """Records one process that was frozen or asked to end."""
         login = self._registry.get(placement.session)
         place = next((place for place in placement.places.values() if place.persona.name == persona.name), None)
         if login is not None:

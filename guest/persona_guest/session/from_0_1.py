@@ -1,4 +1,4 @@
-"""What an agent of 0.1.0 kept of a session, in three files: an upgrade takes its open sessions up.
+"""Reads what an agent of 0.1.0 kept of a session, in three files, so that an upgrade takes open sessions up.
 
 ``sessions/ID.json`` is the session, ``places/ID.json`` where its processes live, ``bases.json`` the persona of each
 session as a whole.
@@ -19,7 +19,10 @@ log = logging.getLogger("persona.agent")
 
 
 def login(value: dict[str, Any], state: Path) -> Login:
-    """Of what the session's file had; the others are in ``state``.  Raises ``KeyError``, ``TypeError``."""
+    """The login of a session; ``value`` is what its own file has, the other files are in ``state``.
+
+    Raises ``KeyError``, ``TypeError``.
+    """
     session = session_from_json(value)
     persona = _default_persona(state / "bases.json", session.id)
     return Login(session, admitted=persona, placement=_placement(state / "places" / f"{session.id}.json"))
@@ -45,7 +48,7 @@ def _default_persona(path: Path, session_id: str) -> Admitted | None:
 
 
 def remove(state: Path) -> None:
-    """What is read no more, once everything was taken up.  Raises nothing."""
+    """Removes the files that are read no more, once every session was taken up.  Raises nothing."""
     for path in (state / "bases.json", *(state / "places").glob("*.json")):
         with contextlib.suppress(OSError):
             path.unlink()

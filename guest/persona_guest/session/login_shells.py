@@ -21,7 +21,7 @@ def real_shell(user: str, recorded: str) -> str:
 
 
 def login_shells() -> list[str]:
-    """Those of shells(5); empty where there is no such file."""
+    """The login shells that shells(5) lists; empty where there is no such file."""
     try:
         with open("/etc/shells", "rb") as file:
             return [os.fsdecode(line) for line in file.read().split(b"\n") if line.startswith(b"/")]

@@ -99,7 +99,7 @@ class Login:
         return before is not None and before[0] == words and since - before[1] < _SEARCH_S
 
     def has_said(self, pid: int, words: int, at: float, *, told: bool) -> None:
-        """A denial was answered at ``at``; ``told``: its line was shown."""
+        """Remembers a denial that was answered at ``at``; ``told``: its line was shown."""
         self.said.pop(pid, None)
         self.said[pid] = words, at, told
         if len(self.said) > _SAID_MAX:

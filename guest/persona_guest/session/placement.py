@@ -11,13 +11,13 @@ from persona_guest.core.reassignment import NO_PERSONA, Applicable
 
 @dataclass(slots=True)
 class Placement:
-    """Places by their key.
+    """Where the processes of one session live.
 
-    ``found`` is the cgroup in which the session was first seen.  ``opener`` is the program that
-    opened it: its forks have started nothing yet and are in no place.  ``default_persona`` is that of the login
-    shell, and of whatever else starts without a grant of its own.  ``holding``: what the broker said
-    last; ``None`` = nothing yet.  ``told``: its user knows that an operator revoked it.  ``unsaved``: the session's
-    file does not say where it lives now.
+    ``places`` has the places by their key.  ``found`` is the cgroup in which the session was first seen.  ``opener`` is
+    the program that opened it: its forks have started nothing yet and are in no place.  ``default_persona`` is that of
+    the login shell, and of whatever else starts without a grant of its own.  ``holding``: what the broker said last;
+    ``None`` = nothing yet.  ``told``: its user knows that an operator revoked it.  ``unsaved``: the session's file does
+    not say where it lives now.
     """
 
     session: str
@@ -37,14 +37,14 @@ class Placement:
         return MANAGED in self.places and len(self.places) == 1
 
     def add(self, place: PersonaCgroup) -> PersonaCgroup | None:
-        """From now on this is the place with its key; what was before it."""
+        """Sets the place with its key; returns the one before it."""
         before = self.places.get(place.key)
         self.places[place.key] = place
         self._settle()
         return before
 
     def drop(self, key: str) -> None:
-        """Nothing lives there any more."""
+        """Forgets the place with this key: nothing lives there any more."""
         self.places.pop(key, None)
         self._settle()
 

@@ -27,7 +27,7 @@ AtEnd = Callable[[Login], None]
 
 
 class Registry:
-    """``directory`` holds the sessions' files."""
+    """All logins; ``directory`` holds the sessions' files."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -42,19 +42,19 @@ class Registry:
         return self._logins.get(session_id)
 
     def gated(self) -> list[Login]:
-        """Those whose program starts are decided.  Safe to call from any thread."""
+        """The logins whose program starts are decided.  Safe to call from any thread."""
         return [login for login in list(self._logins.values()) if login.state is State.GATED]
 
     def of_user(self, uid: int) -> list[Login]:
-        """Those of them that are this user's.  Safe to call from any thread."""
+        """The gated logins of one user.  Safe to call from any thread."""
         return [login for login in self.gated() if login.session.uid == uid]
 
     def ids(self) -> list[str]:
-        """Of all that open or are open."""
+        """The ids of all sessions that open or are open."""
         return list(self._logins)
 
     def unannounced(self) -> list[Login]:
-        """Those of which the broker has still to be told."""
+        """The logins of which the broker has still to be told."""
         return [login for login in self._logins.values() if not login.announced]
 
     def placements(self) -> Iterator[Placement]:
@@ -75,7 +75,7 @@ class Registry:
         return login.session.subject if login is not None else None
 
     def user_of(self, session_id: str) -> str:
-        """The same by name; empty where there is none."""
+        """The name of a session's user; empty where there is no such session."""
         subject = self.subject_of(session_id)
         return subject.user if subject is not None else ""
 
@@ -104,22 +104,22 @@ class Registry:
     # --- from the first packet to the last process --------------------------------------------------
 
     def at_end(self, *subscribers: AtEnd) -> None:
-        """All who must know of an end, in the order in which they are told; each sees the state that it ended in."""
+        """Sets who is told of each end, in this order; each sees the login in the state that it ended in."""
         self._at_end = subscribers
 
     def open(self, session: Session) -> Login:
-        """A login begins."""
+        """Adds a login that begins."""
         login = self._logins[session.id] = Login(session)
         return login
 
     def gate(self, login: Login) -> None:
-        """The filter is in place, and its listener here: from now on the session outlives this agent."""
+        """Marks a login as gated: its filter and its listener are there, and it outlives this agent from now on."""
         login.state = State.GATED
         session = login.session
         log.info("session %s of %s gated (%s)", session.id, printable(session.subject.user), session.service)
 
     def end(self, login: Login) -> None:
-        """Its last process is gone, or it does not come to be gated; nothing where that was said before."""
+        """Ends a login whose last process is gone, or that does not come to be gated; a second time does nothing."""
         if self._logins.get(login.session.id) is not login:
             return
         del self._logins[login.session.id]
@@ -136,7 +136,7 @@ class Registry:
     # --- what outlives the agent ----------------------------------------------------------------------
 
     def save(self, login: Login) -> None:
-        """Writes its file anew.  Raises ``OSError``; ``save_again`` tries once more."""
+        """Writes the login's file anew.  Raises ``OSError``; ``save_again`` then tries once more."""
         self._unsaved.add(login.session.id)
         files.write(self._path(login.session.id), json.dumps(to_json(login)))
         self._unsaved.discard(login.session.id)
@@ -144,7 +144,7 @@ class Registry:
             login.placement.unsaved = False
 
     def try_to_save(self, login: Login) -> None:
-        """The same for what has been done already, whatever the disk says."""
+        """As ``save``, for what has been done already, whatever the disk says; raises nothing."""
         try:
             self.save(login)
         except OSError as error:
@@ -153,7 +153,7 @@ class Registry:
             )
 
     def save_again(self) -> None:
-        """Call now and then: writes what could not be written."""
+        """Writes what could not be written.  Call it now and then."""
         for session_id in list(self._unsaved):
             login = self._logins.get(session_id)
             if login is not None:

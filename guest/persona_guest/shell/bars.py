@@ -1,4 +1,4 @@
-"""Use against limit, a line a resource; as a bar where somebody looks."""
+"""Use against limit, one line for each resource; as a bar where a person reads it."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -51,7 +51,7 @@ LINE = (
 
 
 def enforcing(state: Path) -> bool:
-    """What the agent left in gate.state; missing = complain, and what cannot be understood = enforce."""
+    """Whether gate.state says enforce mode: missing = complain, and what cannot be understood = enforce."""
     try:
         return state_line.parse(state.read_text("ascii"), uid_min=0).enforce
     except FileNotFoundError:
@@ -98,7 +98,7 @@ class Standby:
         self._wait()
 
     def close(self) -> None:
-        """Hears no agent any more, and lets go of what it keeps."""
+        """Closes its sockets and what it keeps."""
         self._hang_up()
         self._rest()
         for fd in self._listeners.values():

@@ -14,7 +14,7 @@ _KNOWN_MAX = 1024
 
 
 def caller_of(uid: int) -> Caller | None:
-    """The user database's word on a uid, with all groups that have a name; ``None`` where it has no answer."""
+    """A user as the user database has them, with all groups that have a name; ``None`` where it has no answer."""
     groups = []
     try:
         entry = pwd.getpwuid(uid)

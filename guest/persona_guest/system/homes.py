@@ -26,7 +26,7 @@ def home_in_database(uid: int) -> str:
 
 
 class Homes:
-    """For the loop's thread; ``deliver`` runs a callback there."""
+    """Answers from what is known, for the loop's thread; ``deliver`` runs a callback there."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ def prepare(runtime: Path) -> Path:
 
 
 def is_apart(state: Path) -> bool:
-    """Whether it is a file system of its own.  Raises ``OSError``."""
+    """Whether the state directory is a file system of its own.  Raises ``OSError``."""
     return state.stat().st_dev != state.parent.stat().st_dev
 
 
@@ -49,7 +49,7 @@ def take_over(runtime: Path, state: Path) -> None:
 
 
 def link(runtime: Path, name: str) -> None:
-    """``runtime/NAME`` leads to the socket of that name.  Raises ``OSError``.
+    """Makes ``runtime/NAME`` a link to the socket of that name.  Raises ``OSError``.
 
     Who connects meets the old one or the new one, unless there is no room left for a second name.
     """

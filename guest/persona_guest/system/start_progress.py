@@ -1,4 +1,4 @@
-"""An agent that starts, as standby and PAM module see it: a file that changes for as long as the start makes progress.
+"""A file that changes for as long as a start of the agent makes progress, for the standby and the PAM module.
 
 Both keep those that ask waiting while it does: a start takes half a minute on a slow machine, and what it would have
 allowed must not be refused meanwhile.  A start that hangs, or dies, changes nothing any more, and is found by that.
