@@ -2,13 +2,14 @@
 
 import json
 import os
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from persona_guest.core.file_id import Image
 from persona_guest.core.persona_cgroups import place_of
-from persona_guest.kernel.task import Task
+from persona_guest.kernel.task import Task, with_ancestors
 from persona_guest.session.model import Admitted, Login, Session, State
 from persona_guest.session.placement import Placement
 from persona_guest.session.registry import Registry
@@ -163,3 +164,12 @@ def test_what_could_not_be_written_is_written_later(small_disk: SmallDisk) -> No
     assert json.loads((small_disk.path / "sessions" / "s-1.json").read_text())["session"]["id"] == "s-1"
     registry.end(login)
     assert not list((small_disk.path / "sessions").iterdir())
+
+
+def test_a_process_s_ancestors_end_below_init_at_the_limit_and_where_one_is_gone() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert [pid for pid, _ in with_ancestors(child.pid, 2)] == [child.pid, os.getpid()]
+        assert [credentials.ppid for _, credentials in with_ancestors(child.pid, 1)] == [os.getpid()]
+        assert 1 not in [pid for pid, _ in with_ancestors(child.pid, 1000)]
+        child.kill()
+    assert list(with_ancestors(child.pid, 2)) == []
