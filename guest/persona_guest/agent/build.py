@@ -141,14 +141,14 @@ def build(
     waiting = Waiting(hang_watchdog)
     dpkg = Dpkg()
     dependencies = Dependencies(
-        loop,
-        settings.dependencies,
-        lambda ref: personas.get(ref).dependencies,
-        DependencyChecker(DependencyCheck(dpkg, Units()), loop.call_soon_threadsafe),
-        Installation(f"{settings.paths.runtime_dir}/installer.sock", loop.call_soon_threadsafe),
-        dpkg.stamp,
-        lambda request, line: waiting.tell(request.session, line),
-        leases.drop,
+        loop=loop,
+        allowed=settings.dependencies,
+        of=lambda ref: personas.get(ref).dependencies,
+        checker=DependencyChecker(DependencyCheck(dpkg, Units()), loop.call_soon_threadsafe),
+        installation=Installation(f"{settings.paths.runtime_dir}/installer.sock", loop.call_soon_threadsafe),
+        stamp=dpkg.stamp,
+        say=lambda request, line: waiting.tell(request.session, line),
+        changed=leases.drop,
         install=settings.mode is Mode.ENFORCE,
     )
     decider = Decider(broker_client, personas, dependencies, settings.gate)

@@ -259,12 +259,12 @@ def _denied(granted: Granted, help_: str) -> Denied:
     lease = Lease(min(_DENIED_S, granted.lease.seconds), granted.lease.width)
     return Denied(
         Reason.DEPENDENCY_MISSING,
-        granted.policy,
-        granted.persona.name,
-        help_,
-        lease,
-        granted.generation,
-        granted.persona.version,
-        granted.policy_version,
-        granted.policy_origin,
+        policy=granted.policy,
+        persona=granted.persona.name,
+        help=help_,
+        lease=lease,
+        generation=granted.generation,
+        persona_version=granted.persona.version,
+        policy_version=granted.policy_version,
+        policy_origin=granted.policy_origin,
     )

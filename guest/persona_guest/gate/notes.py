@@ -91,6 +91,13 @@ def _to_record(note: _Note, masks: Masks, *, complain: bool) -> Record:
     program = note.ran or pending.exec_request.program
     shown = masks.argv(program, [os.fsdecode(argument[:READ_MAX]) for argument in argv[:_ARGUMENTS_MAX]], _ARGUMENT_MAX)
     return records.program_start(
-        note.at, session.id, session.subject.user, note.event, program, shown, note.decision,
-        leased=pending.leased, complain=complain,
-    )  # fmt: skip
+        at=note.at,
+        session_id=session.id,
+        user=session.subject.user,
+        event=note.event,
+        program=program,
+        argv=shown,
+        decision=note.decision,
+        leased=pending.leased,
+        complain=complain,
+    )

@@ -133,7 +133,13 @@ class Notices:
             session, ref = login.session, place.persona if place is not None else None
             self._record(
                 records.process_withdrawn(
-                    time.time(), session.id, session.subject.user, event, ref, running.path, shown
+                    at=time.time(),
+                    session_id=session.id,
+                    user=session.subject.user,
+                    event=event,
+                    persona=ref,
+                    program=running.path,
+                    argv=shown,
                 )
             )
             help = f"persona {persona.name} does not apply any more; 'persona list' shows what does"
