@@ -66,9 +66,9 @@ class Site:
         self.meanwhile: Callable[[str], None] = lambda _session: None
 
         def follow(placement: Placement, _gated: object, _holding: object, word: Revocation) -> bool:
-            self.followed.append(placement.session)
+            self.followed.append(placement.session_id)
             self.words.append(word)
-            self.meanwhile(placement.session)
+            self.meanwhile(placement.session_id)
             return True
 
         self.reevaluator = Reevaluator(

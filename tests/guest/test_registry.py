@@ -87,7 +87,7 @@ def test_only_gated_sessions_count(tmp_path: Path) -> None:
     assert registry.ids() == ["s-1", "s-2", "s-3"]
     assert [login.session.id for login in registry.gated()] == ["s-2", "s-3"]
     assert [login.session.id for login in registry.of_user(1000)] == ["s-2"]
-    assert [found.session for found in registry.placements()] == ["s-2"]
+    assert [found.session_id for found in registry.placements()] == ["s-2"]
     assert registry.subject_of("s-1") == Subject("u", ("staff",), "vm")
     assert registry.subject_of("s-4") is None
 

@@ -134,7 +134,7 @@ def test_what_is_outside_of_its_users_slice() -> None:
 
 
 def kept(place: PersonaCgroup) -> OwnedCgroup:
-    return OwnedCgroup(place.uid, place.session, place.cgroup)
+    return OwnedCgroup(place.uid, place.session_id, place.cgroup)
 
 
 def test_cgroups_of_live_sessions_are_all_known_and_those_of_ended_ones_not_for_ever(tmp_path: Path) -> None:

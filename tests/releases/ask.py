@@ -27,7 +27,7 @@ if TYPE_CHECKING or importlib.util.find_spec("persona_guest.session"):
     from persona_guest.session.model import Admitted, Session
 
     def read_current(found: tuple[Current, ...]) -> list[tuple[str, tuple[Applicable, ...]]]:
-        return [(one.session, one.holding) for one in found]
+        return [(one.session_id, one.holding) for one in found]
 
 else:  # where 0.1.0 has them
     from persona_guest import follower

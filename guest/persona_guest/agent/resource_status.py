@@ -77,7 +77,7 @@ class ResourceStatus:
         """Every place in use, and the operations that would be applied now.  Raises ``PersonaError``."""
         places = [
             {
-                "session": place.session,
+                "session": place.session_id,
                 "persona": {"name": place.persona.name, "version": place.persona.version},
                 "cgroup": place.cgroup,
                 "uid": place.uid,

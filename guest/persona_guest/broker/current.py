@@ -21,7 +21,7 @@ class Current:
     ``holding`` are the policies that hold, in order; ``others`` personas that may be for the session later.
     """
 
-    session: str
+    session_id: str
     holding: tuple[Applicable, ...]
     others: tuple[PersonaRef, ...]
     revocation: Revocation

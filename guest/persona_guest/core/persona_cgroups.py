@@ -37,7 +37,7 @@ class PersonaCgroup:
     what the persona does not allow any more, apart from what it does.
     """
 
-    session: str
+    session_id: str
     persona: PersonaRef
     cgroup: str
     uid: int

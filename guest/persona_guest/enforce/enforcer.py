@@ -135,7 +135,7 @@ class Enforcer:
             placement.found = found
         persona = self.document(ref)
         shared = persona.resource_limits.per == "persona"
-        place = place_of(placement.session, placement.uid, ref, found, shared=shared, withdrawn=withdrawn)
+        place = place_of(placement.session_id, placement.uid, ref, found, shared=shared, withdrawn=withdrawn)
         known = placement.places.get(place.key)
         if known == place:
             if placement.unsaved:
@@ -155,7 +155,7 @@ class Enforcer:
         """Takes the place of this key apart, once no process lives there: its rules, its limits, its cgroup."""
         self._leave(placement.places[key])
         placement.drop(key)
-        if (login := self._registry.get(placement.session)) is not None:
+        if (login := self._registry.get(placement.session_id)) is not None:
             self._registry.try_to_save(login)  # it has been done already
 
     def document(self, ref: PersonaRef) -> Persona:
@@ -178,7 +178,7 @@ class Enforcer:
 
     def _save(self, placement: Placement) -> None:
         """Raises ``PersonaError``: nothing starts in a place that the next agent would not know."""
-        login = self._registry.get(placement.session)
+        login = self._registry.get(placement.session_id)
         placement.unsaved = True
         try:
             if login is not None:
@@ -308,9 +308,11 @@ def _tell(place: PersonaCgroup, before: PersonaCgroup | None) -> None:
     """One line for the journal when a session has a persona in use that it had not, or another version of it."""
     persona = named(place.persona)
     if place.withdrawn:
-        log.info("session %s (uid %d): what %s does not allow any more is set apart", place.session, place.uid, persona)
+        log.info(
+            "session %s (uid %d): what %s does not allow any more is set apart", place.session_id, place.uid, persona
+        )
     elif before is None:
-        log.info("session %s (uid %d): %s is in use", place.session, place.uid, persona)
+        log.info("session %s (uid %d): %s is in use", place.session_id, place.uid, persona)
     elif before.persona != place.persona:
         was = named(before.persona)
-        log.info("session %s (uid %d): %s is in use instead of %s", place.session, place.uid, persona, was)
+        log.info("session %s (uid %d): %s is in use instead of %s", place.session_id, place.uid, persona, was)

@@ -93,10 +93,10 @@ class Migrator:
             if whole:
                 placement.holding = holding
         except (PersonaError, OSError) as error:
-            log.error("session %s does not follow: %s", placement.session, error)
+            log.error("session %s does not follow: %s", placement.session_id, error)
             return False
         except Exception:  # whatever a user's processes are: the agent answers the others, and tries all of this again
-            log.exception("session %s does not follow", placement.session)
+            log.exception("session %s does not follow", placement.session_id)
             return False
         finally:
             self._hang_watchdog.leave(outer)

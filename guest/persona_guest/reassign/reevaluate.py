@@ -82,7 +82,7 @@ class Reevaluator:
             for current in answer:
                 for ref in current.others:
                     self._personas.ensure(ref, lambda _denied: None)
-                self._prepare(current.session, current.holding, current.revocation)
+                self._prepare(current.session_id, current.holding, current.revocation)
         if self._again and not self._asking:
             self._again = False
             self.changed()

@@ -154,7 +154,7 @@ class Termination:
             self._note(placement, old, "killed", running)
 
     def _gone(self, placement: Placement, cgroup: str) -> None:
-        if self._registry.placement(placement.session) is not placement:
+        if self._registry.placement(placement.session_id) is not placement:
             return  # the session has ended meanwhile: what is saved of it now would stay
         try:
             for key, place in list(placement.places.items()):

@@ -68,7 +68,7 @@ class Notices:
             self._loop.call_later(_AGAIN_S, lambda: self._tell_again(placement, line))
 
     def _tell_again(self, placement: Placement, line: str) -> None:
-        login = self._registry.get(placement.session)
+        login = self._registry.get(placement.session_id)
         if login is not None:
             with self._hang_watchdog.watching(login.session):
                 self._written(placement, line)
@@ -82,13 +82,13 @@ class Notices:
                 for pid in self._tree.processes(place.cgroup)
             ]
         except OSError as error:
-            log.warning("session %s is not told: %s", placement.session, error)
+            log.warning("session %s is not told: %s", placement.session_id, error)
             return False
         return any(tell(pid, printable(line)) for pid in sorted(pids)[:_TRIED_MAX])
 
     def alarm(self, place: PersonaCgroup, reason: Reason) -> None:
         """Tells and records that a place ran into a limit."""
-        login = self._registry.get(place.session)
+        login = self._registry.get(place.session_id)
         if login is None or login.placement is None:
             return
         try:
@@ -126,7 +126,7 @@ class Notices:
 
     def note(self, placement: Placement, persona: Persona, event: str, running: Running) -> None:
         """Records one process that was frozen or asked to end."""
-        login = self._registry.get(placement.session)
+        login = self._registry.get(placement.session_id)
         place = next((place for place in placement.places.values() if place.persona.name == persona.name), None)
         if login is not None:
             shown = self._masks.argv(running.path, running.stages[-1][1][:16], 256)

@@ -20,7 +20,7 @@ class Placement:
     not say where it lives now.
     """
 
-    session: str
+    session_id: str
     uid: int
     found: str
     opener: Image
@@ -55,7 +55,7 @@ class Placement:
     def to_json(self) -> dict[str, Any]:
         """A mapping that ``from_json`` reads back; what the broker said last is not in it, but asked for anew."""
         return {
-            "session": self.session,
+            "session": self.session_id,
             "uid": self.uid,
             "found": self.found,
             "opener": list(self.opener),
@@ -71,7 +71,7 @@ class Placement:
     def from_json(cls, value: dict[str, Any]) -> "Placement":
         """Raises ``ValueError``, ``KeyError`` or ``TypeError`` for anything but what ``to_json`` wrote."""
         placement = cls(
-            session=str(value["session"]),
+            session_id=str(value["session"]),
             uid=int(value["uid"]),
             found=str(value["found"]),
             opener=Image(*map(int, value["opener"])),
@@ -81,7 +81,7 @@ class Placement:
         for name, version, shared, withdrawn in value["places"]:
             placement.add(
                 place_of(
-                    placement.session,
+                    placement.session_id,
                     placement.uid,
                     PersonaRef(str(name), int(version)),
                     placement.found,

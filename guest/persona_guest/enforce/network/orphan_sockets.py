@@ -27,7 +27,7 @@ class OwnedCgroup(NamedTuple):
     """Whose a cgroup is: a place of a session's, or, with no session, the user's slice."""
 
     uid: int
-    session: str
+    session_id: str
     cgroup: str
 
 
@@ -66,8 +66,8 @@ class SocketOwners:
         if new.keys() <= self._known.keys():
             return
         known = {**self._known, **{n: kept for n, kept in new.items() if n not in self._known}}
-        slices = [number for number, kept in known.items() if not kept.session]
-        ended = [number for number, kept in known.items() if kept.session and not self._alive(kept.session)]
+        slices = [number for number, kept in known.items() if not kept.session_id]
+        ended = [number for number, kept in known.items() if kept.session_id and not self._alive(kept.session_id)]
         for old in (*slices[:-_ENDED_MAX], *ended[:-_ENDED_MAX]):
             del known[old]
         self._keep(known)
@@ -111,7 +111,7 @@ class ExemptSlice:
 
 def owned_place(place: PersonaCgroup, bound: Bound) -> dict[int, OwnedCgroup]:
     """What ``SocketOwners`` has to remember of a place that is bound; nothing where it lies in its user's slice."""
-    return {key.number: OwnedCgroup(place.uid, place.session, place.cgroup) for key in bound.keys if place.outside}
+    return {key.number: OwnedCgroup(place.uid, place.session_id, place.cgroup) for key in bound.keys if place.outside}
 
 
 def owned_slice(uid: int, owner: Bound) -> dict[int, OwnedCgroup]:
