@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -70,10 +71,12 @@ def test_a_denial_that_nobody_saw_is_there_with_its_reason_and_what_helps(gated:
     assert {**found[0], "at": "", "first_at": "", "session": ""} == {
         "at": "", "first_at": "", "session": "", "count": 1, "event": "exec", "program": "/usr/bin/strace",
         "command": f"strace {mark}", "reason": "no_matching_policy", "persona": "Trial", "policy": "trial-Trial",
+        "policy_origin": "policy-0.json:1",
         "help": "not in its whitelist; 'persona list' shows what is",
     }  # fmt: skip
     assert found[0]["at"].endswith("Z")
-    assert "  /usr/bin/strace: denied, no_matching_policy under persona Trial (policy trial-Trial)\n" in done.stderr
+    under = "under persona Trial, policy trial-Trial (policy-0.json:1)"  # as in the line of the denial itself
+    assert f"  /usr/bin/strace: denied, no_matching_policy {under}\n" in done.stderr
     assert f"    command: strace {mark}\n    not in its whitelist; 'persona list' shows what is\n" in done.stderr
 
 
@@ -204,15 +207,36 @@ def test_they_outlive_the_agent(tmp_path: Path) -> None:
     book = Book()
     kept = DenialFiles(Loop(), tmp_path / "denials", book)
     for number in range(3):
-        book.note(ALICE, number, "exec", "/x\udcff", f"{number}", Denied(Reason.LOAD_UNKNOWN, "p", "P", "h"), "s-1")
+        refused = Denied(Reason.LOAD_UNKNOWN, "p", "P", "h", policy_origin="a.yaml:3")
+        book.note(ALICE, number, "exec", "/x\udcff", f"{number}", refused, "s-1")
     book.add(BOB, denied(BOB, "b"))
     kept.write()
     after = Book()
     DenialFiles(Loop(), tmp_path / "denials", after)
     assert after.of(ALICE) == book.of(ALICE)
+    assert [one.policy_origin for one in after.of(ALICE)] == ["a.yaml:3"] * 3
     assert after.of(BOB) == book.of(BOB)
     assert after.changed == set()
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "denials").iterdir()} == {0o600}
+
+
+def test_a_page_of_an_agent_that_kept_no_origins_is_taken_up() -> None:
+    book = Book()
+    book.note(ALICE, 1, "exec", "/x", "x", Denied(Reason.LOAD_UNKNOWN, "p", "P", "h", policy_origin="a.yaml:3"), "s-1")
+    (kept,) = json.loads(book.page(ALICE))
+    assert kept.pop("policy_origin") == "a.yaml:3"
+    after = Book()
+    assert after.restore([(ALICE, json.dumps([kept]))]) == []
+    assert after.of(ALICE) == (replace(book.of(ALICE)[0], policy_origin=""),)
+    assert after.restore([(BOB, json.dumps([{**kept, "policy_origin": None}]))]) == [BOB]
+
+
+def test_the_same_command_has_the_origin_of_the_newest_denial() -> None:
+    book = Book()
+    for line in (3, 4):
+        origin = f"a.yaml:{line}"
+        book.note(ALICE, line, "exec", "/x", "x", Denied(Reason.LOAD_UNKNOWN, "p", "P", policy_origin=origin))
+    assert [(one.count, one.policy_origin) for one in book.of(ALICE)] == [(2, "a.yaml:4")]
 
 
 def test_a_real_agent_tells_what_the_one_before_it_denied(gated: Run, narrow: Path) -> None:

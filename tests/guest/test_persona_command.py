@@ -1,5 +1,6 @@
 """``persona``, the user's own command: never denied and nobody's way in; what it shows is fit to be shown."""
 
+import json
 import os
 import subprocess
 import sys
@@ -193,6 +194,25 @@ def test_what_is_shown_prints(
     said = shown(monkeypatch, capsys, answer, word)
     assert "\\x" in said
     assert all(line.isprintable() for line in said.rstrip("\n").split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("origin", "under"),
+    [
+        ({}, " under persona P (policy p)"),  # an agent of before
+        ({"policy_origin": ""}, " under persona P (policy p)"),
+        ({"policy_origin": "10-a.yaml:3"}, " under persona P, policy p (10-a.yaml:3)"),
+        ({"policy_origin": "\x1b[2J:3"}, r" under persona P, policy p (\x1b[2J:3)"),
+    ],
+)
+def test_a_denial_says_where_its_policy_is_written_where_that_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], origin: dict[str, Any], under: str
+) -> None:
+    one = {**DENIAL, "program": "/usr/bin/x", "policy": "p", "persona": "P", **origin}
+    said = shown(monkeypatch, capsys, {"items": [one]}, "denials").splitlines()[0]
+    assert said.endswith(f"  /usr/bin/x: denied, load_unknown{under}")
+    kept = json.loads(shown(monkeypatch, capsys, {"items": [one]}, "denials", "--json"))["items"][0]
+    assert {"policy_origin": kept.get("policy_origin")} == {"policy_origin": None, **origin}
 
 
 def test_what_is_explained_is_named_by_its_file(gated: Run, agent: Path) -> None:

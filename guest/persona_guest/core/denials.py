@@ -25,6 +25,7 @@ class Denial:
 
     ``program`` is the path of the file, empty where none is known; ``command`` the command line in printable
     words (``persona.shown.words``).  ``at`` and ``first_at`` are Unix seconds.  ``event`` is a record's.
+    ``policy_origin`` is the decision's (``10-analysts.yaml:3``), empty where nobody said it.
     """
 
     at: float
@@ -38,6 +39,7 @@ class Denial:
     session: str = ""
     first_at: float = 0.0
     count: int = 1
+    policy_origin: str = ""
 
 
 Key = tuple[object, ...]
@@ -81,8 +83,9 @@ class Book:
         self, uid: int, at: float, event: str, program: str, command: str, denied: Denied, session_id: str = ""
     ) -> None:
         """Adds the denial that ``denied`` tells of."""
-        reason, policy, persona, help = denied.reason, denied.policy, denied.persona, denied.help
-        self.add(uid, Denial(at, event, program, command, reason, policy, persona, help, session_id, at))
+        reason, policy, origin, persona = denied.reason, denied.policy, denied.policy_origin, denied.persona
+        denial = Denial(at, event, program, command, reason, policy, persona, denied.help, session_id, at, 1, origin)
+        self.add(uid, denial)
 
     def of(self, uid: int) -> tuple[Denial, ...]:
         """What was denied to a user, the newest last."""
@@ -132,12 +135,16 @@ def _to_json(denial: Denial) -> dict[str, Any]:
 _TYPES: dict[str, tuple[type, ...]] = {
     "at": (float, int), "event": (str,), "program": (str,), "command": (str,), "reason": (str,),
     "policy": (str, type(None)), "persona": (str, type(None)), "help": (str,), "session": (str,),
-    "first_at": (float, int), "count": (int,),
+    "first_at": (float, int), "count": (int,), "policy_origin": (str,),
 }  # fmt: skip
 
 
 def _from_json(value: dict[str, Any]) -> Denial:
-    """Raises ``CodecError``, ``KeyError``, ``TypeError`` or ``ValueError`` for anything but what ``_to_json`` wrote."""
+    """Raises ``CodecError``, ``KeyError``, ``TypeError`` or ``ValueError`` for anything but what ``_to_json`` wrote.
+
+    An agent of before wrote no ``policy_origin``.
+    """
+    value = {"policy_origin": "", **value}
     if set(value) != {item.name for item in fields(Denial)}:
         raise ValueError("other fields")
     for name, kinds in _TYPES.items():

@@ -237,7 +237,7 @@ def _denials(arguments: argparse.Namespace) -> int:
         _say("nothing was denied to you lately on this machine")
     for one in answer["items"]:
         under = f" under persona {one['persona']}" if one["persona"] else ""
-        under += f" (policy {one['policy']})" if one["policy"] else ""
+        under += _by_policy(one) if one["policy"] else ""
         times = f", {one['count']} times since {local(one['first_at'])}" if one["count"] > 1 else ""
         what = word(one["program"]) if one["program"] else one["command"]
         what = f"{what}: " if what else ""
@@ -297,9 +297,9 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0 if decision["decision"] == "granted" else 1
 
 
-def _by_policy(decision: dict[str, Any]) -> str:
-    """An agent of before says no origin."""
-    policy, origin = decision["policy"], decision.get("policy_origin")
+def _by_policy(one: dict[str, Any]) -> str:
+    """The policy of a decision or of a denial, as in the line of a denial; an agent of before says no origin."""
+    policy, origin = one["policy"], one.get("policy_origin")
     return f", policy {policy} ({line(origin)})" if origin else f" (policy {policy})"
 
 
