@@ -21,6 +21,7 @@ from tests.guest.apt_root import AptRoot
 from tests.guest.migrate_site import STUBBORN
 from tests.guest.netns import FAR4, FAR6, OTHER4, OTHER6, World
 from tests.guest.nft_world import number
+from tests.guest.spool_place import Place
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -188,3 +189,11 @@ def stubborn() -> Iterator[subprocess.Popen[str]]:
     process.kill()
     process.wait()
     process.stdout.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """Where the spool of one machine is."""
+    place = Place(tmp_path)
+    yield place
+    place.close()
