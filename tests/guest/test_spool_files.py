@@ -89,6 +89,19 @@ def test_a_spool_that_is_cut_at_any_byte_loses_only_what_was_cut_off(
         place.close()
 
 
+def test_what_is_cut_off_once_is_no_damage_to_the_agents_after(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.begin().add([record(1), record(2)])
+    torn = place.segment()
+    torn.write_bytes(torn.read_bytes()[:-5])
+    for at in (3, 4, 5):
+        place.begin().add([record(at)])
+    assert len([text for text in caplog.messages if "they are cut off" in text]) == 1
+    assert "cannot be read" not in caplog.text
+    spool = place.begin()
+    assert [one["at"] for one in take(spool) if "lost" not in one] == [1, 3, 4, 5]
+    assert spool.status().aside == []
+
+
 def ends(data: bytes) -> list[int]:
     """Where each frame of a segment ends, but for its header's."""
     return [spool_format.read(data, limit=count).end for count in range(2, 6)]

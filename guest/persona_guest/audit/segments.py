@@ -117,6 +117,8 @@ class Segments:
             log.warning(
                 "%s: its last %d bytes are no whole record; they are cut off (a crash, a loss of power)", path, left
             )
+            with contextlib.suppress(OSError):  # the agent after this one would take them for damage
+                os.truncate(path, frames.end)
         elif left:
             log.error("%s: its last %d bytes cannot be read; it is kept when the others were sent", path, left)
             segment.damaged = True
