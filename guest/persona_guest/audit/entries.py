@@ -8,7 +8,8 @@ from typing import Any
 from persona import wire
 from persona.codec import CodecError, Record, Stream, encode_record, record_for
 from persona_guest.audit import records, spool_format
-from persona_guest.audit.segments import Held, Segment
+from persona_guest.audit.segments import Segment
+from persona_guest.audit.spool_format import Held
 
 # Why records are lost; docs/protocol.md.
 SPOOL_FULL, QUEUE_FULL, REFUSED, AGENT_ENDED, DAMAGED = (
@@ -24,6 +25,12 @@ class Entry:
     value: dict[str, Any]
     size: int
     held: Held
+
+    @property
+    def lost(self) -> tuple[int, int] | None:
+        """The first and the last number of what it says is lost, where it is a marker."""
+        lost = self.value.get("lost")
+        return None if lost is None else (lost["first"], lost["last"])
 
 
 @dataclass(frozen=True, slots=True)

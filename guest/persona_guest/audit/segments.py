@@ -19,7 +19,7 @@ from persona import codec
 from persona.codec import CodecError, Stream
 from persona_guest import files
 from persona_guest.audit import spool_format
-from persona_guest.audit.spool_format import FormatError, Header
+from persona_guest.audit.spool_format import FormatError, Header, Held, Summary
 
 log = logging.getLogger("persona.record")
 
@@ -28,12 +28,23 @@ _MACHINE = "machine"  # the file that says whose spool this is
 _SUFFIX = ".records"
 _ASIDE = ".aside"
 
-Held = tuple[str, bool]  # whose a record is, and whether it is a start (room.py)
+
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """One record's frame.  ``lost``: the first and the last number of what it says is lost, where it is a marker."""
+
+    number: int
+    frame: bytes
+    held: Held
+    lost: tuple[int, int] | None
 
 
 @dataclass(slots=True)
 class Segment:
-    """One file.  The broker has it up to ``sent`` and ``sent_number``; it is whole up to ``end`` and ``last``."""
+    """One file.  The broker has it up to ``sent`` and ``sent_number``; it is whole up to ``end`` and ``last``.
+
+    ``digest`` is of all that is in it; ``None`` where it was taken up by a summary, and is not summed up again.
+    """
 
     path: Path
     stream: Stream
@@ -44,6 +55,21 @@ class Segment:
     is_empty: bool = True  # no record was ever in it
     damaged: bool = False  # in the middle: it is kept when all that can be read of it was sent
     bytes_of: Counter[Held] = field(default_factory=Counter)  # of the records after ``sent``
+    digest: "hashlib._Hash | None" = None
+    ever: Counter[Held] = field(default_factory=Counter)  # bytes of all its records
+    lost: list[tuple[int, int]] = field(default_factory=list)  # what its markers say
+
+    def count(self, held: Held, size: int, lost: tuple[int, int] | None) -> None:
+        """One more record is in it, for its summary."""
+        self.ever[held] += size
+        if lost is not None:
+            self.lost.append(lost)
+
+    def summary(self) -> Summary | None:
+        """``None`` where the agent after this one needs none, of what is not whole, and where ``digest`` is."""
+        if self.sent >= self.end or self.damaged or self.digest is None:
+            return None
+        return Summary(self.end, self.digest.hexdigest(), self.last, tuple(self.ever.items()), tuple(self.lost))
 
 
 class Segments:
@@ -81,37 +107,56 @@ class Segments:
 
     # --- what an agent before this one left ---
 
-    def restore(self) -> list[tuple[Segment, tuple[bytes, ...]]]:
-        """Takes up each file, with the payloads in it.  Call it once, before anything is written."""
-        found = []
+    def restore(self, stream: Stream, settled: int) -> list[tuple[Segment, Summary | tuple[bytes, ...]]]:
+        """Takes up each file: with its summary where the file after it has a right one, else with the payloads in it.
+
+        ``settled`` is the last number of ``stream`` that was sent; a file in whose middle that is comes with its
+        payloads.  Call it once, before anything is written.
+        """
+        found: list[tuple[Segment, Summary | tuple[bytes, ...]]] = []
         paths = sorted(self._directory.glob("*" + _SUFFIX))
-        for path in paths:
+        told: Summary | None = None
+        for path in reversed(paths):
             with contextlib.suppress(ValueError):
                 self._next = max(self._next, int(path.name.removesuffix(_SUFFIX)) + 1)
+            summary, told = told, None
             try:
                 data = path.read_bytes()
                 if not data:  # made, and cut off with the power before anything was in it
                     path.unlink()
                     continue
-                segment, payloads = self._read_whole(path, data, newest=path == paths[-1])
+                header, start = self._header(data)
             except (OSError, FormatError) as error:
                 self.set_aside(path, str(error))
                 continue
-            self.all.append(segment)
-            found.append((segment, payloads))
+            told = header.before
+            segment = Segment(path, header.stream, start, header.first - 1, len(data), header.first - 1)
+            is_partly_sent = header.stream == stream and header.first <= settled < (summary.last if summary else 0)
+            if summary is not None and not is_partly_sent and _is_of(summary, data, start):
+                segment.last, segment.is_empty = summary.last, not summary.held
+                found.append((segment, summary))
+            else:
+                found.append((segment, self._payloads(segment, data, newest=path == paths[-1])))
+        found.reverse()
+        self.all = [segment for segment, _ in found]
         return found
 
-    def _read_whole(self, path: Path, data: bytes, *, newest: bool) -> tuple[Segment, tuple[bytes, ...]]:
-        """Raises ``FormatError``."""
+    def _header(self, data: bytes) -> tuple[Header, int]:
+        """And where it ends.  Raises ``FormatError``."""
         head = spool_format.read(data, limit=1)
         if not head.payloads:
             raise FormatError("it does not begin as a segment does")
         header = spool_format.decode_header(head.payloads[0])
         if header.stream.machine != self.machine:
             raise FormatError("it is of another machine")
-        frames = spool_format.read(data, head.end)
-        segment = Segment(path, header.stream, head.end, header.first - 1, frames.end, header.first - 1)
-        segment.is_empty = not frames.payloads
+        return header, head.end
+
+    def _payloads(self, segment: Segment, data: bytes, *, newest: bool) -> tuple[bytes, ...]:
+        """Reads a file frame by frame, as far as it is whole."""
+        path = segment.path
+        frames = spool_format.read(data, segment.sent)
+        segment.end, segment.is_empty = frames.end, not frames.payloads
+        segment.digest = hashlib.sha256(memoryview(data)[: frames.end])
         left = len(data) - frames.end
         if left and newest and spool_format.is_torn(data, frames.end):
             log.warning(
@@ -122,31 +167,33 @@ class Segments:
         elif left:
             log.error("%s: its last %d bytes cannot be read; it is kept when the others were sent", path, left)
             segment.damaged = True
-        return segment, frames.payloads
+        return frames.payloads
 
     # --- writing ---
 
-    def append(
-        self, stream: Stream, numbers: Sequence[int], frames: Sequence[bytes], held: Sequence[Held], most: int
-    ) -> None:
+    def append(self, stream: Stream, records: Sequence[Framed], most: int) -> None:
         """Writes whole frames at the end, into a new file where the newest has ``most`` bytes or is not this agent's.
 
         Raises ``OSError``; then nothing of it is there.
         """
         if self._fd < 0 or self.all[-1].end >= most or self.all[-1].stream != stream:
-            self._begin(stream, numbers[0])
+            self._begin(stream, records[0].number)
         segment = self.all[-1]
         try:
-            _write(self._fd, b"".join(frames), segment.end)
+            data = b"".join(record.frame for record in records)
+            _write(self._fd, data, segment.end)
         except OSError:
             self._give_up_tail(segment)
             raise
         self._unsynced = True
         segment.is_empty = False
-        segment.end += sum(map(len, frames))
-        segment.last = numbers[-1]
-        for who, frame in zip(held, frames, strict=True):
-            segment.bytes_of[who] += len(frame)
+        segment.end += len(data)
+        segment.last = records[-1].number
+        if segment.digest is not None:
+            segment.digest.update(data)
+        for record in records:
+            segment.bytes_of[record.held] += len(record.frame)
+            segment.count(record.held, len(record.frame), record.lost)
 
     def _begin(self, stream: Stream, first: int) -> None:
         if self._fd >= 0:
@@ -154,7 +201,8 @@ class Segments:
         path = self._directory / f"{self._next:012d}{_SUFFIX}"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            header = spool_format.encode_header(Header(stream, first))
+            before = self.all[-1].summary() if self.all else None  # it is written no more
+            header = spool_format.encode_header(Header(stream, first, before))
             _write(fd, header, 0)
             _sync(self._directory)
         except OSError:
@@ -165,7 +213,9 @@ class Segments:
         self.rest()
         self._next += 1
         self._fd = fd
-        self.all.append(Segment(path, stream, len(header), first - 1, len(header), first - 1))
+        segment = Segment(path, stream, len(header), first - 1, len(header), first - 1)
+        segment.digest = hashlib.sha256(header)
+        self.all.append(segment)
 
     def _give_up_tail(self, segment: Segment) -> None:
         """After a write that failed: its part is cut off, or the file is written no more."""
@@ -247,6 +297,12 @@ class Segments:
     def set_aside(self, path: Path, why: str) -> None:
         """Renames a file, which then nothing here touches any more.  Raises nothing."""
         _rename_aside(path, why, self.aside)
+
+
+def _is_of(summary: Summary, data: bytes, start: int) -> bool:
+    """Whether a summary is that of a file with these bytes, whose header ends at ``start``."""
+    whole = (summary.size, sum(size for _, size in summary.held)) == (len(data), len(data) - start)
+    return whole and hashlib.sha256(data).hexdigest() == summary.sha256
 
 
 def _owner(machine_id: Path) -> str:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from persona.codec import Record, Stream
-from persona_guest.audit import spool_format
 from persona_guest.audit.counter import Counter
 from persona_guest.audit.entries import (
     AGENT_ENDED,
@@ -34,7 +33,8 @@ from persona_guest.audit.entries import (
     read_entry,
 )
 from persona_guest.audit.room import Room
-from persona_guest.audit.segments import MACHINE_ID, Segment, Segments
+from persona_guest.audit.segments import MACHINE_ID, Framed, Segment, Segments
+from persona_guest.audit.spool_format import Summary
 
 log = logging.getLogger("persona.record")
 
@@ -253,10 +253,9 @@ class Spool:
                     break
                 part.append(one)
                 size += len(one[1])
-            numbers, held = [entry.number for entry, _ in part], [entry.held for entry, _ in part]
+            records = [Framed(entry.number, frame, entry.held, entry.lost) for entry, frame in part]
             try:
-                frames = [frame for _, frame in part]
-                self._segments.append(self.stream, numbers, frames, held, self._segment_max)
+                self._segments.append(self.stream, records, self._segment_max)
             except OSError as error:
                 self._no_disk(str(error))
                 return
@@ -311,29 +310,43 @@ class Spool:
     def _restore(self, segments: Segments) -> None:
         now = self._counter.now
         given = now.given
-        for segment, payloads in segments.restore():
+        for segment, found in segments.restore(self.stream, now.settled):
             settled = now.settled if segment.stream == self.stream else 0
-            for payload in payloads:
-                size = len(payload) + spool_format.OVERHEAD
-                try:
-                    entry = read_entry(payload)
-                except ValueError as error:  # whole, and not what was written here: the rest is not touched
-                    log.error("%s: %s; it is kept when the others were sent", segment.path, error)
-                    segment.damaged = True
-                    break
-                segment.last = entry.number
-                if segment.stream == self.stream and "lost" in entry.value:
-                    self._explained.add((entry.value["lost"]["first"], entry.value["lost"]["last"]))
-                if entry.number <= settled:
-                    segment.sent, segment.sent_number = segment.sent + size, entry.number
-                else:
-                    self._room.take(entry.held[0], size, grant=entry.held[1])
-                    segment.bytes_of[entry.held] += size
-            if segment.damaged:
-                segment.end = segment.sent + sum(segment.bytes_of.values())
+            if isinstance(found, Summary):
+                self._take_up_summed(segment, found, settled)
+            else:
+                self._take_up(segment, found, settled)
             if segment.stream == self.stream:
+                self._explained.update(segment.lost)
                 given = max(given, segment.last)
         self._counter.note(given=given)
+
+    def _take_up_summed(self, segment: Segment, summary: Summary, settled: int) -> None:
+        segment.lost += summary.lost
+        if summary.last <= settled:
+            segment.sent, segment.sent_number = segment.end, summary.last
+            return
+        for (user, grant), size in summary.held:
+            self._room.take(user, size, grant=grant)
+            segment.bytes_of[user, grant] += size
+
+    def _take_up(self, segment: Segment, payloads: Iterable[bytes], settled: int) -> None:
+        for payload in payloads:
+            try:
+                entry = read_entry(payload)
+            except ValueError as error:  # whole, and not what was written here: the rest is not touched
+                log.error("%s: %s; it is kept when the others were sent", segment.path, error)
+                segment.damaged = True
+                break
+            segment.last = entry.number
+            segment.count(entry.held, entry.size, entry.lost)
+            if entry.number <= settled:
+                segment.sent, segment.sent_number = segment.sent + entry.size, entry.number
+            else:
+                self._room.take(entry.held[0], entry.size, grant=entry.held[1])
+                segment.bytes_of[entry.held] += entry.size
+        if segment.damaged:
+            segment.end = segment.sent + sum(segment.bytes_of.values())
 
     def _explain_missing(self) -> None:
         """Says which numbers of this boot an agent before this one gave and did not write, or a bad disk took."""

@@ -4,17 +4,22 @@ A segment is frames, one after the other.  A frame is the length of its payload 
 bytes of the payload's SHA-256, and the payload.  The payload of the first frame is the segment's header, of each other
 one a RECORD with its number (docs/protocol.md); both are JSON.  The digest finds what a crash or a bad disk did; it is
 no signature, and nobody but root reads or writes these files.
+
+A header may sum up the segment before it, which is written no more by then: an agent that begins checks one digest of
+that file, and decodes none of its records.
 """
 
 import hashlib
 import json
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from persona import codec
 from persona.codec import CodecError, Stream
 
 FORMAT = 1
+SUMMARY_PART = 64  # of what it sums up, that a summary may take at most: with more users than that there is none
 PAYLOAD_MAX = 256 * 1024  # bytes; the largest record has some 80 KB
 _HEAD = struct.Struct("<I8s")
 OVERHEAD = _HEAD.size  # bytes of a frame beside its payload
@@ -24,12 +29,34 @@ class FormatError(ValueError):
     """What begins no segment, or one of a version of the format that this one does not know."""
 
 
+Held = tuple[str, bool]  # whose a record is, and whether it is a start (room.py)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What an agent that begins must know of a whole segment: ``size`` bytes in a file with this SHA-256, in hex.
+
+    ``last`` is the number of its last record, ``held`` the bytes of its records' frames by whose they are, ``lost`` the
+    first and the last number of what each marker in it says is lost.
+    """
+
+    size: int
+    sha256: str
+    last: int
+    held: tuple[tuple[Held, int], ...]
+    lost: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Whose records a segment has; ``first`` is the number of the first one that was written into it."""
+    """Whose records a segment has; ``first`` is the number of the first one that was written into it.
+
+    ``before`` sums up the segment before it; ``None`` where nobody did.
+    """
 
     stream: Stream
     first: int
+    before: Summary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +99,15 @@ def is_torn(data: bytes, start: int) -> bool:
 
 
 def encode_header(header: Header) -> bytes:
-    """The frame with which a segment begins."""
-    value = {"format": FORMAT, **asdict(header.stream), "first": header.first}
-    return frame(json.dumps(value, separators=(",", ":")).encode())
+    """The frame with which a segment begins; without a summary that is too large."""
+    value: dict[str, Any] = {"format": FORMAT, **asdict(header.stream), "first": header.first}
+    if header.before is not None:
+        before = header.before
+        held = [[user, grant, size] for (user, grant), size in before.held]
+        summary = {**asdict(before), "held": held}
+        if len(_json(summary)) <= before.size // SUMMARY_PART:
+            value["before"] = summary
+    return frame(_json(value))
 
 
 def decode_header(payload: bytes) -> Header:
@@ -83,9 +116,32 @@ def decode_header(payload: bytes) -> Header:
         value = json.loads(payload)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise FormatError("it is of a version of the format that this agent does not know")
-        return Header(codec.decode_stream(value), codec.integer(value.get("first"), "first"))
+        header = Header(codec.decode_stream(value), codec.integer(value.get("first"), "first"))
     except (CodecError, ValueError, RecursionError) as error:
         raise FormatError(str(error)) from None
+    try:
+        return replace(header, before=_decode_summary(value["before"])) if "before" in value else header
+    except (CodecError, ValueError, TypeError):
+        return header  # of another version: the segment before it is read as a whole
+
+
+def _decode_summary(value: object) -> Summary:
+    """Raises ``CodecError``, ``TypeError`` or ``ValueError``."""
+    item = codec.mapping(value, "before", ("size", "sha256", "last", "held", "lost"))
+    return Summary(
+        codec.integer(item["size"], "size"),
+        codec.string(item["sha256"], "sha256"),
+        codec.integer(item["last"], "last"),
+        tuple(
+            ((codec.string(user, "held"), codec.boolean(grant, "held")), codec.integer(size, "held"))
+            for user, grant, size in item["held"]
+        ),
+        tuple((codec.integer(first, "lost"), codec.integer(last, "lost")) for first, last in item["lost"]),
+    )
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _digest(payload: bytes) -> bytes:
