@@ -409,10 +409,11 @@ def test_no_user_can_leave_logins_behind(site: Site, fds: int) -> None:
     assert site.registry.ids() == []
 
 
-def test_who_breaks_glass_by_persona_shell_is_recorded(site: Site) -> None:
+@pytest.mark.parametrize("more", [{}, {"interactive": True}])  # what a persona-shell before 0.2.0 says, too
+def test_who_breaks_glass_by_persona_shell_is_recorded(site: Site, more: dict[str, Any]) -> None:
     caller = ALICE._replace(groups=("persona-break-glass",))
     answers: list[dict[str, Any]] = []
-    gate = Call(os.getpid(), 1000, 1000, "gate", {"op": "gate", "shell": "/bin/bash"}, (), caller=caller)
+    gate = Call(os.getpid(), 1000, 1000, "gate", {"op": "gate", "shell": "/bin/bash", **more}, (), caller=caller)
     users_of(site).handle(gate, answers.append)
     assert answers == [{"ok": True, "verdict": "pass", "greeting": None}]
     assert site.events() == [("break_glass", "granted")]

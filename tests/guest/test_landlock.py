@@ -140,12 +140,13 @@ except (AgentError, OSError) as error:
 def test_persona_shell_is_bound_too(tmp_path: Path, below: object, said: str) -> None:
     server = listen(tmp_path / "agent.sock", 0o600)
     server.setblocking(True)
+    asked: list[dict[str, object]] = []
     answer = {"ok": True, "verdict": "install", "filter": base64.b64encode(seccomp.gate_filter()).decode()}
 
     def agent() -> None:
         connection, _ = server.accept()
         with connection, contextlib.suppress(BrokenPipeError):  # where it could not be bound
-            connection.recv(8192)
+            asked.append(json.loads(connection.recv(8192)))
             connection.send(json.dumps(answer | ({"landlock": below} if below is not None else {})).encode())
             _, fds, _, _ = socket.recv_fds(connection, 8192, 1)
             connection.send(b'{"ok": true}')
@@ -162,3 +163,4 @@ def test_persona_shell_is_bound_too(tmp_path: Path, below: object, said: str) ->
     )  # fmt: skip
     server.close()
     assert said in done.stdout
+    assert asked == [{"op": "gate", "shell": "/bin/sh"}]

@@ -21,7 +21,7 @@ def install(path: str, shell: str) -> Gated:
     Raises ``AgentError`` where the login is refused or the gate cannot be put up: then nothing may run.
     """
     with Client(path) as client:
-        answer = client.call("gate", shell=shell, interactive=os.isatty(0))
+        answer = client.call("gate", shell=shell)
         greeting = answer.get("greeting")
         text = greeting if isinstance(greeting, str) else None
         if answer.get("verdict") != "install":
