@@ -23,6 +23,7 @@ from persona.decisions import Denied, Granted, Lease, PersonaRef, Width
 from persona.health import Report, VmHealth
 from persona.problems import Fault, PersonaError, Reason
 from scripts import reference
+from tests.some import some
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "reference"
@@ -82,12 +83,11 @@ def test_every_code_is_explained_once_and_no_other() -> None:
 
 def test_every_code_says_what_to_do() -> None:
     text = (PAGES / "problems.md").read_text()
-    for code, *_, meaning, remedy in (*rows(text, 3), *rows(text, 4)):
+    for code, *_, meaning, remedy in (*some(rows(text, 3)), *some(rows(text, 4))):
         assert meaning.endswith(".") and remedy.endswith("."), code
         assert len(remedy.split()) >= 4, (code, remedy)
-    for code, *_, remedy in rows(text, 3):
-        if code.strip("`") in list(Reason):
-            assert "User: " in remedy or "Operator: " in remedy, code
+    for code, *_, remedy in some(row for row in rows(text, 3) if row[0].strip("`") in list(Reason)):
+        assert "User: " in remedy or "Operator: " in remedy, code
 
 
 def test_every_fault_names_its_http_status() -> None:
@@ -218,9 +218,8 @@ def test_the_page_is_what_the_code_says(page: str) -> None:
 
 @pytest.mark.parametrize("page", reference.PAGES)
 def test_no_cell_that_should_say_something_is_empty(page: str) -> None:
-    for line in (PAGES / page).read_text().splitlines():
-        if line.startswith("| "):
-            assert not line.endswith("|  |"), line
+    for line in some(line for line in (PAGES / page).read_text().splitlines() if line.startswith("| ")):
+        assert not line.endswith("|  |"), line
 
 
 def test_the_protocol_has_every_route() -> None:
@@ -301,9 +300,10 @@ def test_metrics_have_the_labels_that_the_page_names(tmp_path: Path) -> None:
 
 
 def test_every_link_leads_somewhere() -> None:
-    for page in PAGES.glob("*.md"):
-        for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", page.read_text()):
-            assert not target or (PAGES / target).exists(), (page.name, target)
+    link = re.compile(r"\]\(([^)#]*)(?:#[^)]*)?\)")
+    links = [(page, target) for page in PAGES.glob("*.md") for target in link.findall(page.read_text())]
+    for page, target in some(links):
+        assert not target or (PAGES / target).exists(), (page.name, target)
 
 
 def anchors(page: Path) -> set[str]:
@@ -312,9 +312,10 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_every_link_to_a_part_of_a_page_leads_there() -> None:
-    for page in PAGES.glob("*.md"):
-        for target, part in re.findall(r"\]\(([^)#]*)#([^)]*)\)", page.read_text()):
-            assert part in anchors(PAGES / target if target else page), (page.name, target, part)
+    link = re.compile(r"\]\(([^)#]*)#([^)]*)\)")
+    links = [(page, *found) for page in PAGES.glob("*.md") for found in link.findall(page.read_text())]
+    for page, target, part in some(links):
+        assert part in anchors(PAGES / target if target else page), (page.name, target, part)
 
 
 def test_the_index_names_every_page() -> None:

@@ -27,6 +27,7 @@ from persona.parsing import DocumentError
 from tests import releases
 from tests.broker.conftest import ROOT, VM, Broker, environment
 from tests.releases.ask import Agent
+from tests.some import some
 
 ASK = Path(releases.__file__).with_name("ask.py")
 READ = """
@@ -274,7 +275,7 @@ def test_every_document_that_0_1_0s_agents_are_told_is_one_that_they_read(old: P
         if not isinstance(told, wire.Unsuited):
             documents.append(json.dumps(told))
     examples = [file for file in (ROOT / "examples").rglob("*.yaml") if "kind: Persona" in file.read_text()]
-    for document in (document for file in examples for document in yaml.safe_load_all(file.read_text())):
+    for document in (document for file in some(examples) for document in yaml.safe_load_all(file.read_text())):
         persona = parse_document(document)
         if isinstance(persona, Persona):
             documents.append(json.dumps(wire.persona_for(to_mapping(persona), wire.FIRST)))

@@ -159,7 +159,7 @@ def test_the_documents_own_examples_say_what_they_mean(tmp_path: Path) -> None:
         files[-1].write_text(block)
     for file in files:
         loaded = load([file])
-        assert loaded.problems == ()
+        assert loaded.documents and loaded.problems == ()
         assert [str(found) for found in loaded.warnings if isinstance(found.caution.kinds[0], Gap)] == []
 
 

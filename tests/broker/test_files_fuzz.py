@@ -132,6 +132,7 @@ def plain(value: object) -> bool:
 @given(st.text("!*&|>~-:?#[]{},'\"\\%@`=<.0123456789eE_+xobnoyesffTrueNull \u00e9", min_size=1, max_size=12))
 def test_a_word_without_quotes_is_itself_or_refused(text: str) -> None:
     """Of an entry of a list nothing is lost but the white space about it, and a comment."""
+    assert [document.value for document in read_yaml("- word\n")] == [["word"]]  # what is gone over below is there
     try:
         documents = read_yaml(f"- {text}\n")
     except TextError:

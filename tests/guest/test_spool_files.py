@@ -20,6 +20,7 @@ from persona import wire
 from persona.codec import encode_record, record_for
 from tests.guest.conftest import SmallDisk
 from tests.guest.spool_place import Place, numbers, record, take, whole
+from tests.some import some
 
 # --- whose they are ---
 
@@ -338,7 +339,7 @@ def test_files_of_which_any_byte_is_changed_cost_nothing_of_the_others(place: Pl
     firsts, last = first_numbers(place), spool._counter.now.given
     shutil.copytree(place.directory, tmp_path / "kept")
     count = place.counter.read_bytes()
-    for index, name in enumerate(sorted(path.name for path in place.directory.glob("*.records"))):
+    for index, name in enumerate(some(sorted(path.name for path in place.directory.glob("*.records")))):
         data = (tmp_path / "kept" / name).read_bytes()
         for at in [*range(0, 600, 37), *range(0, len(data), step)]:
             shutil.rmtree(place.directory)

@@ -16,6 +16,7 @@ from tests.guest_vm.login import Session
 from tests.guest_vm.machine import Machine
 from tests.guest_vm.site import ROOT, Broker, await_connected, configure, status
 from tests.guest_vm.test_kernel import WAYS, kernel, put, sidedoor
+from tests.some import some
 
 LONG = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
 
@@ -187,7 +188,7 @@ def of_another_layout(directory: Path) -> list[Path]:
         control = re.sub(r"^Version: .*", "Version: 0.0.1", control, flags=re.MULTILINE)
         control = re.sub(r"python3-persona \(= [^)]*\)", "python3-persona (= 0.0.1)", control)
         (tree / "DEBIAN" / "control").write_text(control)
-        for code in tree.rglob("lsm/abi.py"):
+        for code in some(tree.rglob("lsm/abi.py")):
             code.write_text(re.sub(r"^LAYOUT = .*", 'LAYOUT = "0"', code.read_text(), flags=re.MULTILINE))
         subprocess.run(["dpkg-deb", "-Znone", "-b", str(tree), str(other)], check=True, timeout=60, capture_output=True)
         found.append(other)
