@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from persona import codec, wire
+from persona import json_fields, wire
 from persona.parsing import Bad, Reader, number, one_of, shown
 from persona.quantities import NUMBER, bytes_from
 
@@ -84,21 +84,21 @@ def encode_report(report: Report, version: int = wire.CURRENT) -> dict[str, Any]
 
 def decode_report(value: object, path: str = "") -> Report:
     """A report; figures that only a newer guest knows are skipped.  Raises ``CodecError``."""
-    item = codec.known(value, path, _OF_0_1_0)
+    item = json_fields.known(value, path, _OF_0_1_0)
 
     def at(name: str) -> str:
         return f"{path}.{name}" if path else name
 
-    pressure = _by_name(item["pressure"], at("pressure"), PRESSURES_MAX, 64, codec.number)
+    pressure = _by_name(item["pressure"], at("pressure"), PRESSURES_MAX, 64, json_fields.number)
     return Report(
         disks=_by_name(item["disks"], at("disks"), MOUNTS_MAX, 4096, _decode_space),
-        memory=codec.optional(item["memory"], at("memory"), _decode_space),
+        memory=json_fields.optional(item["memory"], at("memory"), _decode_space),
         pressure={name: some for name, some in pressure.items() if name in RESOURCES},
-        load=codec.optional(item["load"], at("load"), codec.number),
-        failed_units=codec.optional(item["failed_units"], at("failed_units"), _decode_units),
-        errors=codec.optional(item["errors"], at("errors"), codec.integer),
-        clock_skew_s=codec.optional(item["clock_skew_s"], at("clock_skew_s"), _decode_skew),
-        layers=_by_name(item["layers"], at("layers"), LAYERS_MAX, 64, codec.boolean),
+        load=json_fields.optional(item["load"], at("load"), json_fields.number),
+        failed_units=json_fields.optional(item["failed_units"], at("failed_units"), _decode_units),
+        errors=json_fields.optional(item["errors"], at("errors"), json_fields.integer),
+        clock_skew_s=json_fields.optional(item["clock_skew_s"], at("clock_skew_s"), _decode_skew),
+        layers=_by_name(item["layers"], at("layers"), LAYERS_MAX, 64, json_fields.boolean),
         wire=_decode_wire(value, at("wire")),
     )
 
@@ -108,31 +108,32 @@ def _encode_space(space: Space) -> dict[str, int]:
 
 
 def _decode_space(value: object, path: str) -> Space:
-    item = codec.known(value, path, ("total", "free"))
-    return Space(codec.integer(item["total"], f"{path}.total"), codec.integer(item["free"], f"{path}.free"))
+    item = json_fields.known(value, path, ("total", "free"))
+    return Space(json_fields.integer(item["total"], f"{path}.total"), json_fields.integer(item["free"], f"{path}.free"))
 
 
 def _decode_wire(report: object, path: str) -> int:
     """0.1.0 does not say, and speaks the first."""
-    return codec.integer(report.get("wire", wire.FIRST) if isinstance(report, dict) else None, path)
+    return json_fields.integer(report.get("wire", wire.FIRST) if isinstance(report, dict) else None, path)
 
 
 def _decode_units(value: object, path: str) -> tuple[str, ...]:
-    return codec.strings(value, path, UNITS_MAX)
+    return json_fields.strings(value, path, UNITS_MAX)
 
 
 def _decode_skew(value: object, path: str) -> float:
     if type(value) not in (int, float) or not -1e12 < value < 1e12:  # type: ignore[operator]  # narrowed by type()
-        raise codec.CodecError(path, "expected a number")
+        raise json_fields.CodecError(path, "expected a number")
     return float(value)  # type: ignore[arg-type]  # narrowed by type()
 
 
 def _by_name(
-    value: object, path: str, count: int, limit: int, decode: Callable[[object, str], codec.T]
-) -> dict[str, codec.T]:
+    value: object, path: str, count: int, limit: int, decode: Callable[[object, str], json_fields.T]
+) -> dict[str, json_fields.T]:
     if not isinstance(value, dict) or len(value) > count:
-        raise codec.CodecError(path, f"expected an object of at most {count} entries")
-    return {codec.string(name, path, limit): decode(item, f"{path}[{name[:64]!r}]") for name, item in value.items()}
+        raise json_fields.CodecError(path, f"expected an object of at most {count} entries")
+    read = json_fields.string
+    return {read(name, path, limit): decode(item, f"{path}[{name[:64]!r}]") for name, item in value.items()}
 
 
 # --- what is asked ----------------------------------------------------------------------------------

@@ -19,10 +19,10 @@ from persona_broker.audit.delivery import Delivery
 from persona_broker.store.interface import SessionRow
 from persona_broker.store.sqlite import SqliteStore
 
-from persona.codec import Record, encode_record
 from persona.decisions import Subject
 from persona.health import Report
 from persona.problems import Reason
+from persona.record_codec import Record, encode_record
 from persona.version import VERSION
 from scripts.completions import COMMANDS, Command, parser_of, read
 from tests.some import some

@@ -12,7 +12,7 @@ from persona_broker.policy_files.reader import load
 from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
-from persona import codec
+from persona import codec, json_fields
 from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Request, Subject, Width
 from persona.problems import Reason
 from tests.broker.conftest import Broker
@@ -138,5 +138,5 @@ def test_both_decisions_travel_with_versions_and_place_but_to_0_1_0() -> None:
         assert not {"policy_version", "policy_origin", "persona_version"} & old.keys()
         assert codec.decode_decision(old).policy_version is None
         for wrong in ({"policy_version": "2"}, {"policy_origin": 7}, {"policy_origin": "x" * 300}):
-            with pytest.raises(codec.CodecError):
+            with pytest.raises(json_fields.CodecError):
                 codec.decode_decision({**value, **wrong})

@@ -16,8 +16,8 @@ from persona_broker.audit.search import Wanted, later, query_of
 from persona_broker.store.sqlite import SqliteStore
 
 from persona.answers import iso, local
-from persona.codec import Record, encode_record
 from persona.problems import Reason
+from persona.record_codec import Record, encode_record
 from tests.broker.conftest import Broker, environment
 
 LS = Record(

@@ -23,9 +23,9 @@ from persona_broker.spread import Newest
 from persona_broker.store.interface import StoreError
 from persona_broker.store.sqlite import SqliteStore
 
-from persona.codec import Record, encode_record
 from persona.health import Report, encode_report
 from persona.problems import Reason
+from persona.record_codec import Record, encode_record
 from tests.broker.conftest import VM, Broker, apply
 from tests.broker.test_apply import persona, policy, write
 from tests.broker.test_database import documents

@@ -25,10 +25,10 @@ from persona_guest.session.placement import Placement
 from persona_guest.session.registry import Registry
 from persona_guest.settings import Gate, Settings
 
-from persona.codec import Record
 from persona.decisions import PersonaRef, Subject
 from persona.documents import Persona, parse_document
 from persona.patterns import Whitelist, parse_pattern
+from persona.record_codec import Record
 from tests.guest.fake_cgroups import FakeHierarchy
 
 OLD, NEW = PersonaRef("Old", 1), PersonaRef("New", 1)

@@ -5,7 +5,7 @@ from typing import Any
 
 from persona_guest.audit.spool import MIB, Spool
 
-from persona.codec import Record
+from persona.record_codec import Record
 
 BOOT = "b" * 32
 

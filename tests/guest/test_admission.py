@@ -31,9 +31,10 @@ from persona_guest.session.model import Admitted
 from persona_guest.session.registry import Registry
 from persona_guest.settings import Gate, Mode, Settings
 
-from persona.codec import Record, encode_decision
+from persona.codec import encode_decision
 from persona.decisions import Denied, PersonaRef
 from persona.problems import PersonaError, Reason
+from persona.record_codec import Record
 from tests.guest.conftest import SmallDisk
 
 ALICE = Caller(1000, "sshd", "alice", "far", "/bin/bash", ("staff",))

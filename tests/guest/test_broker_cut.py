@@ -17,7 +17,7 @@ from persona_guest.broker.http import BrokerError, Connection, Line
 from persona_guest.broker.pool import Pool
 from persona_guest.settings import Broker
 
-from persona.codec import Record
+from persona.record_codec import Record
 
 TIMEOUT_S = 0.3
 

@@ -25,9 +25,10 @@ from persona_guest.program.shebang import Format, Shebang, interpreter_argv, par
 from persona_guest.settings import Broker, Gate, Mode, SettingsError, load, parse
 
 from persona import wire
-from persona.codec import MAX_BODY, Record, decode_record
+from persona.codec import MAX_BODY
 from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Subject, Width
 from persona.problems import Reason
+from persona.record_codec import Record, decode_record
 
 LS = Program("/usr/bin/ls", ("ls",), ("/usr/bin/ls",))
 

@@ -24,8 +24,8 @@ from persona_guest.settings import Broker as Settings
 from persona_guest.shell import cli
 
 from persona import wire
-from persona.codec import Record, decode_record, decode_stream
 from persona.problems import Reason
+from persona.record_codec import Record, decode_record, decode_stream
 from tests.broker.audited import audited
 from tests.broker.conftest import Broker, environment
 from tests.guest.conftest import Run, trial_of

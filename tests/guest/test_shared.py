@@ -27,9 +27,10 @@ from persona_guest.settings import Broker
 from persona_guest.system.accounts import caller_of
 
 from persona import wire
-from persona.codec import MAX_BODY, Record, encode_request
+from persona.codec import MAX_BODY, encode_request
 from persona.decisions import Program, Request, Subject
 from persona.problems import Reason
+from persona.record_codec import Record
 
 
 def test_a_flood_of_one_delays_nobody_else() -> None:

@@ -12,7 +12,7 @@ import pytest
 from persona_guest.audit.entries import entry_of
 from persona_guest.audit.spool import MIB, Spool
 
-from persona.codec import decode_record, encode_record
+from persona.record_codec import decode_record, encode_record
 from tests.broker.conftest import environment
 from tests.guest.spool_place import BOOT, Place, numbers, record, take, whole
 
@@ -156,7 +156,7 @@ def test_memory_is_bounded_where_there_is_no_disk(place: Place) -> None:
 WRITER = """
 import os, sys
 from pathlib import Path
-from persona.codec import Record
+from persona.record_codec import Record
 from persona_guest.audit.spool import Spool
 spool = Spool(Path(sys.argv[1]), Path(sys.argv[2]), 64 << 20, boot="b" * 32)
 spool.open()
@@ -167,7 +167,8 @@ while True:
     spool.add([Record(at + n, *head, *tail) for n in range(count)])
     at += count
     os.write(1, b"%d\\n" % at)  # all before this are kept
-    batch = spool.batch(at % 7 + 1, 4000) if at % 3 == 0 else None
+    some, size = (at % 7 + 1, 4000) if at % 10 else (500, 1 << 20)  # now and then all, or it would be full
+    batch = spool.batch(some, size) if at % 3 == 0 else None
     if batch is not None:
         sent = [entry for entry in batch.entries if "lost" not in entry.value]
         os.write(1, b"sent " + b" ".join(b"%d:%d" % (entry.number, int(entry.value["at"])) for entry in sent) + b"\\n")

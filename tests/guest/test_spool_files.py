@@ -17,7 +17,7 @@ from persona_guest.audit.segments import Segment
 from persona_guest.audit.spool import MIB, Spool
 
 from persona import wire
-from persona.codec import encode_record, record_for
+from persona.record_codec import encode_record, record_for
 from tests.guest.conftest import SmallDisk
 from tests.guest.spool_place import Place, numbers, record, take, whole
 from tests.some import some

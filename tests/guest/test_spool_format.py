@@ -8,7 +8,7 @@ import pytest
 from persona_guest.audit import spool_format
 from persona_guest.audit.spool_format import Header, Summary
 
-from persona.codec import Stream
+from persona.record_codec import Stream
 
 
 def test_a_frame_that_is_not_whole_is_none() -> None:

@@ -21,8 +21,8 @@ from persona_guest.standby.service import Standby, enforcing
 from persona_guest.system import systemd
 from persona_guest.system.start_progress import LOADER, Progress, Start
 
-from persona.codec import decode_record, encode_record
 from persona.problems import Reason
+from persona.record_codec import decode_record, encode_record
 from tests.guest.conftest import no_descriptor
 from tests.guest.test_supervisor import gated_child, outcome
 from tests.waiting import until

@@ -37,9 +37,9 @@ from persona_guest.session.model import Login, Session, State
 from persona_guest.session.registry import Registry
 from persona_guest.settings import Gate, Mode, Paths, Settings
 
-from persona.codec import Record
 from persona.decisions import Decision, Denied, Granted, Lease, PersonaRef, Request, Subject, Width
 from persona.problems import Reason
+from persona.record_codec import Record
 
 
 def gated_child(program: str, uid: int = 0) -> tuple[int, int]:

@@ -23,9 +23,9 @@ from persona_guest.program.identity import Identifier
 from persona_guest.settings import Gate
 from persona_guest.system import systemd
 
-from persona.codec import Record, decode_record, encode_record
 from persona.decisions import Program
 from persona.problems import Reason
+from persona.record_codec import Record, decode_record, encode_record
 from tests.guest.conftest import GATED, ROOT, Run
 
 PATH = os.pathsep.join(str(ROOT / part) for part in ("", "broker", "guest"))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persona import codec
+from persona import codec, json_fields, record_codec
 from persona.decisions import Denied, Granted, Lease, PersonaRef, Program, Request, Subject, Width
 from persona.problems import Reason
 
@@ -36,7 +36,7 @@ def test_a_loader_travels_and_is_said_only_of_loaders() -> None:
     assert codec.decode_program(plain) == REQUEST.program
     loader = Program("/opt/libc/start", loader=True)
     assert codec.decode_program(wire(codec.encode_program(loader))) == loader
-    with pytest.raises(codec.CodecError, match=r"program\.loader"):
+    with pytest.raises(json_fields.CodecError, match=r"program\.loader"):
         codec.decode_program({**plain, "loader": 1})
 
 
@@ -77,7 +77,7 @@ def test_requests_that_are_refused(path: str, value: Any) -> None:
     for parent in parents:
         target = target[parent]
     target[last] = value
-    with pytest.raises(codec.CodecError) as error:
+    with pytest.raises(json_fields.CodecError) as error:
         codec.decode_request(body)
     assert path in error.value.message
 
@@ -88,8 +88,8 @@ def test_requests_that_are_refused(path: str, value: Any) -> None:
     )
 )
 def test_garbage_is_refused_and_never_crashes(value: Any) -> None:
-    for decode in (codec.decode_request, codec.decode_decision, codec.decode_record, codec.decode_subject):
-        with pytest.raises(codec.CodecError):
+    for decode in (codec.decode_request, codec.decode_decision, record_codec.decode_record, codec.decode_subject):
+        with pytest.raises(json_fields.CodecError):
             decode(value)
 
 
@@ -99,5 +99,5 @@ def test_garbage_is_refused_and_never_crashes(value: Any) -> None:
      {"lease": {"seconds": 1, "width": 7}}, {"persona": None}, {"generation": "8"}, {"policy": None}],
 )  # fmt: skip
 def test_a_granted_decision_must_be_whole(change: dict[str, Any]) -> None:
-    with pytest.raises(codec.CodecError):
+    with pytest.raises(json_fields.CodecError):
         codec.decode_decision({**wire(codec.encode_decision(GRANTED)), **change})

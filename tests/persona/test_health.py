@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persona.canonical import to_mapping
-from persona.codec import CodecError
 from persona.documents import Policy, parse_document
 from persona.health import Bound, Report, Space, VmHealth, decode_report, encode_report
+from persona.json_fields import CodecError
 from persona.parsing import DocumentError
 from persona.schema import SCHEMA
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from persona import codec, wire
+from persona import codec, json_fields, record_codec, wire
 from persona.canonical import to_mapping
 from persona.decisions import Denied, Granted, Lease, PersonaRef, Width
 from persona.documents import Persona, parse_document
@@ -39,7 +39,7 @@ RECORD_OF_0_1_0 = _words("""
 """)
 EVENTS_OF_0_1_0 = {"exec", "admission", "break_glass", "stopped", "killed", "session_end", "limit", "frozen", "network"}
 
-RECORD = codec.Record(
+RECORD = record_codec.Record(
     1.0, "s-1", "alice", "/usr/bin/ls", ("ls",), "granted", None, "P", 1, "p", "exec", leased=False, complain=False
 )
 
@@ -66,40 +66,40 @@ def test_every_field_of_a_persona_since_0_1_0_is_known_to_widen_or_to_restrict()
 
 
 def test_0_1_0_gets_records_and_reports_with_its_own_fields_only() -> None:
-    record = codec.Record(*[getattr(RECORD, name) for name in RECORD.__slots__ if name != "extra"])
-    told = codec.encode_record(record, wire.FIRST)
+    record = record_codec.Record(*[getattr(RECORD, name) for name in RECORD.__slots__ if name != "extra"])
+    told = record_codec.encode_record(record, wire.FIRST)
     assert set(told) == RECORD_OF_0_1_0
-    assert set(codec.EVENTS) >= EVENTS_OF_0_1_0
-    for event in codec.EVENTS:
-        new = codec.decode_record({**told, "event": event})
-        assert codec.encode_record(new, wire.FIRST)["event"] in EVENTS_OF_0_1_0
+    assert set(record_codec.EVENTS) >= EVENTS_OF_0_1_0
+    for event in record_codec.EVENTS:
+        new = record_codec.decode_record({**told, "event": event})
+        assert record_codec.encode_record(new, wire.FIRST)["event"] in EVENTS_OF_0_1_0
     assert set(encode_report(Report(), wire.FIRST)) == {
         "disks", "memory", "pressure", "load", "failed_units", "errors", "clock_skew_s", "layers",
     }  # fmt: skip
 
 
 def test_a_numbered_record_and_a_marker_cross_and_0_1_0_is_told_neither() -> None:
-    record = replace(RECORD, number=7, event="lost", lost=codec.Lost(3, 6, "spool_full"))
-    told = codec.encode_record(record)
+    record = replace(RECORD, number=7, event="lost", lost=record_codec.Lost(3, 6, "spool_full"))
+    told = record_codec.encode_record(record)
     assert (told["number"], told["lost"]) == (7, {"first": 3, "last": 6, "why": "spool_full"})
-    assert codec.decode_record(json.loads(json.dumps(told))) == record
+    assert record_codec.decode_record(json.loads(json.dumps(told))) == record
     assert record.lost is not None and record.lost.count == 4
-    assert set(codec.encode_record(record, wire.FIRST)) == RECORD_OF_0_1_0
-    assert set(codec.encode_record(RECORD)) == RECORD_OF_0_1_0, "what it does not have it does not say"
+    assert set(record_codec.encode_record(record, wire.FIRST)) == RECORD_OF_0_1_0
+    assert set(record_codec.encode_record(RECORD)) == RECORD_OF_0_1_0, "what it does not have it does not say"
     for part in ({"first": 7}, {"first": 0}, {"last": None}, {"why": "Full"}):
-        with pytest.raises(codec.CodecError, match=r"record\.lost"):
-            codec.decode_record({**told, "lost": {**told["lost"], **part}})
+        with pytest.raises(json_fields.CodecError, match=r"record\.lost"):
+            record_codec.decode_record({**told, "lost": {**told["lost"], **part}})
     for number in (-1, "7", 1.0, True, None):
-        with pytest.raises(codec.CodecError, match=r"record\.number"):
-            codec.decode_record({**told, "number": number})
+        with pytest.raises(json_fields.CodecError, match=r"record\.number"):
+            record_codec.decode_record({**told, "number": number})
 
 
 def test_a_stream_is_two_numbers_of_32_hex_digits() -> None:
-    stream = codec.Stream("0" * 31 + "f", "a" * 32)
-    assert codec.decode_stream({**codec.encode_stream(stream), "more": 1}) == stream
+    stream = record_codec.Stream("0" * 31 + "f", "a" * 32)
+    assert record_codec.decode_stream({**record_codec.encode_stream(stream), "more": 1}) == stream
     for wrong in ("", "0" * 31, "0" * 33, "G" * 32, "A" * 32, 7, "0" * 32 + "\n"):
-        with pytest.raises(codec.CodecError, match=r"stream\.boot"):
-            codec.decode_stream({"machine": "0" * 32, "boot": wrong})
+        with pytest.raises(json_fields.CodecError, match=r"stream\.boot"):
+            record_codec.decode_stream({"machine": "0" * 32, "boot": wrong})
 
 
 def test_releases_have_names() -> None:
@@ -136,7 +136,7 @@ def test_a_decision_with_more_in_it_is_read_and_a_reason_is_kept_as_it_is() -> N
     assert found.reason not in list(Reason)
     assert codec.encode_decision(found)["reason"] == "phase_of_the_moon"
     for wrong in ("", "Upper", "a" * 65, "\x1b[31m", 7, None, ["outside_hours"]):
-        with pytest.raises(codec.CodecError, match="reason"):
+        with pytest.raises(json_fields.CodecError, match="reason"):
             codec.decode_decision({**denied, "reason": wrong})
 
 
@@ -146,18 +146,18 @@ def test_a_list_of_groups_with_more_in_it_is_read() -> None:
 
 
 def test_a_record_of_a_newer_guest_is_kept_with_what_is_new_in_it() -> None:
-    told = codec.encode_record(RECORD) | {
+    told = record_codec.encode_record(RECORD) | {
         "event": "lunar",
         "reason": "phase_of_the_moon",
         "moon": {"phase": [1, "new"]},
     }
-    record = codec.decode_record(told)
+    record = record_codec.decode_record(told)
     assert (record.event, record.reason) == ("lunar", "phase_of_the_moon")
-    assert codec.encode_record(record) == told  # as the broker stores it
-    old = codec.encode_record(record, wire.FIRST)
+    assert record_codec.encode_record(record) == told  # as the broker stores it
+    old = record_codec.encode_record(record, wire.FIRST)
     assert (old["event"], old["reason"]) == ("exec", "no_matching_policy")
-    with pytest.raises(codec.CodecError, match=r"record\.event"):
-        codec.decode_record({**told, "event": "\x1b[31m"})
+    with pytest.raises(json_fields.CodecError, match=r"record\.event"):
+        record_codec.decode_record({**told, "event": "\x1b[31m"})
 
 
 def test_what_is_new_in_a_record_is_bounded() -> None:
@@ -166,11 +166,11 @@ def test_what_is_new_in_a_record_is_bounded() -> None:
         deep = [deep]
     odd = json.loads('{"a": [NaN], "b": 1e999}')  # as Python reads them; SQLite's JSON knows none, and finds none
     for more in ("x" * 300_000, deep, {str(number): number for number in range(5000)}, odd["a"], odd["b"]):
-        record = codec.decode_record(codec.encode_record(RECORD) | {"moon": more})
-        assert 0 < len(record.extra) <= codec.MAX_EXTRA
-        assert set(codec.encode_record(record)) == RECORD_OF_0_1_0 | {"left_out"}
-    small = codec.decode_record(codec.encode_record(RECORD) | {"at": 2.0, "extra": {"at": 1}})
-    assert codec.encode_record(small)["at"] == 2.0
+        record = record_codec.decode_record(record_codec.encode_record(RECORD) | {"moon": more})
+        assert 0 < len(record.extra) <= record_codec.MAX_EXTRA
+        assert set(record_codec.encode_record(record)) == RECORD_OF_0_1_0 | {"left_out"}
+    small = record_codec.decode_record(record_codec.encode_record(RECORD) | {"at": 2.0, "extra": {"at": 1}})
+    assert record_codec.encode_record(small)["at"] == 2.0
 
 
 def test_figures_of_a_newer_guest_are_skipped() -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING or importlib.util.find_spec("persona_guest.session"):
     from persona_guest.health.report import Reporter
     from persona_guest.session.model import Admitted, Session
 
+    from persona.record_codec import Record
+
     def read_current(found: tuple[Current, ...]) -> list[tuple[str, tuple[Applicable, ...]]]:
         return [(one.session_id, one.holding) for one in found]
 
@@ -39,6 +41,8 @@ else:  # where 0.1.0 has them
     from persona_guest.personas import Personas
     from persona_guest.questions import Admitted, Questions
 
+    from persona.codec import Record
+
     def BrokerClient(link, leases, _subject_of):
         return Questions(link, leases)
 
@@ -49,7 +53,6 @@ else:  # where 0.1.0 has them
 from persona_guest.core.leases import LeaseBook
 from persona_guest.settings import Broker
 
-from persona.codec import Record
 from persona.decisions import Decision, Denied, Granted, PersonaRef, Program, Request, Subject
 from persona.health import Report, Space
 from persona.problems import Reason

@@ -5,7 +5,7 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
-from persona import codec, wire
+from persona import codec, json_fields, wire
 from persona.decisions import Subject
 from persona.problems import Fault, PersonaError
 from persona_broker.api.guests import asked, body, chosen_by, guest, state, store, wire_version
@@ -24,10 +24,10 @@ def current() -> Response:
     that are named now; else they are those of when it opened.
     """
     name, version = guest(), wire_version()
-    value = codec.mapping(body(), "", ("sessions",), ("min_generation", "groups", "groups_in_use"))
-    wanted = codec.strings(value["sessions"], "sessions", SESSIONS_MAX, 64)
+    value = json_fields.mapping(body(), "", ("sessions",), ("min_generation", "groups", "groups_in_use"))
+    wanted = json_fields.strings(value["sessions"], "sessions", SESSIONS_MAX, 64)
     named = _groups(value.get("groups", {}))
-    generation = codec.integer(value.get("min_generation", 0), "min_generation")
+    generation = json_fields.integer(value.get("min_generation", 0), "min_generation")
     view = state().current(generation)
     if view.generation < generation:
         raise PersonaError(Fault.NOT_READY, f"generation {generation} is not here, the newest is {view.generation}")
@@ -54,7 +54,7 @@ _NOTHING: dict[str, Any] = {"personas": [], "others": []}
 
 def _groups(value: object) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, dict) or len(value) > SESSIONS_MAX:
-        raise codec.CodecError("groups", f"expected an object with at most {SESSIONS_MAX} sessions")
+        raise json_fields.CodecError("groups", f"expected an object with at most {SESSIONS_MAX} sessions")
     return {ident: codec.groups(names, f"groups.{ident[:64]}") for ident, names in value.items()}
 
 

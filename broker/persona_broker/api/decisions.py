@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Blueprint, Response, jsonify
 
-from persona import codec, wire
+from persona import codec, json_fields, wire
 from persona.canonical import to_mapping
 from persona.decisions import Decision, Denied, Lease, Subject, Width
 from persona.problems import Fault, PersonaError, Reason
@@ -28,9 +28,9 @@ def decide() -> Response:
     """Decides whether one program may start, and under which persona."""
     started = time.perf_counter()
     name, version = guest(), wire_version()
-    value = codec.mapping(body(), "", ("request",), ("min_generation", "explain", "groups_in_use"))
+    value = json_fields.mapping(body(), "", ("request",), ("min_generation", "explain", "groups_in_use"))
     request = codec.decode_request(value["request"])
-    explain = codec.boolean(value.get("explain", False), "explain")
+    explain = json_fields.boolean(value.get("explain", False), "explain")
     own(request.subject.vm, name)
     view = _current(value, name)
     chosen_by(value, view, name)
@@ -58,7 +58,7 @@ def _quarantined(vm: str, view: View) -> Denied:
 
 def _current(value: Mapping[str, Any], name: str) -> View:
     """What to answer a guest from: nothing older than what it has been told.  Raises ``PersonaError``."""
-    wanted = codec.integer(value.get("min_generation", 0), "min_generation")
+    wanted = json_fields.integer(value.get("min_generation", 0), "min_generation")
     view = state().current(wanted)
     asked().note(name, wanted)
     if view.generation < wanted:
@@ -83,10 +83,10 @@ _OPTIONAL = ("min_generation", "groups_in_use")
 
 def _admission(*, opening: bool) -> Response:
     name, version = guest(), wire_version()
-    value = codec.mapping(body(), "", ("session", "subject", "service", "remote"), _OPTIONAL)
+    value = json_fields.mapping(body(), "", ("session", "subject", "service", "remote"), _OPTIONAL)
     subject = codec.decode_subject(value["subject"])
-    ident = codec.string(value["session"], "session", 64)
-    service, remote = (codec.string(value[field], field) for field in ("service", "remote"))
+    ident = json_fields.string(value["session"], "session", 64)
+    service, remote = (json_fields.string(value[field], field) for field in ("service", "remote"))
     own(subject.vm, name)
     view = _current(value, name)
     chosen_by(value, view, name)
@@ -122,8 +122,8 @@ def _admission(*, opening: bool) -> Response:
 def open_sessions() -> tuple[str, int]:
     """Takes the list of all sessions that a guest has: its others, of which it could not say so, are over."""
     name = guest()
-    value = codec.mapping(body(), "", ("sessions",))
-    alive = codec.strings(value["sessions"], "sessions", SESSIONS_KEPT, 64)
+    value = json_fields.mapping(body(), "", ("sessions",))
+    alive = json_fields.strings(value["sessions"], "sessions", SESSIONS_KEPT, 64)
     store().end_all_but(name, alive, time.time() - _OPENING_S)
     return "", 204
 
@@ -152,7 +152,7 @@ def entries_by_groups(ident: str) -> Response:
     Since the session opened policies may name others.
     """
     name = guest()
-    value = codec.mapping(body(), "", ("groups",), _OPTIONAL)
+    value = json_fields.mapping(body(), "", ("groups",), _OPTIONAL)
     groups = codec.groups(value["groups"], "groups")
     view = _current(value, name)
     chosen_by(value, view, name)

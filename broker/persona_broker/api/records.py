@@ -10,7 +10,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
 
-from persona import codec, wire
+from persona import json_fields, record_codec, wire
 from persona.problems import Fault, PersonaError
 from persona_broker import metrics
 from persona_broker.api.guests import body, guest, store, wire_version
@@ -94,18 +94,18 @@ class Keeper:
 def records() -> Response:
     """Keeps the records of what a guest decided and saw.  One that cannot be read keeps no other from being kept."""
     name, version = guest(), wire_version()
-    value = codec.mapping(body(), "", ("records", "lost"), ("stream",))
+    value = json_fields.mapping(body(), "", ("records", "lost"), ("stream",))
     items = value["records"]
-    if not isinstance(items, list) or len(items) > codec.MAX_RECORDS:
-        raise PersonaError(Fault.BAD_REQUEST, f"records: expected a list of at most {codec.MAX_RECORDS}")
-    lost = codec.integer(value["lost"], "lost")
+    if not isinstance(items, list) or len(items) > record_codec.MAX_RECORDS:
+        raise PersonaError(Fault.BAD_REQUEST, f"records: expected a list of at most {record_codec.MAX_RECORDS}")
+    lost = json_fields.integer(value["lost"], "lost")
     stream = _stream(value["stream"]) if "stream" in value else None
     entries: list[Entry] = []
     refused: list[dict[str, Any]] = []
     for index, item in enumerate(items):
         try:
             entries.append(_entry(item, f"records[{index}]", numbered=stream is not None))
-        except codec.CodecError as error:
+        except json_fields.CodecError as error:
             refused.append({"index": index, "detail": error.message})
     why = refused[0]["detail"] if refused else ""
     if refused:
@@ -122,26 +122,26 @@ def records() -> Response:
 
 
 def _stream(value: object) -> Stream:
-    item = codec.mapping(value, "stream", ("machine", "boot"))
+    item = json_fields.mapping(value, "stream", ("machine", "boot"))
     for name in ("machine", "boot"):
-        text = codec.string(item[name], f"stream.{name}", 32)
+        text = json_fields.string(item[name], f"stream.{name}", 32)
         if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
-            raise codec.CodecError(f"stream.{name}", "expected 32 hexadecimal digits")
+            raise json_fields.CodecError(f"stream.{name}", "expected 32 hexadecimal digits")
     return Stream(item["machine"], item["boot"])
 
 
 def _entry(item: object, path: str, *, numbered: bool) -> Entry:
     """A record as it is kept.  Raises ``CodecError``."""
     if not isinstance(item, dict) or not numbered:
-        return split(codec.encode_record(codec.decode_record(item, path)))
+        return split(record_codec.encode_record(record_codec.decode_record(item, path)))
     said = dict(item)
     if "number" not in said:
-        raise codec.CodecError(f"{path}.number", "missing")
-    number = codec.integer(said.pop("number"), f"{path}.number")
+        raise json_fields.CodecError(f"{path}.number", "missing")
+    number = json_fields.integer(said.pop("number"), f"{path}.number")
     if number < 1:
-        raise codec.CodecError(f"{path}.number", "expected a whole number from 1")
+        raise json_fields.CodecError(f"{path}.number", "expected a whole number from 1")
     marker = _marker(said, path)
-    return split(codec.encode_record(codec.decode_record(said, path)), number, marker)
+    return split(record_codec.encode_record(record_codec.decode_record(said, path)), number, marker)
 
 
 _WHY_MAX = 200  # characters
@@ -152,8 +152,8 @@ def _marker(said: dict[str, Any], path: str) -> Gap | None:
     """Which numbers a guest says that it dropped; taken out of what it says."""
     if said.get("event") != "lost":
         return None
-    lost: Mapping[str, Any] = codec.known(said.pop("lost", None), f"{path}.lost", ("first", "last", "why"))
-    first, last = (codec.integer(lost[name], f"{path}.lost.{name}") for name in ("first", "last"))
+    lost: Mapping[str, Any] = json_fields.known(said.pop("lost", None), f"{path}.lost", ("first", "last", "why"))
+    first, last = (json_fields.integer(lost[name], f"{path}.lost.{name}") for name in ("first", "last"))
     if not 1 <= first <= last <= _LOST_MAX:
-        raise codec.CodecError(f"{path}.lost", "expected numbers from 1, the last not before the first")
-    return Gap(first, last, codec.string(lost["why"], f"{path}.lost.why", _WHY_MAX))
+        raise json_fields.CodecError(f"{path}.lost", "expected numbers from 1, the last not before the first")
+    return Gap(first, last, json_fields.string(lost["why"], f"{path}.lost.why", _WHY_MAX))

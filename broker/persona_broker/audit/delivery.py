@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from persona.codec import CodecError, decode_record
+from persona.json_fields import CodecError
+from persona.record_codec import decode_record
 from persona_broker.audit.core.events import event
 from persona_broker.audit.core.format import Entry, Row, Stream, joined, to_json
 from persona_broker.audit.segment import Writer

@@ -11,8 +11,9 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from persona import codec
-from persona.codec import CodecError, Stream
+from persona import json_fields, record_codec
+from persona.json_fields import CodecError
+from persona.record_codec import Stream
 
 log = logging.getLogger("persona.record")
 
@@ -106,13 +107,13 @@ def _to_json(counted: Counted) -> dict[str, object]:
 
 def _from_json(value: object) -> Counted:
     """Raises ``CodecError`` (or ``ValueError``)."""
-    item = codec.mapping(value, "", ("stream", "given", "settled", "dropped"))
+    item = json_fields.mapping(value, "", ("stream", "given", "settled", "dropped"))
     dropped = item["dropped"]
     if not isinstance(dropped, dict):
         raise ValueError("dropped: expected an object")
     return Counted(
-        codec.decode_stream(item["stream"]),
-        codec.integer(item["given"], "given"),
-        codec.integer(item["settled"], "settled"),
-        tuple((str(why), codec.integer(count, "dropped")) for why, count in dropped.items()),
+        record_codec.decode_stream(item["stream"]),
+        json_fields.integer(item["given"], "given"),
+        json_fields.integer(item["settled"], "settled"),
+        tuple((str(why), json_fields.integer(count, "dropped")) for why, count in dropped.items()),
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from persona import wire
-from persona.codec import CodecError, Record, Stream, encode_record, record_for
+from persona.json_fields import CodecError
+from persona.record_codec import Record, Stream, encode_record, record_for
 from persona_guest.audit import records, spool_format
 from persona_guest.audit.segments import Segment
 from persona_guest.audit.spool_format import Held

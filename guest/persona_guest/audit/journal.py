@@ -8,7 +8,7 @@ broker's record has everything.
 import time
 from collections.abc import Callable
 
-from persona.codec import Record
+from persona.record_codec import Record
 from persona.shown import word, words
 
 PER_SECOND = 20

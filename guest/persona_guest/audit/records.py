@@ -6,9 +6,9 @@ stopped.
 
 from collections.abc import Sequence
 
-from persona.codec import Lost, Record
 from persona.decisions import Decision, Denied, Granted, PersonaRef
 from persona.problems import AnyReason, Reason
+from persona.record_codec import Lost, Record
 
 UNKNOWN = "unknown"  # as a program: no path, as it begins with no '/'
 

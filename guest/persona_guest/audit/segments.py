@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from persona import codec
-from persona.codec import CodecError, Stream
+from persona import json_fields, record_codec
+from persona.json_fields import CodecError
+from persona.record_codec import Stream
 from persona_guest import files
 from persona_guest.audit import spool_format
 from persona_guest.audit.spool_format import FormatError, Header, Held, Summary
@@ -322,8 +323,8 @@ def _look_at(directory: Path, of: str) -> tuple[str, str | None]:
         return "it is another user's", None
     path = directory / _MACHINE
     try:
-        value = codec.known(json.loads(path.read_text("ascii")), "", ("machine", "of"))
-        machine = codec.decode_stream({"machine": value["machine"], "boot": value["machine"]}).machine
+        value = json_fields.known(json.loads(path.read_text("ascii")), "", ("machine", "of"))
+        machine = record_codec.decode_stream({"machine": value["machine"], "boot": value["machine"]}).machine
     except FileNotFoundError:
         return ("it does not say whose it is" if any(directory.iterdir()) else ""), None
     except (OSError, ValueError, CodecError, RecursionError) as error:

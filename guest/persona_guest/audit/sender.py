@@ -13,7 +13,8 @@ from enum import Enum
 from typing import Any
 
 from persona import wire
-from persona.codec import MAX_BODY, encode_stream, record_for
+from persona.codec import MAX_BODY
+from persona.record_codec import encode_stream, record_for
 from persona_guest.audit.entries import REFUSED, Batch
 from persona_guest.audit.spool import Spool
 from persona_guest.broker.http import BrokerError, Connection

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from persona.codec import Record, Stream
+from persona.record_codec import Record, Stream
 from persona_guest.audit.counter import Counter
 from persona_guest.audit.entries import (
     AGENT_ENDED,

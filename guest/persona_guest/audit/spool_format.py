@@ -15,8 +15,9 @@ import struct
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from persona import codec
-from persona.codec import CodecError, Stream
+from persona import json_fields, record_codec
+from persona.json_fields import CodecError
+from persona.record_codec import Stream
 
 FORMAT = 1
 SUMMARY_PART = 64  # of what it sums up, that a summary may take at most: with more users than that there is none
@@ -116,7 +117,7 @@ def decode_header(payload: bytes) -> Header:
         value = json.loads(payload)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise FormatError("it is of a version of the format that this agent does not know")
-        header = Header(codec.decode_stream(value), codec.integer(value.get("first"), "first"))
+        header = Header(record_codec.decode_stream(value), json_fields.integer(value.get("first"), "first"))
     except (CodecError, ValueError, RecursionError) as error:
         raise FormatError(str(error)) from None
     try:
@@ -127,16 +128,16 @@ def decode_header(payload: bytes) -> Header:
 
 def _decode_summary(value: object) -> Summary:
     """Raises ``CodecError``, ``TypeError`` or ``ValueError``."""
-    item = codec.mapping(value, "before", ("size", "sha256", "last", "held", "lost"))
+    item = json_fields.mapping(value, "before", ("size", "sha256", "last", "held", "lost"))
     return Summary(
-        codec.integer(item["size"], "size"),
-        codec.string(item["sha256"], "sha256"),
-        codec.integer(item["last"], "last"),
+        json_fields.integer(item["size"], "size"),
+        json_fields.string(item["sha256"], "sha256"),
+        json_fields.integer(item["last"], "last"),
         tuple(
-            ((codec.string(user, "held"), codec.boolean(grant, "held")), codec.integer(size, "held"))
+            ((json_fields.string(user, "held"), json_fields.boolean(grant, "held")), json_fields.integer(size, "held"))
             for user, grant, size in item["held"]
         ),
-        tuple((codec.integer(first, "lost"), codec.integer(last, "lost")) for first, last in item["lost"]),
+        tuple((json_fields.integer(first, "lost"), json_fields.integer(last, "lost")) for first, last in item["lost"]),
     )
 
 

@@ -10,9 +10,9 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 
-from persona.codec import Record
 from persona.decisions import Denied
 from persona.problems import Reason
+from persona.record_codec import Record
 from persona_guest.audit.sender import Sender
 from persona_guest.audit.spool import Spool
 from persona_guest.settings import Broker

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from persona import codec
-from persona.codec import CodecError, Record
+from persona import json_fields
+from persona.json_fields import CodecError
+from persona.record_codec import Record
 from persona_guest.audit import records
 
 log = logging.getLogger("persona.record")
@@ -73,10 +74,10 @@ def take(path: Path, user_of: Callable[[str], str]) -> Iterator[Record]:
         return
     for line in lines:
         try:
-            item = codec.mapping(json.loads(line), "", ("at", "session", "denied", "count"))
-            session = codec.string(item["session"], "session")
-            at, count = codec.number(item["at"], "at"), codec.integer(item["count"], "count")
-            denied = codec.boolean(item["denied"], "denied")
+            item = json_fields.mapping(json.loads(line), "", ("at", "session", "denied", "count"))
+            session = json_fields.string(item["session"], "session")
+            at, count = json_fields.number(item["at"], "at"), json_fields.integer(item["count"], "count")
+            denied = json_fields.boolean(item["denied"], "denied")
         except (CodecError, ValueError, RecursionError) as error:
             log.error("%s: a line that cannot be read: %s", path, error)
             continue

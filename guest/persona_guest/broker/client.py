@@ -7,16 +7,15 @@ from typing import Any
 
 from persona.codec import (
     MAX_BODY,
-    CodecError,
     GroupsInUse,
     decode_decision,
     decode_groups_in_use,
     encode_request,
     encode_subject,
-    integer,
     version_needed,
 )
 from persona.decisions import Decision, Denied, Lease, PersonaRef, Request, Subject, Width
+from persona.json_fields import CodecError, integer
 from persona.problems import Fault, Reason
 from persona_guest.broker.current import Current
 from persona_guest.broker.current import read as read_current

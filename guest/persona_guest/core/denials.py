@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from persona.codec import CodecError
-from persona.codec import reason as read_reason
 from persona.decisions import Denied
+from persona.json_fields import CodecError
+from persona.json_fields import reason as read_reason
 from persona.problems import AnyReason
 
 USER_MAX = 50  # denials of one user, the newest

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from persona.codec import Record
 from persona.decisions import Decision, Denied
 from persona.problems import Reason
+from persona.record_codec import Record
 from persona.shown import words
 from persona_guest.audit import records
 from persona_guest.core.denials import COMMAND_MAX, Book

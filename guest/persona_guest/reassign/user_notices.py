@@ -4,10 +4,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from persona.codec import Record
 from persona.decisions import Denied
 from persona.documents import Persona
 from persona.problems import PersonaError, Reason
+from persona.record_codec import Record
 from persona.shown import words
 from persona_guest.audit import records
 from persona_guest.broker.documents import Personas
