@@ -167,7 +167,7 @@ while True:
     spool.add([Record(at + n, *head, *tail) for n in range(count)])
     at += count
     os.write(1, b"%d\\n" % at)  # all before this are kept
-    some, size = (at % 7 + 1, 4000) if at % 10 else (500, 1 << 20)  # now and then all, or it would be full
+    some, size = (at % 7 + 1, 4000) if at % 9 else (500, 1 << 20)  # now and then all, or it would be full
     batch = spool.batch(some, size) if at % 3 == 0 else None
     if batch is not None:
         sent = [entry for entry in batch.entries if "lost" not in entry.value]
