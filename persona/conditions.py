@@ -9,7 +9,7 @@ from persona.guesses import hours_meant
 from persona.health import VmHealth, read_vm_health
 from persona.parsing import Bad, Reader, number, shown
 
-METRICS = ("cpu", "memory", "network")  # percent of the host
+METRICS = ("cpu", "memory", "network", "disk", "pressure")  # percent of the host
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _HOURS = re.compile(
     r"(?:(?P<days>[A-Za-z,-]+) )?(?P<from>\d\d:\d\d)-(?P<to>\d\d:\d\d)(?: (?P<zone>[A-Za-z0-9_+/-]+))?",

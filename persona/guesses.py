@@ -275,7 +275,12 @@ _BELOW = {
         ("time times days schedule hour", "write 'hours: \"Mon-Fri 07:00-20:00 Europe/Berlin\"'"),
         ("health healthy", "write 'vm_health: {disk_free_above: 10%}'"),
     ),
-    "when.host_load": _by(("below", "of what? 'host_load: {cpu: {below: 70}}'"), ("mem ram", "write 'memory'")),
+    "when.host_load": _by(
+        ("below", "of what? 'host_load: {cpu: {below: 70}}'"),
+        ("mem ram", "write 'memory'"),
+        ("io disk_io", "write 'disk'"),
+        ("psi", "write 'pressure'"),
+    ),
 }
 _KINDS = {
     "subjects": _SUBJECTS,
@@ -305,7 +310,7 @@ def of_policy(path: str, value: Any) -> str:
 def _of_field(path: str, value: Any, top: dict[str, str]) -> str:
     above, _, name = path[:200].rpartition(".")
     plain = name.lower().replace("-", "_").replace(" ", "_")
-    if above == "when.host_load" and plain in ("cpu", "memory", "network"):
+    if above == "when.host_load" and plain in ("cpu", "memory", "network", "disk", "pressure"):
         number = shown(value).strip("' ").removesuffix("%")
         return f"write '{plain}: {{below: {number if re.fullmatch('[1-9][0-9]?', number) else 70}}}'"
     known = _BELOW.get(above, {}) if above else top

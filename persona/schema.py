@@ -104,7 +104,7 @@ POLICY: dict[str, Any] = {
                 "host_load": {
                     "type": "object",
                     "additionalProperties": False,
-                    "properties": {"cpu": _THRESHOLD, "memory": _THRESHOLD, "network": _THRESHOLD},
+                    "properties": dict.fromkeys(("cpu", "memory", "network", "disk", "pressure"), _THRESHOLD),
                 },
                 "vm_health": _VM_HEALTH,
                 "hours": {"type": "string"},

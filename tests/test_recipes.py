@@ -31,7 +31,7 @@ HEALTH = {
 }
 THRESHOLD = {"below": 70, "again_below": 60}
 WHEN: dict[str, Any] = {
-    "host_load": {"cpu": THRESHOLD, "memory": THRESHOLD, "network": THRESHOLD},
+    "host_load": dict.fromkeys(("cpu", "memory", "network", "disk", "pressure"), THRESHOLD),
     "vm_health": HEALTH,
     "hours": "Mon-Fri 07:00-20:00 UTC",
 }
