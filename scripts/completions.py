@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "packaging" / "completions"
-COMMANDS = ("persona", "persona-agent", "persona-broker")
+COMMANDS = ("persona", "persona-agent", "persona-broker", "persona-host")
 
 
 @dataclass
@@ -47,6 +47,10 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         from persona_guest.__main__ import _parser as agent
 
         return agent()
+    if name == "persona-host":
+        from persona_broker.host.__main__ import _parser as host
+
+        return host()
     from persona_broker.__main__ import _parser as broker
 
     return broker()

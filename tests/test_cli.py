@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -28,9 +29,10 @@ from scripts.completions import COMMANDS, Command, parser_of, read
 from tests.some import some
 
 ROOT = Path(__file__).parents[1]
-RUN_SOMETHING = {"persona try", "persona-broker serve", "persona-agent run"}
+RUN_SOMETHING = {"persona try", "persona-broker serve", "persona-agent run", "persona-host run"}
 MODULES = {
     "persona": "persona_guest.shell.cli", "persona-agent": "persona_guest", "persona-broker": "persona_broker",
+    "persona-host": "persona_broker.host",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
@@ -245,3 +247,24 @@ def test_persona_says_so_where_there_is_no_agent(tmp_path: Path, words: tuple[st
     done = run("persona", words[0], "--json", "--socket", str(tmp_path / "none"), *words[1:])
     value = answer(done.stdout)
     assert (done.returncode, value["ok"], value["code"]) == (3, False, "agent_unreachable")
+
+
+def test_every_answer_of_persona_host(tmp_path: Path) -> None:
+    from persona_broker.host.core.sample import HostSample
+    from persona_broker.host.sample_files import SampleFiles
+
+    config = tmp_path / "broker.toml"
+    config.write_text(f'[host]\nnames = ["lab"]\ndirectory = "{tmp_path}"\n')
+    named = {name for name in ALL if name.startswith("persona-host ")}
+    assert named - RUN_SOMETHING == {"persona-host top"}
+    for code in (1, 0):
+        done = run("persona-host", "--config", str(config), "top", "--json")
+        (item,) = answer(done.stdout)["items"]
+        assert (done.returncode, set(item)) == (
+            code, {"host", "at", "load", "domains_at", "domains", "problem"}
+        )  # fmt: skip
+        SampleFiles(tmp_path).put(HostSample("lab", "qemu:///system", time.time(), {"cpu": 5.0}, time.time(), ()))
+    assert item["load"] == {"cpu": 5.0}
+    config.write_text("[host]\nuris = [7]\n")
+    value = answer(run("persona-host", "--config", str(config), "top", "--json").stdout)
+    assert (value["ok"], value["code"], "host.uris" in value["message"]) == (False, "bad_document", True)

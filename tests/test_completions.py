@@ -34,7 +34,7 @@ def test_every_file_is_packaged() -> None:
     broker, guest = ((folder / f"persona-{which}.install").read_text() for which in ("broker", "guest"))
     for name in COMMANDS:
         line = f"packaging/completions/{name} usr/share/bash-completion/completions\n"
-        assert line in (broker if name == "persona-broker" else guest)
+        assert line in (broker if name in ("persona-broker", "persona-host") else guest)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,7 @@ def test_every_file_is_packaged() -> None:
         ("persona-broker records tail --denied --reason outside", {"outside_hours"}),
         ("persona-broker records tail --user ", set()),
         ("persona-broker --ver", {"--version"}),
+        ("persona-host to", {"top"}),
         ("persona-agent pl", {"plan"}),
         ("persona-agent --config ", set()),
         ("persona li", {"list"}),

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Libraries whose import name is not the name that pip knows them by.
-DISTRIBUTIONS = {"yaml": "pyyaml", "systemd": "systemd-python", "werkzeug": "flask"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "systemd": "systemd-python", "werkzeug": "flask", "libvirt": "libvirt-python"}
 NOT_FOR_PIP = {"apt_pkg"}  # python3-apt exists as a Debian package only
 
 
@@ -41,7 +41,9 @@ def imported(*folders: str) -> set[str]:
 def test_what_is_imported_is_declared() -> None:
     brought = declared("options", "install_requires")
     # tzdata is read by zoneinfo, where the machine has no files of its own
-    assert imported("persona", "broker") | {"tzdata"} == brought
+    host = declared("options.extras_require", "host")
+    assert imported("persona", "broker") | {"tzdata"} == brought | host
+    assert host == {"libvirt-python"} and not host & brought
     assert declared("options.extras_require", "broker") <= brought
     assert imported("guest") == declared("options.extras_require", "guest")
 

@@ -13,6 +13,7 @@ IO = {"os", "subprocess", "socket", "flask", "gunicorn", "sqlite3", "psutil", "y
 PURE = {
     "persona": IO | {"persona_broker", "persona_guest", "time"},
     "broker/persona_broker/policy": IO | {"time", "persona_guest"},
+    "broker/persona_broker/host/core": IO | {"time", "persona_guest"},
     "broker/persona_broker/audit/core": IO | {"time", "persona_guest", "cryptography"},
     # os.path's string functions and fsdecode touch nothing: the guest's core may import os
     "guest/persona_guest/core": IO - {"os"} | {"time", "persona_broker"},

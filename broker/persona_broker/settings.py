@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import re
+import socket
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, TypeVar
 from persona.problems import Fault, PersonaError
 
 WORKERS_MAX = 32
+HOSTS_MAX = 64
+_URI_MAX = 500
 T = TypeVar("T")
 _UNIX_PATH_MAX = 107  # bytes: unix(7), the kernel takes no longer one
 
@@ -24,6 +27,15 @@ class Audit:
     syslog: str = ""
     syslog_ca: str = "/etc/ssl/certs/ca-certificates.crt"  # Debian's own, of every authority that it trusts
     json_lines: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The table ``[host]``: what ``persona-host`` watches, and where the broker finds what it saw."""
+
+    uris: tuple[str, ...] = ("qemu:///system",)  # libvirt on this very machine
+    names: tuple[str, ...] = ()  # as the URIs say: the machine in it, or this one
+    directory: str = "/run/persona-host"  # the unit's RuntimeDirectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +53,7 @@ class Settings:
     workers: int = 2  # decisions are CPU: about one a core on a small host
     insecure_loopback: bool = False  # HTTP without TLS, on 127.0.0.1 only
     audit: Audit = field(default_factory=Audit)
+    host: Host = field(default_factory=Host)
 
 
 def load(path: Path) -> Settings:
@@ -63,12 +76,20 @@ def _read(defaults: T, values: dict[str, Any], path: Path, table: str) -> T:
             raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {table}{key}: unknown key; known: {', '.join(known)}")
         if is_dataclass(known[key]) and isinstance(value, dict):
             read[key] = _read(known[key], value, path, f"{table}{key}.")
+        elif isinstance(known[key], tuple):
+            read[key] = _texts(value, f"{path}: {table}{key}")
         elif type(value) is not type(known[key]):
             wanted = "a table" if is_dataclass(known[key]) else type(known[key]).__name__
             raise PersonaError(Fault.BAD_DOCUMENT, f"{path}: {table}{key}: expected {wanted}, not {value!r}")
         else:
             read[key] = value
     return replace(defaults, **read)  # type: ignore[type-var]
+
+
+def _texts(value: object, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise PersonaError(Fault.BAD_DOCUMENT, f"{where}: expected a list of texts, not {value!r}")
+    return tuple(value)
 
 
 def check(settings: Settings) -> None:
@@ -92,6 +113,56 @@ def check(settings: Settings) -> None:
         if settings.insecure_loopback and not _is_loopback(host.strip("[]")):
             raise PersonaError(Fault.BAD_DOCUMENT, f"{key}: {bind!r}: without TLS only loopback is served")
     _check_audit(settings.audit)
+    hosts_of(settings.host)
+    if not settings.host.directory.startswith("/"):
+        raise PersonaError(
+            Fault.BAD_DOCUMENT, f"host.directory: {settings.host.directory!r}: expected an absolute path"
+        )
+
+
+def hosts_of(host: Host) -> dict[str, str]:
+    """The URI of each host by its name.  Raises ``PersonaError``.
+
+    Without ``names`` a host is called as the machine in its URI, or as this one, up to the first dot.
+    """
+    if not 1 <= len(host.uris) <= HOSTS_MAX:
+        raise PersonaError(Fault.BAD_DOCUMENT, f"host.uris: expected 1 to {HOSTS_MAX} URIs of libvirt")
+    for uri in host.uris:
+        if not re.fullmatch(r"[a-z][a-z0-9+]*://[\x21-\x7e]*", uri) or len(uri) > _URI_MAX:
+            raise PersonaError(
+                Fault.BAD_DOCUMENT, f"host.uris: {uri!r}: expected a URI of libvirt, like 'qemu:///system'"
+            )
+    names = host.names or tuple(map(_machine_of, host.uris))
+    if len(names) != len(host.uris):
+        problem = f"host.names: {len(names)} names for {len(host.uris)} URIs: expected one for each, in their order"
+        raise PersonaError(Fault.BAD_DOCUMENT, problem)
+    for name in names:
+        if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z-]{0,62}", name):
+            fix = "letters, digits and '-', at most 63"
+            raise PersonaError(Fault.BAD_DOCUMENT, f"host.names: {name!r} is not a valid name of a host: {fix}")
+        if names.count(name) > 1:
+            fix = "names tells them apart" if not host.names else "each needs its own"
+            raise PersonaError(Fault.BAD_DOCUMENT, f"host.names: {name!r} is the name of two hosts; {fix}")
+    return dict(zip(names, host.uris, strict=True))
+
+
+def is_local(uri: str) -> bool:
+    """Whether a URI names no machine, and so means this one."""
+    return not _authority(uri)
+
+
+def _authority(uri: str) -> str:
+    return uri.partition("://")[2].partition("/")[0].partition("?")[0].rpartition("@")[2]
+
+
+def _machine_of(uri: str) -> str:
+    machine = _authority(uri)
+    if not machine:
+        return socket.gethostname().partition(".")[0]
+    if machine.startswith("["):  # an IPv6 address, whose colons no name may have
+        return machine.partition("]")[0].strip("[").replace(":", "-").strip("-")
+    name = machine.partition(":")[0]
+    return name.replace(".", "-") if re.fullmatch(r"[0-9.]+", name) else name.partition(".")[0]
 
 
 def _check_audit(audit: Audit) -> None:

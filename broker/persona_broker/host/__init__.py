@@ -1,1 +1,1 @@
-"""Where the host's load comes from."""
+"""The hosts of the VMs: where their load comes from, and ``persona-host``, which watches their hypervisors."""
