@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -10,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_broker.host.core.readings import Domain, DomainState
+from persona_broker.host.core.sample import HostSample
 from persona_broker.policy.conditions import Sample
 from persona_broker.policy.merge import ADD, WHOLE
 from persona_broker.policy.origin import Origin
 from persona_broker.policy.rollout import Seen
+from persona_broker.store.hosts import SeenHosts
 from persona_broker.store.interface import Author, SessionRow, Store, StoreError
 from persona_broker.store.sqlite import SqliteStore
 from persona_broker.view import State
 
+from persona.conditions import Threshold
 from persona.decisions import Granted, Program, Request, Subject
 from persona.documents import Document, Persona, Policy, parse_document
 from persona.health import Report
@@ -74,17 +79,79 @@ def test_the_generation_rises_with_what_can_change_a_decision_and_with_nothing_e
     one = documents(persona("A"))
     changes: list[Callable[[], object]] = [
         lambda: store.change(one, WHOLE, ANN), store.raise_generation, lambda: store.revoke("alice"),
+        lambda: store.bind("vm", "u"), lambda: store.raise_generation_for(["vm"]), lambda: store.unbind("vm"),
         lambda: store.remove_guest("vm"),
     ]  # fmt: skip
     same: list[Callable[[], object]] = [
         lambda: store.change(one, WHOLE, ANN), lambda: store.revoke("nobody"), lambda: store.remove_guest("nobody"),
         lambda: store.put_sample(Sample(1.0, {"cpu": 1.0}, "set"), frozenset()), lambda: store.add_guest("other"),
         lambda: store.put_report("other", Report(), (), 1.0), lambda: store.add_lost(1),
+        lambda: store.put_hosts([(host_sample("lab"), frozenset())]), lambda: store.unbind("vm"),
     ]  # fmt: skip
     for act, rises in [(act, 1) for act in changes] + [(act, 0) for act in same]:
         before = store.generation()
         act()
         assert store.generation() == before + rises
+
+
+def host_sample(name: str, at: float | None = None) -> HostSample:
+    at = time.time() if at is None else at
+    domains = (Domain("u1", "one", DomainState.RUNNING, {"cpu": 5.0}), Domain("u2", "two", DomainState.SHUT_OFF))
+    return HostSample(name, "qemu:///system", at, {"cpu": 80.0}, at, domains)
+
+
+def test_of_a_host_the_newest_sample_is_kept_with_its_latches(connect: Open) -> None:
+    store, seen = connect(), SeenHosts(connect())
+    latches = frozenset({Threshold("cpu", 70, 60)})
+    assert seen.look() == {}
+    first, second = host_sample("lab"), host_sample("lab", time.time() + 1)
+    store.put_hosts([(first, frozenset()), (host_sample("other"), frozenset())])
+    store.put_hosts([(second, latches)])
+    found = seen.look()
+    assert (sorted(found), found["lab"].sample.at, found["lab"].latches) == (["lab", "other"], second.at, latches)
+    assert (found["lab"].runs, found["lab"].domains_at) == ({"u1": True, "u2": False}, second.at)
+    assert seen.seen["lab"].sample == second
+    assert seen.look() is found  # nothing is new
+    assert SeenHosts(connect()).look() == found  # another process's
+    store.put_hosts([(host_sample("old", time.time() - 90_000), frozenset())])
+    assert sorted(seen.look()) == ["lab", "other"]
+
+
+def test_a_domain_is_one_guest(connect: Open) -> None:
+    store, other = connect(), connect()
+    for name in ("vm-1", "vm-2"):
+        store.add_guest(name)
+    store.bind("vm-1", "u1")
+    for guest, code in (("vm-2", Fault.CONFLICT), ("nobody", Fault.NOT_FOUND)):
+        with pytest.raises(PersonaError) as error:
+            other.bind(guest, "u1")
+        assert error.value.code is code
+    assert {guest: binding.uuid for guest, binding in other.bindings().items()} == {"vm-1": "u1"}
+    other.bind("vm-1", "u3")  # it was wrong
+    other.bind("vm-2", "u1")
+    store.add_guest("vm-2", "another token")
+    assert {guest: binding.uuid for guest, binding in store.bindings().items()} == {"vm-1": "u3", "vm-2": "u1"}
+    assert store.unbind("vm-2") and not store.unbind("vm-2")
+    store.remove_guest("vm-1")
+    assert store.bindings() == {}
+
+
+def test_what_concerns_some_guests_leaves_what_concerns_the_others(connect: Open) -> None:
+    store, other = connect(), connect()
+    for number in (1, 2):
+        store.add_guest(f"vm-{number}")
+        store.bind(f"vm-{number}", f"u{number}")
+    shared = store.shared_generation()
+    assert shared == store.generation()
+    first = store.raise_generation_for(["vm-1"])
+    second = other.raise_generation_for(["vm-2"])
+    assert (first, second, store.generation()) == (shared + 1, shared + 2, shared + 2)
+    assert store.shared_generation() == shared
+    assert {guest: binding.generation for guest, binding in store.bindings().items()} == {"vm-1": first, "vm-2": second}
+    every = other.raise_generation()  # whoever knows nothing of that
+    assert store.shared_generation() == every == second + 1
+    assert store.raise_generation_for(["vm-1"]) == every + 1
+    assert other.shared_generation() == every
 
 
 def test_of_those_who_planned_for_the_same_revision_one_gets_through(connect: Open) -> None:

@@ -52,11 +52,21 @@ class ConditionInputs:
 
 def judge(when: When, world: ConditionInputs) -> Unmet | None:
     """The first condition that does not hold on any VM, or ``None``.  Unknown load is not below anything."""
+    return judge_load(when, world) or judge_hours(when, world.now)
+
+
+def judge_load(when: When, world: ConditionInputs) -> Unmet | None:
+    """The first threshold of load that is not kept."""
     for threshold in when.host_load:
         unmet = _judge_load(threshold, world)
         if unmet is not None:
             return unmet
-    if when.hours is not None and not _within(when.hours, world.now):
+    return None
+
+
+def judge_hours(when: When, now: float) -> Unmet | None:
+    """Whether the hours are over; ``now`` in Unix seconds."""
+    if when.hours is not None and not _within(when.hours, now):
         return Unmet(Reason.OUTSIDE_HOURS, f"it holds {when.hours.text}")
     return None
 
@@ -88,16 +98,38 @@ _UNREPORTED = Unmet(Reason.VM_UNHEALTHY, "how healthy the VM is, is not known: i
 
 
 @dataclass(frozen=True, slots=True)
+class OnHost:
+    """What does not hold on a host, by policy name; an empty ``host`` = nobody knows on which a VM is."""
+
+    host: str
+    unmet: Mapping[str, Unmet]
+
+
+Placed = Mapping[str, OnHost]  # by VM that is bound to a domain
+
+
+@dataclass(frozen=True, slots=True)
 class ConditionState:
-    """Which policies' conditions do not hold, as of ``generation``: by policy name on any VM, and by VM."""
+    """Which policies' conditions do not hold, as of ``generation``: by policy name, by VM, and by VM on its host.
+
+    ``unmet`` is of VMs that are bound to no domain, by the load of the broker's machine.  ``generations`` are later
+    ones that concern a VM alone.
+    """
 
     generation: int
     unmet: Mapping[str, Unmet]
     unhealthy: Unhealthy = field(default_factory=dict)
+    placed: Placed = field(default_factory=dict)
+    generations: Mapping[str, int] = field(default_factory=dict)
+
+    def generation_for(self, vm: str) -> int:
+        """The newest generation that concerns a VM."""
+        return self.generations.get(vm, self.generation)
 
     def unmet_of(self, policy: Policy, vm: str) -> Unmet | None:
         """Why a policy does not hold on a VM; ``None`` = it holds."""
-        found = self.unmet.get(policy.name)
+        placed = self.placed.get(vm)
+        found = (self.unmet if placed is None else placed.unmet).get(policy.name)
         health = policy.when.vm_health
         if found is not None or health is None:
             return found
@@ -110,17 +142,20 @@ def look(
     world: ConditionInputs,
     generation: int,
     unhealthy: Unhealthy | None = None,
+    placed: Placed | None = None,
+    generations: Mapping[str, int] | None = None,
 ) -> ConditionState:
     """Judges each condition once, whatever the number of policies (the names) that share it.
 
-    ``unhealthy`` is the word of ``policy.health.HealthJudge`` on the VMs.
+    ``unhealthy`` is the word of ``policy.vm_health.HealthJudge`` on the VMs, ``placed`` that of
+    ``policy.host_load.HostJudge`` on those that are bound to a domain.
     """
     unmet: dict[str, Unmet] = {}
     for when, names in conditions.items():
         found = judge(when, world)
         if found is not None:
             unmet.update(dict.fromkeys(names, found))
-    return ConditionState(generation, unmet, unhealthy or {})
+    return ConditionState(generation, unmet, unhealthy or {}, placed or {}, generations or {})
 
 
 def thresholds(conditions: Iterable[When]) -> frozenset[Threshold]:

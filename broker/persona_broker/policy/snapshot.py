@@ -191,7 +191,7 @@ class _Row:
     def judge(self, condition_state: ConditionState) -> _Judged:
         """Everything that can be answered as long as the condition state does not change."""
         judged = _Judged()
-        lease, now = Lease(LEASE_S, self.width), condition_state.generation
+        lease, now = Lease(LEASE_S, self.width), condition_state.generation_for(self.subject.vm)
         options = []
         for policy, versioned, commands, whitelist in self.said:
             unmet = condition_state.unmet_of(policy, self.subject.vm)
@@ -225,7 +225,7 @@ class _Row:
         return judged
 
     def _refused(self, condition_state: ConditionState, lease: Lease) -> Denied:
-        now = condition_state.generation
+        now = condition_state.generation_for(self.subject.vm)
         if not self.policies:
             detail = f"no policy names {self.subject.user} on {self.subject.vm}"
             return Denied(Reason.NO_MATCHING_POLICY, None, None, detail, lease, now)

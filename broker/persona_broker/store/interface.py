@@ -25,6 +25,7 @@ from typing import Protocol
 from persona.decisions import Subject
 from persona.documents import Document
 from persona.health import Bound, Report
+from persona_broker.host.core.sample import HostSample
 from persona_broker.policy.conditions import Latches, Sample
 from persona_broker.policy.diff import Changes
 from persona_broker.policy.merge import How, Stored
@@ -106,6 +107,24 @@ class ReportRow:
 
 
 @dataclass(frozen=True, slots=True)
+class HostRow:
+    """A host's sample and its latches as they are stored; ``number`` rises with each that is put."""
+
+    number: int
+    name: str
+    sample: str
+    latches: str
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Which domain a guest is, and the newest generation that concerned this guest and not every one."""
+
+    uuid: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     """A document as it is stored: its digest, its JSON, and that of its expansion, if it has one."""
 
@@ -181,6 +200,38 @@ class Store(Protocol):
 
     def reports_after(self, number: int) -> list[ReportRow]:
         """Those that were put after the one of this number, in order."""
+
+    # --- hosts --------------------------------------------------------------------------------------
+
+    def put_hosts(self, samples: Iterable[tuple[HostSample, Latches]]) -> None:
+        """Replaces the samples of these hosts, and their latches with them; what is a day old is gone."""
+
+    def hosts_after(self, number: int) -> list[HostRow]:
+        """Those that were put after the one of this number, in order."""
+
+    def host_names(self) -> list[str]:
+        """All hosts that have a sample."""
+
+    def bindings(self) -> dict[str, Binding]:
+        """By guest, of those that are bound to a domain."""
+
+    def bind(self, guest: str, uuid: str) -> None:
+        """From now on the guest is this domain, and no other one.
+
+        Raises ``PersonaError`` (not_found, or conflict where another guest is it).
+        """
+
+    def unbind(self, guest: str) -> bool:
+        """Whether it was bound."""
+
+    def raise_generation_for(self, guests: Iterable[str]) -> int:
+        """Announces a change that concerns these guests alone, all of them bound; the new generation.
+
+        For the others the generation that concerns them stays what it was.
+        """
+
+    def shared_generation(self) -> int:
+        """The newest generation that concerns every guest."""
 
     # --- documents ----------------------------------------------------------------------------------
 

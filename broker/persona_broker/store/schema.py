@@ -75,6 +75,14 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE audit_holds (kind TEXT NOT NULL, name TEXT NOT NULL, at REAL NOT NULL, author TEXT NOT NULL,"
         " message TEXT NOT NULL, PRIMARY KEY (kind, name)) WITHOUT ROWID",
     ),
+    # 6: the newest sample of each host, and which domain each guest is; the newest generation that concerns it alone
+    (
+        "CREATE TABLE hosts (seq INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, at REAL NOT NULL,"
+        " sample TEXT NOT NULL, latches TEXT NOT NULL)",
+        "CREATE TABLE bindings (guest TEXT PRIMARY KEY, uuid TEXT NOT NULL UNIQUE, generation INTEGER NOT NULL"
+        " DEFAULT 0) WITHOUT ROWID",
+        "CREATE TRIGGER guest_unbound AFTER DELETE ON guests BEGIN DELETE FROM bindings WHERE guest = OLD.name; END",
+    ),
 )
 
 
@@ -96,7 +104,7 @@ class NoSchemaError(SqliteError):
 
 _FIX = "'persona-broker migrate' brings it there, as a start of the service does"
 # What only a version from this one on has: SQLite's .dump keeps tables, and not the version.
-_FIRST_OF = ((5, "audit_pending"), (4, "origins"), (3, "change_sets"))
+_FIRST_OF = ((6, "bindings"), (5, "audit_pending"), (4, "origins"), (3, "change_sets"))
 
 
 def check(db: sqlite3.Connection) -> None:

@@ -7,13 +7,14 @@ from persona_broker.policy.conditions import Latches, Sample
 from persona_broker.store.database import put_meta
 from persona_broker.store.documents import Documents
 from persona_broker.store.health import Health
+from persona_broker.store.hosts import Hosts
 from persona_broker.store.interface import NOBODY, Author
 from persona_broker.store.pending import note
 from persona_broker.store.rollout import Rollout
 from persona_broker.store.sessions import Sessions
 
 
-class SqliteStore(Documents, Sessions, Health, Rollout):
+class SqliteStore(Documents, Sessions, Health, Hosts, Rollout):
     """The first implementation of ``interface.Store``: all parts over one connection, and the host's load."""
 
     def sample(self) -> Sample | None:
