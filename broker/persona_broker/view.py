@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persona_broker.policy.conditions import ConditionInputs, ConditionState, Sample, look
+from persona_broker.policy.host_load import HostJudge, HostState
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.vm_health import MAX_AGE_S, HealthJudge, Reported
 from persona_broker.store.health import Reports
-from persona_broker.store.interface import Store
+from persona_broker.store.hosts import SeenHosts
+from persona_broker.store.interface import Binding, Store
 
 _CHECK_EVERY_S = 0.002  # before any guest can have been told of a change; one that has says so
 _JUDGE_EVERY_S = 1.0  # hours begin and samples age without anybody writing
@@ -32,8 +34,15 @@ class View:
     guests: Mapping[str, str]  # by the hash of their token
     sample: Sample | None
     health: Mapping[str, Reported]  # by VM
+    hosts: Mapping[str, HostState]
+    bindings: Mapping[str, Binding]  # by guest, of those that are bound to a domain
+    shared: int  # the newest generation that concerns every guest
     written: int  # the database's ``data_version`` that this was made from
     judged_at: float  # monotonic
+
+    def generation_for(self, guest: str) -> int:
+        """The newest generation that concerns a guest: what it is told with every answer."""
+        return self.condition_state.generation_for(guest)
 
 
 class State:
@@ -47,6 +56,8 @@ class State:
         self._load_max_age_s = load_max_age_s
         self._reports = Reports(store)
         self._health_judge = HealthJudge(health_max_age_s)
+        self._hosts = SeenHosts(store)
+        self._host_judge = HostJudge(load_max_age_s)
         self._lock = threading.Lock()
         self._check_at = 0.0  # monotonic
         self._view = self._load(None)
@@ -71,7 +82,8 @@ class State:
         written = self._store.data_version()  # first: what is written meanwhile makes the view old, never the reverse
         with self._store.reading():
             generation, moved = self._store.stamp()
-            if previous is not None and (previous.generation, previous.moved) == (generation, moved):
+            shared, bindings = self._store.shared_generation(), self._store.bindings()
+            if previous is not None and (previous.shared, previous.moved) == (shared, moved):
                 snapshot, revoked, ending = previous.snapshot, previous.revoked, previous.ending
                 quarantined = previous.quarantined
             else:
@@ -81,8 +93,12 @@ class State:
             world = ConditionInputs(self._store.sample(), self._store.latches(), time.time(), self._load_max_age_s)
             guests = self._store.tokens()
             health = self._reports.look(guests.values())
+            hosts = self._hosts.look()
+        domains = {guest: binding.uuid for guest, binding in bindings.items()}
+        placed = self._host_judge.look(snapshot.conditions, hosts, domains, world.now)
+        generations = {guest: bound.generation for guest, bound in bindings.items() if bound.generation > shared}
         unhealthy = self._health_judge.look(snapshot.vm_conditions, health, world.now)
-        condition_state = look(snapshot.conditions, world, generation, unhealthy)
+        condition_state = look(snapshot.conditions, world, shared, unhealthy, placed, generations)
         if previous is not None and condition_state == previous.condition_state and snapshot is previous.snapshot:
             condition_state = previous.condition_state  # the same object: what was made for it stays good
         sample, judged_at = world.sample, time.monotonic()
@@ -97,6 +113,9 @@ class State:
             guests,
             sample,
             health,
+            hosts,
+            bindings,
+            shared,
             written,
             judged_at,
         )

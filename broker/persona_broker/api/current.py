@@ -46,7 +46,7 @@ def current() -> Response:
         found[ident] = {"revoked": revoked, **(_NOTHING if revoked else by_subject[subject])}
         if revoked and ident in view.ending and version > wire.FIRST:  # 0.1.0 would refuse the whole answer
             found[ident]["end"] = True  # and it does as the persona's on_revoke says
-    return jsonify(generation=view.generation, sessions=found)
+    return jsonify(generation=view.generation_for(name), sessions=found)
 
 
 _NOTHING: dict[str, Any] = {"personas": [], "others": []}

@@ -39,7 +39,7 @@ def decide() -> Response:
         decision = _quarantined(name, view)
     elif request.session in view.revoked:
         help_ = "an operator revoked this session"
-        decision = Denied(Reason.SESSION_REVOKED, help=help_, lease=_RETRY, generation=view.generation)
+        decision = Denied(Reason.SESSION_REVOKED, help=help_, lease=_RETRY, generation=view.generation_for(name))
     else:
         decision = view.snapshot.for_wire(version).decide(request, view.condition_state)
     if not explain:  # a question, not a program start
@@ -53,7 +53,7 @@ _RETRY = Lease(30.0, Width.ARGV)
 def _quarantined(vm: str, view: View) -> Denied:
     """Who was removed or revoked since the backup may be among those that it brought back: nobody is let in."""
     help_ = f"the broker was restored from a backup; an operator lets {vm} in again by 'persona-broker guest readmit'"
-    return Denied(Reason.GUEST_QUARANTINED, help=help_, lease=_RETRY, generation=view.generation)
+    return Denied(Reason.GUEST_QUARANTINED, help=help_, lease=_RETRY, generation=view.generation_for(vm))
 
 
 def _current(value: Mapping[str, Any], name: str) -> View:
@@ -98,7 +98,7 @@ def _admission(*, opening: bool) -> Response:
         denied = Denied(
             Reason.NO_MATCHING_POLICY,
             help=f"no policy names {subject.user} on {subject.vm}; ask its operator for one",
-            generation=view.generation,
+            generation=view.generation_for(name),
         )
         return jsonify(admitted=False, denied=codec.encode_decision(denied, version))
     if opening:
@@ -112,7 +112,7 @@ def _admission(*, opening: bool) -> Response:
         session=ident,
         persona={"name": ref.name, "version": ref.version} if ref else None,
         policy=entry.policy.name if entry else None,
-        generation=view.generation,
+        generation=view.generation_for(name),
     )
     answer.status_code = 201 if opening else 200
     return answer
@@ -169,7 +169,7 @@ def _session(ident: str, guest: str) -> SessionRow:
 def _entries(subject: Subject, view: View) -> Response:
     version = wire_version()
     found = view.snapshot.for_wire(version).entries(subject, view.condition_state)
-    return jsonify(generation=view.generation, entries=[_entry(entry, version) for entry in found])
+    return jsonify(generation=view.generation_for(subject.vm), entries=[_entry(entry, version) for entry in found])
 
 
 def _entry(entry: Entry, version: int) -> dict[str, Any]:

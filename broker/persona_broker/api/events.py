@@ -5,6 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 
 from flask import Blueprint, Response, current_app, request
 
@@ -65,17 +66,26 @@ class Streams:
 
     def lines(self, guest: str, stream: object) -> Iterator[bytes]:
         """JSON lines for as long as the guest listens, is registered and has no newer streams."""
-        seen, why, told, told_at = self._watcher.generation, "hello", -1, 0.0
+        seen, why, told, told_at = self._generation_for(guest), "hello", -1, 0.0
         while not self._ending and stream in self._open.get(guest, ()) and self._registered(guest):
             yield json.dumps({"generation": seen, "why": why}).encode() + b"\n"
             with self._watcher.changed:
                 if told != seen or time.monotonic() - told_at >= _TOLD_EVERY_S:  # the line is on its way
                     self._watcher.told[guest] = told = seen
                     told_at = time.monotonic()
-                if self._watcher.generation == seen:
-                    self._watcher.changed.wait(BEAT_S)
-                why = "beat" if self._watcher.generation == seen else "changed"
-                seen = self._watcher.generation
+                self._watcher.changed.wait_for(partial(self._is_news, guest, stream, seen), BEAT_S)
+                newest = self._watcher.generation_for(guest)
+                why = "beat" if newest == seen else "changed"
+                seen = newest
+
+    def _generation_for(self, guest: str) -> int:
+        with self._watcher.changed:
+            return self._watcher.generation_for(guest)
+
+    def _is_news(self, guest: str, stream: object, seen: int) -> bool:
+        """Whether a stream has something to say, or ends; a change that concerns other guests is no news."""
+        over = self._ending or stream not in self._open.get(guest, ())
+        return over or self._watcher.generation_for(guest) != seen
 
     def _registered(self, guest: str) -> bool:
         try:

@@ -81,7 +81,7 @@ def chosen_by(value: Mapping[str, Any], view: View, vm: str) -> None:
     if "groups_in_use" in value:
         groups = view.snapshot.groups_in_use(vm)
         if codec.tag(value["groups_in_use"], "groups_in_use") != groups.tag:
-            raise GroupsChanged(groups, view.generation)
+            raise GroupsChanged(groups, view.generation_for(vm))
 
 
 def body() -> Any:

@@ -346,14 +346,18 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
     from persona.decisions import Granted, Subject
     from persona_broker.policy.conditions import ConditionInputs
     from persona_broker.policy.explain import explain, world_of
+    from persona_broker.policy.host_load import HostJudge, HostState
     from persona_broker.policy.order import arrange
     from persona_broker.policy.origin import named
     from persona_broker.policy.vm_health import HealthJudge, Reported
     from persona_broker.store.health import Reports
+    from persona_broker.store.hosts import SeenHosts
     from persona_broker.store.stored_text import make_snapshot
 
     now = arguments.at.timestamp() if arguments.at else time.time()
     quarantined: Mapping[str, float] = {}
+    domains: dict[str, str] = {}
+    hosts: Mapping[str, HostState] = {}
     if arguments.files:
         loaded = _loaded(arguments.files)
         snapshot = make_snapshot(((document, 0) for document in arrange(loaded.documents)), loaded.origins)
@@ -364,13 +368,16 @@ def explain(arguments: argparse.Namespace, settings: Settings) -> int:
         snapshot, quarantined = store.snapshot(), store.quarantined()
         world = ConditionInputs(store.sample(), store.latches(), now, float(settings.load_max_age_s))
         reports = Reports(store).look(store.guests())
+        domains = {guest: binding.uuid for guest, binding in store.bindings().items()}
+        hosts = SeenHosts(store).look()
     if arguments.load:
-        world = world_of(snapshot, arguments.load, now)
+        world, domains = world_of(snapshot, arguments.load, now), {}  # of whichever host it is on
     if arguments.health:
         reports = {arguments.vm: Reported(now, arguments.health, frozenset())}
     subject = Subject(arguments.user, tuple(arguments.group), arguments.vm)
     unhealthy = HealthJudge(settings.health_max_age_s).look(snapshot.vm_conditions, reports, now)
-    found = explain(snapshot, subject, tuple(arguments.command), world, unhealthy)
+    placed = HostJudge(settings.load_max_age_s).look(snapshot.conditions, hosts, domains, now)
+    found = explain(snapshot, subject, tuple(arguments.command), world, unhealthy, placed)
     decision = found.decision
     lines = [f"  {named(c.policy, c.origin)} -> {c.persona}: {c.verdict}" for c in found.considered]
     policy = named(decision.policy, decision.policy_origin) if decision.policy else ""

@@ -3,17 +3,19 @@
 import posixpath
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from persona.decisions import Decision, Denied, Program, Request, Subject
 from persona.home_programs import is_below
 from persona.patterns import SECURE_PATH, usr_merged
 from persona.program_facts import BUILTINS
-from persona_broker.policy.conditions import ConditionInputs, Sample, Unhealthy, latch, look, thresholds
+from persona_broker.policy.conditions import ConditionInputs, Placed, Sample, Unhealthy, latch, look, thresholds
 from persona_broker.policy.snapshot import Entry, Snapshot, Source
 
 # What may be somebody's login shell, which no broker knows; ``persona explain`` in the guest does.
 _SHELLS = frozenset({"sh", "bash", "rbash", "dash", "ash", "zsh", "ksh", "mksh", "fish", "tcsh", "csh"})
 _NAMED_MAX = 20  # groups in a note
+_NOT_PLACED: Placed = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,15 @@ def world_of(snapshot: Snapshot, load: Mapping[str, float], now: float) -> Condi
 
 
 def explain(
-    snapshot: Snapshot, subject: Subject, argv: tuple[str, ...], world: ConditionInputs, unhealthy: Unhealthy
+    snapshot: Snapshot,
+    subject: Subject,
+    argv: tuple[str, ...],
+    world: ConditionInputs,
+    unhealthy: Unhealthy,
+    placed: Placed = _NOT_PLACED,
 ) -> Explanation:
     """Pure: the same engine as for guests."""
-    condition_state = look(snapshot.conditions, world, 0, unhealthy)
+    condition_state = look(snapshot.conditions, world, 0, unhealthy, placed)
     program = program_named(argv[0], subject.user)
     decision = snapshot.decide(Request(subject, "", program, argv, "/"), condition_state)
     considered = tuple(
