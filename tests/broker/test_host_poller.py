@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from persona_broker.host.core.readings import DomainReading, DomainState, HostReading
 from persona_broker.host.core.sample import HostSample
 from persona_broker.host.hypervisor import HypervisorError
-from persona_broker.host.poller import HostPoller
+from persona_broker.host.poller import DomainPoller, HostPoller
 from persona_broker.host.sample_files import SIZE_MAX, SampleFiles
 from persona_broker.host.time_limit import TimeLimit, TookTooLongError
 from persona_broker.host.top import HostRow, bar
@@ -72,21 +73,27 @@ class Lab:
             return HostReading(clock(), (clock() / 4, clock()))
 
         reads: Callable[[], HostReading] | None = None if remote else read_host
-        self.poller = HostPoller(
-            "lab", "fake:///", lambda _uri: self.hypervisor(clock), reads, self.samples.append, clock, clock
+        self.domains = DomainPoller(
+            "fake:///", lambda _uri: self.hypervisor(clock), with_host=remote, clock=clock, now=clock
         )
+        self.poller = HostPoller("lab", "fake:///", self.domains, reads, self.samples.append, clock)
+
+    def round(self) -> None:
+        """What two threads do."""
+        self.domains.poll()
+        self.poller.poll()
 
     def rounds(self, count: int) -> HostSample:
         for _ in range(count):
             self.clock.at_s += 1
-            self.poller.poll()
+            self.round()
         return self.samples[-1]
 
 
 def test_two_rounds_make_a_sample() -> None:
     lab = Lab()
     lab.clock.at_s += 1
-    lab.poller.poll()
+    lab.round()
     assert lab.samples == []  # of one reading nothing is known
     sample = lab.rounds(1)
     assert (sample.at, sample.load, sample.domains_at, sample.problem) == (1002.0, {"cpu": 25.0}, 1002.0, "")
@@ -135,7 +142,7 @@ def test_ten_thousand_rounds_leave_descriptors_memory_and_connections_flat(
         for number in range(count):
             lab.hypervisor.broken = number % 50 > 47
             lab.clock.at_s += 1
-            lab.poller.poll()
+            lab.round()
 
     some(200)
     gc.collect()
@@ -157,12 +164,30 @@ def test_ten_thousand_rounds_leave_descriptors_memory_and_connections_flat(
 
 
 def test_what_ends_it_closes_the_connection() -> None:
-    lab = Lab()
-    lab.rounds(2)
-    stop = threading.Event()
+    lab, stop = Lab(), threading.Event()
+    running = threading.Thread(target=lab.poller.run, args=(stop,))
+    running.start()
+    while lab.domains.listed.at is None:
+        time.sleep(0.01)
     stop.set()
-    lab.poller.run(stop)
+    running.join(5)
     assert (lab.hypervisor.opened, lab.hypervisor.closed) == (1, 1)
+
+
+def test_a_hypervisor_that_hangs_does_not_hold_up_the_host() -> None:
+    lab, stop, hang = Lab(), threading.Event(), threading.Event()
+    lab.domains._connect = lambda _uri: hang.wait(10) and lab.hypervisor(lab.clock)  # type: ignore[assignment,return-value]
+    running = threading.Thread(target=lab.poller.run, args=(stop,))
+    running.start()
+    lab.clock.at_s += 1
+    while not lab.samples:
+        lab.clock.at_s += 1
+        time.sleep(0.05)
+    assert (lab.samples[0].load, lab.samples[0].domains_at) == ({"cpu": 25.0}, None)
+    stop.set()
+    hang.set()
+    running.join(5)
+    assert not running.is_alive()
 
 
 def test_a_call_that_hangs_is_given_up_and_counted() -> None:

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Each host in a thread of its own: one that does not answer holds up no other."""
     from persona_broker.host.machine import Machine
-    from persona_broker.host.poller import HostPoller
+    from persona_broker.host.poller import DomainPoller, HostPoller
 
     try:
         from persona_broker.host.libvirt_hypervisor import LibvirtHypervisor
@@ -84,7 +84,8 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     threads = []
     for host, uri in configuration.hosts_of(settings.host).items():
         read_host = Machine().read if configuration.is_local(uri) else None
-        poller = HostPoller(host, uri, LibvirtHypervisor, read_host, SampleFiles(directory).put)
+        domains = DomainPoller(uri, LibvirtHypervisor, with_host=read_host is None)
+        poller = HostPoller(host, uri, domains, read_host, SampleFiles(directory).put)
         threads.append(threading.Thread(target=_watched, args=(poller.run, stop), name=f"host {host}", daemon=True))
         threads[-1].start()
         log.info("watching %s at %s", host, uri)

@@ -23,6 +23,7 @@ from persona_broker.host.time_limit import TimeLimit, TookTooLongError
 log = logging.getLogger("persona.host")
 
 T = TypeVar("T")
+_FIRST_S = 20.0
 _CALL_S = 1.0
 _EACH_S = 0.5  # of one domain, where they are asked one by one
 _ALL_S = 5.0  # of all of them
@@ -72,6 +73,11 @@ class LibvirtHypervisor:
             self._connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
         except libvirt.libvirtError:  # a driver without a connection, such as test:///default
             log.debug("%s has no keepalive", uri)
+        try:  # a libvirtd that has just begun finds out what the host can do, for seconds, when it is first asked
+            self._calls.call(partial(self._connection.getAllDomainStats, _NO_MONITOR, _NOWAIT), _FIRST_S)
+        except (TookTooLongError, libvirt.libvirtError) as error:
+            self.close()
+            raise HypervisorError(f"{uri}: its domains cannot be listed: {error}") from error
 
     def domains(self) -> Sequence[DomainReading]:
         """All domains; see ``Hypervisor``."""

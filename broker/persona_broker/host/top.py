@@ -57,6 +57,8 @@ class HostRow:
         for metric in METRICS:
             percent = sample.load.get(metric)
             yield f"  {metric:9}" + ("unknown" if percent is None else f"{bar(percent)} {percent:3.0f} %")
+        if not sample.problem and not self._is_fresh(sample.domains_at):
+            yield "  ! its domains are not known: libvirt does not answer"
         if sample.problem:
             yield f"  ! {printable(sample.problem)}"
         for domain in _busiest_first(sample.domains):
