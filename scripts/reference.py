@@ -274,6 +274,9 @@ def _value(action: argparse.Action) -> str:
 LABELS: Mapping[str, tuple[str, ...]] = {  # of those that have any
     "documents_unreadable": ("kind",),
     "load_percent": ("metric",),
+    "host_sample_age_seconds": ("host",),
+    "host_load_percent": ("host", "metric"),
+    "coverage_gaps": ("lack",),
     "health_report_age_seconds": ("vm",),
     "vm_layer_active": ("vm", "layer"),
     "vm_conditions_unmet": ("vm",),

@@ -17,6 +17,9 @@ from persona_broker.audit import keys
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.format import split
 from persona_broker.audit.delivery import Delivery
+from persona_broker.host.core.readings import Domain, DomainState
+from persona_broker.host.core.sample import HostSample
+from persona_broker.host.sample_files import SampleFiles
 from persona_broker.store.interface import SessionRow
 from persona_broker.store.sqlite import SqliteStore
 
@@ -34,6 +37,7 @@ MODULES = {
     "persona": "persona_guest.shell.cli", "persona-agent": "persona_guest", "persona-broker": "persona_broker",
     "persona-host": "persona_broker.host",
 }  # fmt: skip
+UUID = "6695eb01-f6a4-4304-89aa-97f2502e193f"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
@@ -125,6 +129,8 @@ def record(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "db"
     with closing(SqliteStore(path)) as store:
         store.add_guest("vm-1")
+        domains = (Domain(UUID, "one", DomainState.RUNNING), Domain(UUID[::-1], "two", DomainState.RUNNING))
+        store.put_hosts([(HostSample("lab", "qemu:///system", time.time(), {}, time.time(), domains), frozenset())])
         store.open_session(SessionRow("s-1", "vm-1", Subject("alice", (), "vm-1"), "sshd", "", 1e9, revoked=False))
         store.put_sample(Sample(1e9, {"cpu": 5.0}, "set"), frozenset())
         store.put_report("vm-1", Report(), (), 1e9)
@@ -158,6 +164,9 @@ def test_every_answer_of_the_broker_s_commands(record: Path, tmp_path: Path) -> 
         "explain": ("--user", "alice", "--vm", "vm-1", "--", "ls"),
         "guest add": ("vm-2", "--token-file", token),
         "guest list": (),
+        "guest bind": ("vm-1", "--uuid", UUID),
+        "guest unbind": ("vm-1",),
+        "coverage": (),
         "guest remove": ("vm-2",),
         "guest readmit": ("--all",),
         "load set": ("cpu=10",),
@@ -250,9 +259,6 @@ def test_persona_says_so_where_there_is_no_agent(tmp_path: Path, words: tuple[st
 
 
 def test_every_answer_of_persona_host(tmp_path: Path) -> None:
-    from persona_broker.host.core.sample import HostSample
-    from persona_broker.host.sample_files import SampleFiles
-
     config = tmp_path / "broker.toml"
     config.write_text(f'[host]\nnames = ["lab"]\ndirectory = "{tmp_path}"\n')
     named = {name for name in ALL if name.startswith("persona-host ")}

@@ -270,10 +270,13 @@ def test_every_socket_is_there() -> None:
 
 
 def test_metrics_have_the_labels_that_the_page_names(tmp_path: Path) -> None:
+    from persona_broker.host.core.sample import HostSample
     from persona_broker.policy.conditions import ConditionState, Sample, Unmet
+    from persona_broker.policy.host_load import HostState
     from persona_broker.policy.rollout import Denials
     from persona_broker.policy.vm_health import Reported
     from persona_broker.spread import Spread
+    from persona_broker.store.hosts import SeenHost
 
     flask = app.base(broker_settings.Settings(db=str(tmp_path / "db")), ())
     lease = Lease(30.0, Width.ARGV)
@@ -283,9 +286,12 @@ def test_metrics_have_the_labels_that_the_page_names(tmp_path: Path) -> None:
     metrics.sink("syslog", False, 1)
     metrics.checkpoint_made(1.0)
     report = Report({}, None, {}, None, None, None, None, {"seccomp": True})
+    sample = HostSample("lab", "qemu:///system", 1.0, dict.fromkeys(METRICS, 5.0), 1.0, ())
+    seen = SeenHost(sample, HostState("lab", Sample(1.0, {}, "lab"), frozenset(), 1.0, {}))
     view = replace(
         flask.extensions["state"].current(),
         sample=Sample(1.0, dict.fromkeys(METRICS, 5.0), "set"),
+        hosts={"lab": seen},
         health={"vm-1": Reported(1.0, report, frozenset())},
         condition_state=ConditionState(1, {}, {"vm-1": {VmHealth(()): Unmet(Reason.VM_UNHEALTHY, "")}}),
     )

@@ -28,8 +28,8 @@ ORDER = {
         "dependencies", "health", "shell", "gate", "enforce", "login", "reassign", "agent", "standby", "__main__",
     ],
     "broker/persona_broker": [
-        "policy", "policy_files", "settings", "lasting", "pki", "host", "store", "audit", "spread", "problems",
-        "condition_watcher", "view", "metrics", "cli", "api", "serve", "__main__",
+        "policy", "policy_files", "settings", "lasting", "pki", "host", "store", "audit", "spread", "coverage",
+        "problems", "condition_watcher", "view", "metrics", "cli", "api", "serve", "__main__",
     ],
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ from persona_broker.cli import (
     documents,
     guests,
     history,
+    hosts,
     load,
     records,
     rollout,
@@ -198,6 +199,11 @@ def _parser() -> argparse.ArgumentParser:
     remove = command("remove", guests.remove, "its token is refused from now on", guest_parser)
     remove.add_argument("name", help="the VM's name")
 
+    tie = command("bind", hosts.bind, "say which domain a guest is: its host's load is that domain's", guest_parser)
+    tie.add_argument("vm", metavar="VM", help="the VM's name")
+    tie.add_argument("--uuid", required=True, metavar="U", help="the domain's, as 'persona-host top' shows it")
+    loose = command("unbind", hosts.unbind, "take that back", guest_parser)
+    loose.add_argument("vm", metavar="VM", help="the VM's name")
     again = command("readmit", guests.readmit, "end the quarantine that a restore put guests in", guest_parser)
     again.add_argument("names", nargs="*", metavar="NAME", help="the VMs' names")
     again.add_argument("--all", action="store_true", help="all of them")
@@ -209,6 +215,8 @@ def _parser() -> argparse.ArgumentParser:
 
     health = command("health", vm_health.show, "what VMs last reported of themselves")
     health.add_argument("vm", nargs="?", help="only this one")
+
+    command("coverage", hosts.coverage, "domains without an agent, agents without a domain, and who is silent")
 
     sessions_parser = top.add_parser("sessions", help="open sessions").add_subparsers(required=True)
     command("list", sessions.show, "all open sessions", sessions_parser)

@@ -9,10 +9,12 @@ import re
 import threading
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 
 from persona.decisions import Decision, Denied
 from persona.problems import Reason
+from persona_broker.coverage import Lack
 from persona_broker.spread import Spread
 from persona_broker.view import View
 
@@ -147,6 +149,9 @@ METRICS = {
     "audit_sink_waiting": ("gauge", "Records that a sink did not get yet."),
     "load_sample_age_seconds": ("gauge", "Seconds since the load of the host was sampled."),
     "load_percent": ("gauge", "Load of the host when it was last sampled."),
+    "host_sample_age_seconds": ("gauge", "Seconds since a host was sampled by persona-host."),
+    "host_load_percent": ("gauge", "Load of a host when it was last sampled."),
+    "coverage_gaps": ("gauge", "Domains without an agent, agents without a domain, and so on; coverage names them."),
     "health_report_age_seconds": ("gauge", "Seconds since a VM last reported its health."),
     "vm_layer_active": ("gauge", "Whether a layer of a VM's gate is active (1) or not (0)."),
     "vm_conditions_unmet": ("gauge", "Conditions of health that policies ask of a VM and it does not meet."),
@@ -186,6 +191,7 @@ def _lines(view: View, lost: int) -> Iterator[str]:
         yield from _head("load_percent")
         for metric, percent in view.sample.load.items():
             yield f'{_PREFIX}load_percent{{metric="{metric}"}} {percent:g}'
+    yield from _hosts(view)
     yield from _health(view)
     for name, outcomes in (("decisions_total", _OUTCOMES), ("admissions_total", _ADMISSIONS)):
         yield from _head(name)
@@ -220,6 +226,22 @@ def _spread(spread: Spread | None) -> Iterator[str]:
     for item in spread.denials:
         if item.surge and _REASON.fullmatch(item.reason):
             yield f'{_PREFIX}denials_surge{{reason="{item.reason}"}} {item.since - item.expected:g}'
+
+
+def _hosts(view: View) -> Iterator[str]:
+    """Of the hosts that persona-host watches; a host's name has no character that a label would need to escape."""
+    now = time.time()
+    yield from _head("host_sample_age_seconds")
+    for name, host in view.hosts.items():
+        yield f'{_PREFIX}host_sample_age_seconds{{host="{name}"}} {now - host.sample.at:.3f}'
+    yield from _head("host_load_percent")
+    for name, host in view.hosts.items():
+        for metric, percent in host.sample.load.items():
+            yield f'{_PREFIX}host_load_percent{{host="{name}",metric="{metric}"}} {percent:g}'
+    yield from _head("coverage_gaps")
+    counted = Counter(gap.lack for gap in view.gaps(now))
+    for lack in Lack:
+        yield f'{_PREFIX}coverage_gaps{{lack="{lack}"}} {counted[lack]}'
 
 
 def _health(view: View) -> Iterator[str]:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from persona_broker.coverage import Ages, Gap, gaps
 from persona_broker.policy.conditions import ConditionInputs, ConditionState, Sample, look
-from persona_broker.policy.host_load import HostJudge, HostState
+from persona_broker.policy.host_load import HostJudge
 from persona_broker.policy.snapshot import Snapshot
 from persona_broker.policy.vm_health import MAX_AGE_S, HealthJudge, Reported
 from persona_broker.store.health import Reports
-from persona_broker.store.hosts import SeenHosts
+from persona_broker.store.hosts import SeenHost, SeenHosts
 from persona_broker.store.interface import Binding, Store
 
 _CHECK_EVERY_S = 0.002  # before any guest can have been told of a change; one that has says so
@@ -34,11 +35,20 @@ class View:
     guests: Mapping[str, str]  # by the hash of their token
     sample: Sample | None
     health: Mapping[str, Reported]  # by VM
-    hosts: Mapping[str, HostState]
+    hosts: Mapping[str, SeenHost]
     bindings: Mapping[str, Binding]  # by guest, of those that are bound to a domain
     shared: int  # the newest generation that concerns every guest
+    load_max_age_s: float
+    health_max_age_s: float
     written: int  # the database's ``data_version`` that this was made from
     judged_at: float  # monotonic
+
+    def gaps(self, now: float) -> list[Gap]:
+        """What is missing between domains and agents, at ``now`` (Unix seconds)."""
+        bindings = {guest: binding.uuid for guest, binding in self.bindings.items()}
+        reported_at = {guest: reported.at for guest, reported in self.health.items()}
+        ages = Ages(now, self.load_max_age_s, self.health_max_age_s)
+        return gaps(self.hosts, bindings, sorted(self.guests.values()), reported_at, ages)
 
     def generation_for(self, guest: str) -> int:
         """The newest generation that concerns a guest: what it is told with every answer."""
@@ -54,6 +64,7 @@ class State:
     def __init__(self, store: Store, load_max_age_s: float, health_max_age_s: float = MAX_AGE_S) -> None:
         self._store = store
         self._load_max_age_s = load_max_age_s
+        self._health_max_age_s = health_max_age_s
         self._reports = Reports(store)
         self._health_judge = HealthJudge(health_max_age_s)
         self._hosts = SeenHosts(store)
@@ -93,9 +104,9 @@ class State:
             world = ConditionInputs(self._store.sample(), self._store.latches(), time.time(), self._load_max_age_s)
             guests = self._store.tokens()
             health = self._reports.look(guests.values())
-            hosts = self._hosts.look()
+            states = self._hosts.look()
         domains = {guest: binding.uuid for guest, binding in bindings.items()}
-        placed = self._host_judge.look(snapshot.conditions, hosts, domains, world.now)
+        placed = self._host_judge.look(snapshot.conditions, states, domains, world.now)
         generations = {guest: bound.generation for guest, bound in bindings.items() if bound.generation > shared}
         unhealthy = self._health_judge.look(snapshot.vm_conditions, health, world.now)
         condition_state = look(snapshot.conditions, world, shared, unhealthy, placed, generations)
@@ -113,9 +124,11 @@ class State:
             guests,
             sample,
             health,
-            hosts,
+            self._hosts.seen,
             bindings,
             shared,
+            self._load_max_age_s,
+            self._health_max_age_s,
             written,
             judged_at,
         )

@@ -110,10 +110,11 @@ READING: tuple[tuple[str, ...], ...] = (
     ("sets", "list"), ("guest", "list"), ("load", "show"), ("health",), ("sessions", "list"), ("records", "tail"),
     ("audit", "verify"), ("audit", "search"), ("audit", "tail"), ("audit", "export"), ("audit", "gaps"),
     ("audit", "key"), ("audit", "hold", "list"), ("audit", "prune", "--before", "2026-01-01", "--dry-run"),
-    ("rollout",),
+    ("rollout",), ("coverage",),
 )  # fmt: skip
 WRITING = {
     "serve", "apply", "rollback", "migrate", "backup", "restore", "guest add", "guest remove", "guest readmit",
+    "guest bind", "guest unbind",
     "load set", "sessions revoke", "tls init", "audit erase", "audit hold add", "audit hold remove",
     "audit prune",
 }  # fmt: skip

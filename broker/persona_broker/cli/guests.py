@@ -6,6 +6,7 @@ Each command takes the parsed arguments and the settings, prints, and returns th
 import argparse
 import os
 import re
+import time
 
 from persona.answers import iso, local
 from persona.problems import Fault, PersonaError
@@ -49,10 +50,28 @@ def add(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def show(arguments: argparse.Namespace, settings: Settings) -> int:
     """``guest list``."""
+    from persona_broker.policy.host_load import HostJudge
+    from persona_broker.store.hosts import SeenHosts
+
     store = for_reading(settings)
     names, quarantined = store.guests(), store.quarantined()
-    items = [{"vm": name, "quarantined_at": iso(quarantined[name]) if name in quarantined else None} for name in names]
-    lines = [name + (f"  quarantined {local(quarantined[name])}" if name in quarantined else "") for name in names]
+    bound = {guest: binding.uuid for guest, binding in store.bindings().items()}
+    placed = HostJudge(settings.load_max_age_s).look({}, SeenHosts(store).look(), bound, time.time())
+    items = [
+        {
+            "vm": name,
+            "quarantined_at": iso(quarantined[name]) if name in quarantined else None,
+            "uuid": bound.get(name),
+            "host": (placed[name].host or None) if name in placed else None,
+        }
+        for name in names
+    ]
+    lines = [
+        name
+        + (f"  quarantined {local(quarantined[name])}" if name in quarantined else "")
+        + (f"  domain {bound[name]} on {placed[name].host or 'no host that is known'}" if name in bound else "")
+        for name in names
+    ]
     say(arguments, items, "\n".join(lines) or NO_GUESTS)
     return 0
 

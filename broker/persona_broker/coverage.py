@@ -1,0 +1,109 @@
+"""What is not as it should be between domains and agents: which has no other half, which is silent.  Pure."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from persona_broker.host.core.readings import Domain, DomainState
+from persona_broker.policy.host_load import is_fresh
+from persona_broker.store.hosts import SeenHost
+
+
+class Lack(StrEnum):
+    """What is missing."""
+
+    HOST_NOT_SEEN = "host_not_seen"  # no sample of it, or none that lists its domains, for too long
+    DOMAIN_WITHOUT_AGENT = "domain_without_agent"  # it runs, and no guest is bound to it
+    DOMAIN_UNKNOWN = "domain_unknown"  # the hypervisor cannot tell its figures
+    DOMAIN_ON_SEVERAL_HOSTS = "domain_on_several_hosts"  # one UUID runs more than once
+    AGENT_WITHOUT_DOMAIN = "agent_without_domain"  # a guest that is bound to none, where hosts are watched
+    DOMAIN_NOT_SEEN = "domain_not_seen"  # a guest's, on no host
+    AGENT_SILENT = "agent_silent"  # no report of its health for too long, though nobody says that it is off
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """One of them; what does not matter to it is ``None``."""
+
+    lack: Lack
+    detail: str
+    vm: str | None = None
+    host: str | None = None
+    uuid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ages:
+    """``now`` in Unix seconds, and for how many seconds samples and reports say anything."""
+
+    now: float
+    load_max_age_s: float
+    health_max_age_s: float
+
+
+def gaps(
+    hosts: Mapping[str, SeenHost],
+    bindings: Mapping[str, str],
+    guests: Iterable[str],
+    reported_at: Mapping[str, float],
+    ages: Ages,
+) -> list[Gap]:
+    """All of them, those of hosts first; ``bindings`` are UUIDs by guest, ``reported_at`` Unix seconds by guest."""
+    found = list(_of_hosts(hosts, ages))
+    fresh = [host for host in hosts.values() if is_fresh(host.state.domains_at, ages.now, ages.load_max_age_s)]
+    where: dict[str, list[tuple[str, Domain]]] = {}
+    for host in fresh:
+        for domain in host.sample.domains:
+            where.setdefault(domain.uuid, []).append((host.sample.host, domain))
+    guest_of = {uuid: guest for guest, uuid in bindings.items()}
+    for uuid, places in sorted(where.items(), key=lambda item: item[1][0][1].name):
+        found += _of_domain(uuid, places, guest_of.get(uuid))
+    for guest in guests:
+        found += _of_guest(guest, bindings.get(guest), where, bool(hosts), reported_at.get(guest), ages)
+    return found
+
+
+def _of_hosts(hosts: Mapping[str, SeenHost], ages: Ages) -> Iterator[Gap]:
+    for name, host in sorted(hosts.items()):
+        age_s = ages.now - host.sample.at
+        if not is_fresh(host.sample.at, ages.now, ages.load_max_age_s):
+            yield Gap(Lack.HOST_NOT_SEEN, f"its last sample is {age_s:.0f} s old", host=name)
+        elif not is_fresh(host.state.domains_at, ages.now, ages.load_max_age_s):
+            why = host.sample.problem or "its hypervisor does not answer"
+            yield Gap(Lack.HOST_NOT_SEEN, f"its domains are not known: {why}", host=name)
+
+
+def _of_domain(uuid: str, places: list[tuple[str, Domain]], guest: str | None) -> Iterator[Gap]:
+    running = [(host, domain) for host, domain in places if domain.state is DomainState.RUNNING]
+    host, domain = (running or places)[0]
+    if running and guest is None:
+        yield Gap(
+            Lack.DOMAIN_WITHOUT_AGENT, f"domain {domain.name} runs, and no guest is bound to it", None, host, uuid
+        )
+    if len(running) > 1:
+        names = ", ".join(name for name, _ in running)
+        yield Gap(Lack.DOMAIN_ON_SEVERAL_HOSTS, f"domain {domain.name} runs on {names}", guest, None, uuid)
+    for on, one in places:
+        if one.problem:
+            yield Gap(Lack.DOMAIN_UNKNOWN, f"domain {one.name}: {one.problem}", guest, on, uuid)
+
+
+def _of_guest(
+    guest: str,
+    uuid: str | None,
+    where: Mapping[str, list[tuple[str, Domain]]],
+    watched: bool,
+    reported_at: float | None,
+    ages: Ages,
+) -> Iterator[Gap]:
+    places = where.get(uuid, []) if uuid is not None else []
+    if uuid is None and watched:
+        yield Gap(Lack.AGENT_WITHOUT_DOMAIN, f"'persona-broker guest bind {guest}' says which it is", guest)
+    if uuid is not None and not places:
+        yield Gap(Lack.DOMAIN_NOT_SEEN, "its domain is on no host that is seen", guest, None, uuid)
+    is_off = bool(places) and all(domain.state is not DomainState.RUNNING for _, domain in places)
+    if not is_off and not is_fresh(reported_at, ages.now, ages.health_max_age_s):
+        age = (
+            "it has never reported" if reported_at is None else f"its last report is {ages.now - reported_at:.0f} s old"
+        )
+        yield Gap(Lack.AGENT_SILENT, age, guest, None, uuid)
