@@ -8,7 +8,7 @@ libpam0g-dev clang libbpf-dev fakeroot git ca-certificates tzdata"
 
 # What the tests need besides.
 TEST_PACKAGES="python3-venv python3-systemd python3-apt python3-jeepney python3-pyroute2 iproute2 nftables shellcheck pamtester lintian rsync openssh-server make gcc-multilib procps \
-busybox-static strace sudo nmap"
+busybox-static strace sudo nmap libvirt-daemon libvirt-daemon-driver-qemu python3-libvirt"
 
 export PERSONA_STARTED="${PERSONA_STARTED:-$(date +%s)}"
 
