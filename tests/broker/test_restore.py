@@ -164,6 +164,27 @@ def test_what_is_there_still_goes_back_and_undercuts_nothing(path: Path, tmp_pat
         assert epoch_of(again.generation) > epoch_of(done.generation)
 
 
+def test_which_domain_a_guest_is_stays_where_the_database_is_there_and_comes_back_where_it_is_lost(
+    path: Path, tmp_path: Path
+) -> None:
+    """And what concerned some guests before concerns them all after it."""
+    with closing(SqliteStore(path)) as store:
+        store.bind("vm-1", "u1")
+        store.bind("vm-2", "u2")
+    backup(path, tmp_path / "bound")
+    with closing(SqliteStore(path)) as store:
+        store.unbind("vm-2")
+        store.bind("vm-3", "u3")
+        store.raise_generation_for(["vm-1"])
+    for lost, uuids in ((False, {"vm-1": "u1", "vm-3": "u3"}), (True, {"vm-1": "u1", "vm-2": "u2"})):
+        if lost:
+            lose(path)
+        restore(path, tmp_path / "bound", ANN)
+        with closing(SqliteStore(path)) as store:
+            assert {guest: binding.uuid for guest, binding in store.bindings().items()} == uuids
+            assert store.shared_generation() == store.generation()
+
+
 def test_the_token_of_before_a_renewal_never_comes_back(path: Path, tmp_path: Path) -> None:
     with closing(SqliteStore(path)) as store:
         before = {name: key for key, name in store.tokens().items()}
