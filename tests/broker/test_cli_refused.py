@@ -79,7 +79,7 @@ def test_a_guest_gets_another_token_only_where_that_is_meant(cli: Broker, tmp_pa
     ("words", "why"),
     [
         (("load", "set", "cpu=300"), "'cpu=300': expected cpu|memory"),
-        (("load", "set", "cpu=1", "disk=1"), "'disk=1': expected cpu|memory"),
+        (("load", "set", "cpu=1", "moon=1"), "'moon=1': expected cpu|memory"),
         ((*EXPLAIN, "--load", "cpu=abc", "--", "ls"), "--load: 'cpu=abc': expected cpu|memory"),
         ((*EXPLAIN, "--load", "cpu=1,cpu=300", "--", "ls"), "--load: 'cpu=300': expected cpu|memory"),
         ((*EXPLAIN, "--health", "x", "--", "ls"), "--health: 'x': disk_free=8%,"),

@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import libvirt
+
+from tests.waiting import until
 
 _DIRECTORIES = ("/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run/libvirt")
 _LIBVIRTD = """
@@ -52,15 +53,6 @@ _DOMAIN = """
 </domain>
 """
 _PATIENCE_S = 30.0
-
-
-def wait(until: Callable[[], Any], limit_s: float = _PATIENCE_S) -> Any:
-    """What ``until`` says as soon as it says something."""
-    deadline = time.monotonic() + limit_s
-    while not (found := until()):
-        assert time.monotonic() < deadline, f"not within {limit_s:g} s"
-        time.sleep(0.05)
-    return found
 
 
 class Libvirtd:
@@ -109,7 +101,7 @@ class Libvirtd:
         inside = ["nsenter", "--mount", "--net", f"--target={self._keeper.pid}"]
         command = ["libvirtd", "--daemon", "--pid-file", str(self.folder / "pid")]
         subprocess.run([*inside, *command], check=True, capture_output=True, timeout=_PATIENCE_S)
-        wait(lambda: (self.folder / "run" / "libvirt-sock-ro").exists())
+        until(lambda: (self.folder / "run" / "libvirt-sock-ro").exists(), _PATIENCE_S)
 
     @property
     def pid(self) -> int:
@@ -119,7 +111,7 @@ class Libvirtd:
         """As a crash: its domains go on."""
         pid = self.pid
         os.kill(pid, signal.SIGKILL)
-        wait(lambda: not Path(f"/proc/{pid}").exists())
+        until(lambda: not Path(f"/proc/{pid}").exists(), _PATIENCE_S)
         (self.folder / "pid").unlink(missing_ok=True)
 
     def begin(self, name: str, code: bytes) -> str:
