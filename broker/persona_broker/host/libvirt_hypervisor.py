@@ -24,7 +24,7 @@ log = logging.getLogger("persona.host")
 
 T = TypeVar("T")
 _FIRST_S = 20.0
-_CALL_S = 1.0
+_CALL_S = 3.0  # a hundred monitors, some milliseconds each, on a busy host
 _EACH_S = 0.5  # of one domain, where they are asked one by one
 _ALL_S = 5.0  # of all of them
 _LATE_MAX = 3  # calls that hang with a domain: of five, two are left for what does not need its monitor
