@@ -186,8 +186,10 @@ def _state(condition_state: ConditionState) -> dict[object, str]:
             found[vm, condition] = f"{vm}: {unmet.detail}"
     for vm, on_host in condition_state.placed.items():
         found[_PlacedOn(vm, on_host.host)] = f"{vm} is on {on_host.host or 'no host that is known'}"
-        if on_host.host:  # all of them on one host are judged by the same
-            found |= {_OnHost(on_host.host, name): _said(on_host.host, name, it) for name, it in on_host.unmet.items()}
+    by_host = {on_host.host: on_host.unmet for on_host in condition_state.placed.values()}
+    for host, not_there in by_host.items():
+        if host:  # where nobody knows, it is the placement that changes
+            found |= {_OnHost(host, name): _said(host, name, unmet) for name, unmet in not_there.items()}
     return found
 
 
