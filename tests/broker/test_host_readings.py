@@ -20,7 +20,7 @@ from persona_broker.host.core.readings import (
 from persona_broker.host.core.sample import HostSample, decode, encode
 from persona_broker.host.machine import Machine
 
-from persona.codec import CodecError
+from persona.json_fields import CodecError
 
 GIB = 1 << 30
 BEFORE = HostReading(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from persona import codec
+from persona import json_fields
 from persona.conditions import METRICS
 from persona_broker.host.core.readings import Domain, DomainState
 
@@ -54,10 +54,10 @@ def encode(sample: HostSample) -> dict[str, Any]:
 
 def decode(value: object) -> HostSample:
     """Raises ``CodecError``, which names the field."""
-    fields = codec.mapping(value, "", ("host", "uri", "at", "load", "domains_at", "domains", "problem"), ())
+    fields = json_fields.mapping(value, "", ("host", "uri", "at", "load", "domains_at", "domains", "problem"), ())
     listed = fields["domains"]
     if not isinstance(listed, list) or len(listed) > DOMAINS_MAX:
-        raise codec.CodecError("domains", f"expected a list of at most {DOMAINS_MAX}")
+        raise json_fields.CodecError("domains", f"expected a list of at most {DOMAINS_MAX}")
     at = fields["domains_at"]
     return HostSample(
         _text(fields["host"], "host"),
@@ -71,11 +71,11 @@ def decode(value: object) -> HostSample:
 
 
 def _domain(value: object, path: str) -> Domain:
-    fields = codec.mapping(value, path, ("uuid", "name", "state", "figures", "problem"), ())
+    fields = json_fields.mapping(value, path, ("uuid", "name", "state", "figures", "problem"), ())
     try:
         state = DomainState(_text(fields["state"], f"{path}.state"))
     except ValueError:
-        raise codec.CodecError(f"{path}.state", f"expected one of {', '.join(DomainState)}") from None
+        raise json_fields.CodecError(f"{path}.state", f"expected one of {', '.join(DomainState)}") from None
     return Domain(
         _text(fields["uuid"], f"{path}.uuid"),
         _text(fields["name"], f"{path}.name"),
@@ -87,16 +87,16 @@ def _domain(value: object, path: str) -> Domain:
 
 def _text(value: object, path: str) -> str:
     if not isinstance(value, str) or len(value) > _TEXT_MAX:
-        raise codec.CodecError(path, f"expected text of at most {_TEXT_MAX} characters")
+        raise json_fields.CodecError(path, f"expected text of at most {_TEXT_MAX} characters")
     return value
 
 
 def _number(value: object, path: str, most: float = _FIGURE_MAX) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise codec.CodecError(path, f"expected a number from 0 to {most:g}")
+        raise json_fields.CodecError(path, f"expected a number from 0 to {most:g}")
     return float(value)
 
 
 def _numbers(value: object, path: str, names: tuple[str, ...], most: float) -> dict[str, float]:
-    fields = codec.mapping(value, path, (), names)
+    fields = json_fields.mapping(value, path, (), names)
     return {name: _number(number, f"{path}.{name}", most) for name, number in fields.items()}
