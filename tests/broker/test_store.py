@@ -206,12 +206,16 @@ def test_what_operators_do_is_put_on_the_record_with_who_did_it(connect: Open, r
     store.put_set_load({"cpu": 3.0}, ANN)
     store.change(documents(persona("A")), WHOLE, ANN)
     store.change(documents(persona("A")), WHOLE, ANN)
+    store.bind("vm", "u", ANN)
+    store.bind("vm", "u", ANN)
+    store.unbind("vm", ANN)
+    store.unbind("vm", ANN)
     store.remove_guest("vm", ANN)
     store.remove_guest("vm", ANN)  # nor is what changes nothing
     store.revoke("x", author=ANN)
     store.readmit(["vm"], ANN)
     found = recorded()
-    assert [one.pop("author") for one in found] == ["ann"] * 6
+    assert [one.pop("author") for one in found] == ["ann"] * 8
     assert all(one.pop("at") > 1e9 for one in found)
     document = {"kind": "Persona", "name": "A", "before": None, "after": 1}
     assert found == [
@@ -220,6 +224,8 @@ def test_what_operators_do_is_put_on_the_record_with_who_did_it(connect: Open, r
         {"event": "session_revoked", "session": "s", "vm": "vm", "user": "alice", "end": True},
         {"event": "load_set", "load": {"cpu": 3.0}},
         {"event": "change_set", "message": "why", "revision": 1, "count": 1, "documents": [document]},
+        {"event": "guest_bound", "vm": "vm", "uuid": "u"},
+        {"event": "guest_unbound", "vm": "vm", "uuid": "u"},
         {"event": "guest_removed", "vm": "vm"},
     ]
 

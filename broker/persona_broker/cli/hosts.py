@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from persona.problems import Fault, PersonaError
 from persona.shown import line as printable
+from persona_broker.cli.author import author
+from persona_broker.cli.chain import hand_over
 from persona_broker.cli.store import existing, for_reading, say
 from persona_broker.coverage import Ages, gaps
 from persona_broker.host.core.readings import Domain, DomainState
@@ -30,7 +32,8 @@ def bind(arguments: argparse.Namespace, settings: Settings) -> int:
         bound = {binding.uuid for binding in store.bindings().values()}
         free = [(host, one) for host, one in _domains(seen.seen) if one.uuid not in bound]
         raise PersonaError(Fault.NOT_FOUND, f"no host has a domain {wanted}; {_offered(free, bool(seen.seen))}")
-    store.bind(arguments.vm, wanted)
+    store.bind(arguments.vm, wanted, author(""))
+    hand_over(store, settings)
     host, domain = found[0]
     value = {"vm": arguments.vm, "uuid": wanted, "name": domain.name, "host": host}
     say(arguments, value, f"{arguments.vm} is domain {printable(domain.name)} on {host}")
@@ -39,8 +42,10 @@ def bind(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def unbind(arguments: argparse.Namespace, settings: Settings) -> int:
     """``guest unbind VM``: its host's load is that of the broker's machine again."""
-    if not existing(settings).unbind(arguments.vm):
+    store = existing(settings)
+    if not store.unbind(arguments.vm, author("")):
         raise PersonaError(Fault.NOT_FOUND, f"guest {arguments.vm!r} is bound to no domain")
+    hand_over(store, settings)
     say(arguments, {"unbound": arguments.vm}, f"{arguments.vm} is bound to no domain any more")
     return 0
 

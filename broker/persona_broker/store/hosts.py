@@ -14,7 +14,8 @@ from persona_broker.host.core.sample import HostSample, decode, encode
 from persona_broker.policy.conditions import Latches, Sample
 from persona_broker.policy.host_load import HostState
 from persona_broker.store.database import Database, put_meta, raise_generation
-from persona_broker.store.interface import Binding, HostRow, Store
+from persona_broker.store.interface import NOBODY, Author, Binding, HostRow, Store
+from persona_broker.store.pending import note
 
 log = logging.getLogger("persona.record")
 
@@ -47,7 +48,7 @@ class Hosts(Database):
         rows = self.rows("SELECT guest, uuid, generation FROM bindings ORDER BY guest")
         return {guest: Binding(uuid, generation) for guest, uuid, generation in rows}
 
-    def bind(self, guest: str, uuid: str) -> None:
+    def bind(self, guest: str, uuid: str, author: Author = NOBODY) -> None:
         """From now on the guest is this domain.  Raises ``PersonaError``: there is no such guest, or another is it."""
         with self.writing() as db:
             if db.execute("SELECT 1 FROM guests WHERE name = ?", (guest,)).fetchone() is None:
@@ -56,16 +57,20 @@ class Hosts(Database):
             if other is not None:
                 fix = f"'persona-broker guest unbind {other[0]}' frees it"
                 raise PersonaError(Fault.CONFLICT, f"guest {other[0]} is bound to domain {uuid} already; {fix}")
+            if db.execute("SELECT 1 FROM bindings WHERE guest = ? AND uuid = ?", (guest, uuid)).fetchone() is not None:
+                return
             generation = raise_generation(db)
             db.execute("INSERT OR REPLACE INTO bindings VALUES (?, ?, ?)", (guest, uuid, generation))
+            note(db, "guest_bound", author=author.name, vm=guest, uuid=uuid)
 
-    def unbind(self, guest: str) -> bool:
+    def unbind(self, guest: str, author: Author = NOBODY) -> bool:
         """Whether it was bound."""
         with self.writing() as db:
-            found = db.execute("DELETE FROM bindings WHERE guest = ?", (guest,)).rowcount > 0
-            if found:
+            found = db.execute("DELETE FROM bindings WHERE guest = ? RETURNING uuid", (guest,)).fetchall()
+            for (uuid,) in found:
                 raise_generation(db)
-            return found
+                note(db, "guest_unbound", author=author.name, vm=guest, uuid=uuid)
+            return bool(found)
 
     def raise_generation_for(self, guests: Iterable[str]) -> int:
         """Announces a change that concerns these guests alone; the new generation."""

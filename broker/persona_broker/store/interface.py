@@ -215,13 +215,13 @@ class Store(Protocol):
     def bindings(self) -> dict[str, Binding]:
         """By guest, of those that are bound to a domain."""
 
-    def bind(self, guest: str, uuid: str) -> None:
+    def bind(self, guest: str, uuid: str, author: Author = ...) -> None:
         """From now on the guest is this domain, and no other one.
 
         Raises ``PersonaError`` (not_found, or conflict where another guest is it).
         """
 
-    def unbind(self, guest: str) -> bool:
+    def unbind(self, guest: str, author: Author = ...) -> bool:
         """Whether it was bound."""
 
     def raise_generation_for(self, guests: Iterable[str]) -> int:

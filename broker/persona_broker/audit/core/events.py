@@ -18,6 +18,8 @@ EVENTS: Mapping[str, str] = {
     "session_revoked": "An operator revoked a session: `session`, `vm`, `end` (what runs in it ends as well), `user`.",
     "guest_added": "A guest was registered, or got another token: `vm`, `renewed`.",
     "guest_removed": "A guest was removed: `vm`.",
+    "guest_bound": "A guest was bound to a domain, whose host's load is its own from then on: `vm`, `uuid`.",
+    "guest_unbound": "A guest is bound to no domain any more: `vm`, `uuid`.",
     "guest_readmitted": "A guest's quarantine ended: `vm`.",
     "database_restored": (
         "The database went back to a backup: `backup_at`, `backup_revision`, `revision`, `lost` (it was gone), `gone`"
