@@ -99,6 +99,12 @@ def change(directory: Path, rng: random.Random) -> None:
             ("person", "NULL"),
             ("salt", "randomblob(16)"),
             ("salt", "NULL"),
+            ("person", "CAST(person AS BLOB)"),
+            ("facts", "CAST(facts AS BLOB)"),
+            ("guest", "CAST(guest AS BLOB)"),
+            ("salt", "CAST(salt AS TEXT)"),
+            ("hash", "CAST(hash AS TEXT)"),
+            ("salt = salt || person, person", "''"),
             ("digest", "randomblob(32)"),
             ("hash", "randomblob(32)"),
         ]
@@ -233,6 +239,17 @@ def test_several_processes_find_the_same(
     monkeypatch.setattr("persona_broker.audit.verify._ALONE_MAX", 0)
     assert findings(directory, whole[1], key) == alone
     assert findings(*whole, key) == []
+
+
+def test_text_that_is_moved_into_the_salt_is_found(
+    copied: Callable[[], Path], whole: tuple[Path, list[Checkpoint]], key: SigningKey
+) -> None:
+    """The digest is over salt and text in one, so only the salt's length tells where one ends."""
+    directory = copied()
+    moved = "salt = CAST(salt || substr(person, 1, 30) AS BLOB), person = substr(person, 31)"
+    sql(files(directory)[1], (f"UPDATE records SET {moved} WHERE number = ?", (numbers(files(directory)[1])[4],)))  # noqa: S608
+    (found,) = findings(directory, whole[1], key)
+    assert (found.kind, found.number) == ("changed", numbers(files(directory)[1])[4])
 
 
 def test_one_change_is_one_finding_that_says_where(

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from persona_broker.audit.core.format import SALT_BYTES
+
 FINDINGS_MAX = 1000  # that are told one by one
 _NEAR = 16  # records around one that is wrong, among which it is looked for
 _MARKERS = ('"event":"lost"', '"conflict_with":')  # no text within a string reads so: its quotes are escaped
@@ -92,7 +94,7 @@ def check(
         try:
             counted = "" if counter is None else counter
             said = f"{number}\n{at_us}\n{guest or ''}\n{streams[stream]}\n{counted}\n{facts}".encode()
-            inner = digest if person is None else sha256(salt + person.encode()).digest()
+            inner = digest if person is None else _inner(salt, person)
             right = sha256(previous + inner + said).digest()
         except (TypeError, AttributeError, KeyError, ValueError):  # what no broker writes
             right = b""
@@ -103,12 +105,12 @@ def check(
         previous = hashed if isinstance(hashed, bytes) else b""
         if number in wanted:
             found.wanted[number] = previous
-        if stream is not None:
+        if stream is not None and type(counter) is int and isinstance(facts, str):
             run = runs.get(stream)
             if run is not None and counter == run.last + 1 and _MARKERS[0] not in facts and _MARKERS[1] not in facts:
                 run.last = counter
-            elif type(counter) is int and isinstance(facts, str):
-                run = Told(stream, counter, counter, number, guest)
+            else:
+                run = Told(stream, counter, counter, number, guest if isinstance(guest, str) else None)
                 if any(marker in facts for marker in _MARKERS):
                     run.facts = facts
                     runs.pop(stream, None)
@@ -141,10 +143,20 @@ def _follows(link: Link, number: int, previous: Any, streams: Mapping[Any, str])
     try:
         counted = "" if counter is None else counter
         said = f"{number}\n{at_us}\n{guest or ''}\n{streams[stream]}\n{counted}\n{facts}".encode()
-        inner = digest if person is None else hashlib.sha256(salt + person.encode()).digest()
+        inner = digest if person is None else _inner(salt, person)
         return bool(hashlib.sha256(previous + inner + said).digest() == hashed)
     except (TypeError, AttributeError, KeyError, ValueError):
         return False
+
+
+def _inner(salt: bytes, person: str) -> bytes:
+    """The digest of a person's part.  Raises ``ValueError`` for a salt of another length.
+
+    The digest is over both in one: without a look at the length, text could be moved from the part into its salt.
+    """
+    if len(salt) != SALT_BYTES:
+        raise ValueError("the salt has another length")
+    return hashlib.sha256(salt + person.encode()).digest()
 
 
 def read_facts(facts: str) -> dict[str, Any]:
