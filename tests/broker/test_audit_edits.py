@@ -12,13 +12,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from persona_broker.audit import checkpoints
 from persona_broker.audit.chain import Chain
-from persona_broker.audit.core.check import Finding
+from persona_broker.audit.core.check import Finding, check, check_quickly
 from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.format import Stream, split
+from persona_broker.audit.core.streams import Gap
 from persona_broker.audit.delivery import Delivery
 from persona_broker.audit.keys import SigningKey
 from persona_broker.audit.segment import Segment
-from persona_broker.audit.verify import verify
+from persona_broker.audit.verify import _BARE, _LINKS, verify
 
 from tests.broker.test_audit_chain import BEGAN, DAY_S, STREAM, Clock, said
 
@@ -220,6 +221,7 @@ def test_every_edit_of_the_chain_is_found(
 
 def sqlite_rows(path: Path) -> Iterator[object]:
     with closing(sqlite3.connect(path)) as db:
+        db.text_factory = lambda data: ("text", data)  # an edit may leave what is no UTF-8
         yield from db.execute("SELECT * FROM records")
 
 
@@ -239,6 +241,52 @@ def test_several_processes_find_the_same(
     monkeypatch.setattr("persona_broker.audit.verify._ALONE_MAX", 0)
     assert findings(directory, whole[1], key) == alone
     assert findings(*whole, key) == []
+
+
+def test_the_quick_look_finds_the_same_as_the_thorough_one(tmp_path: Path) -> None:
+    """Guests in turn, erased records, what has no number, late numbers, markers and conflicts."""
+    other = Stream("c" * 32, "d" * 32)
+    lost = split(said(event="lost", lost={"first": 70, "last": 75, "why": "full"}), 76, Gap(70, 75, "full"))
+    with closing(Chain(tmp_path / "audit", Clock())) as chain:
+        for first in range(1, 60, 6):
+            mine = [split(said(f"u{number}"), number) for number in range(first, first + 6)]
+            chain.deliver(
+                [Delivery("vm-1", mine, STREAM), Delivery("vm-2", [split(said("\udc80"), first // 6 + 1)], other)]
+            )
+            chain.deliver([Delivery("vm-3", [split(said("bob"))])])
+        chain.deliver([Delivery("vm-1", [split(said(), 68), split(said(), 65), lost], STREAM)])
+        chain.deliver([Delivery("vm-1", [split(said("eve"), 3)], STREAM)])
+        (path,) = chain.segments()
+    with closing(Segment(path, writable=True)) as segment:
+        segment.erase([4, 5, 30])
+        streams = {None: "\n", 1: f"{STREAM.machine}\n{STREAM.boot}", 2: f"{other.machine}\n{other.boot}"}
+        in_bytes = {ident: text.encode() for ident, text in streams.items()}
+        last, quick = segment.head()[0], 0
+        hashes = {0: segment_opening(segment), **dict(segment.rows("SELECT number, hash FROM records"))}
+        for first in range(1, last + 1):
+            for end in range(first, min(first + 40, last) + 1):
+                before, wanted = (hashes[first - 1], first - 1), frozenset({5, end})
+                found = check_quickly(segment.rows_in_bytes(_BARE, first, end), in_bytes, *before, wanted)
+                thorough = check(path.name, segment.rows(_LINKS, first, end), streams, *before, wanted)
+                assert found in (None, thorough)
+                quick += found is not None
+    assert thorough.findings == []
+    assert quick > 1000
+
+
+def segment_opening(segment: Segment) -> bytes:
+    return bytes.fromhex(segment.meta("previous"))
+
+
+def test_a_number_that_is_out_of_reach_does_not_take_for_ever(
+    copied: Callable[[], Path], whole: tuple[Path, list[Checkpoint]], key: SigningKey
+) -> None:
+    for far in (1 << 60, (1 << 63) - 1):
+        directory = copied()
+        last = files(directory)[-1]
+        columns = "at_us, guest, stream, counter, facts, person, salt, digest, hash"
+        sql(last, (f"INSERT INTO records SELECT ?, {columns} FROM records WHERE number = ?", (far, numbers(last)[-1])))  # noqa: S608
+        assert [item.kind for item in findings(directory, whole[1], key)][:2] == ["cut", "changed"]
 
 
 def test_text_that_is_moved_into_the_salt_is_found(

@@ -75,9 +75,22 @@ class Segment:
         """What a query finds."""
         return self._db.execute(query, values).fetchall()
 
-    def cursor(self, query: str, *values: Any) -> sqlite3.Cursor:
-        """The same row by row, for what is large."""
-        return self._db.execute(query, values)
+    def rows_in_bytes(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The same with text as its bytes, which is no text in Python before somebody needs it."""
+        self._db.text_factory = bytes
+        try:
+            return self._db.execute(query, values).fetchall()
+        finally:
+            self._db.text_factory = str
+
+    def span(self) -> tuple[int | None, int]:
+        """Number of the first record, ``None`` where there is none, and of the last.
+
+        Each is a query of its own: SQLite finds one of them at once, and reads everything where both are asked for.
+        """
+        query = "SELECT (SELECT min(number) FROM records), (SELECT ifnull(max(number), 0) FROM records)"
+        ((first, last),) = self.rows(query)
+        return first, last
 
     def meta(self, key: str) -> str:
         """What is noted under a key; empty where nothing is."""

@@ -15,9 +15,15 @@ from persona_broker.audit.core.format import SALT_BYTES
 FINDINGS_MAX = 1000  # that are told one by one
 _NEAR = 16  # records around one that is wrong, among which it is looked for
 _MARKERS = ('"event":"lost"', '"conflict_with":')  # no text within a string reads so: its quotes are escaped
+_MARKERS_AS_BYTES = tuple(marker.encode() for marker in _MARKERS)
 
 # number, at_us, guest, stream, counter, facts, person, salt, digest, hash: as the file has them, whatever that is
 Link = tuple[int, Any, Any, Any, Any, Any, Any, Any, Any, Any]
+
+
+# at_us, guest, stream, counter, facts, salt and person in one, digest, hash, in a row without gaps; text as bytes.
+# Whoever reads them has seen that text is text, and that one that is not erased has a salt of SALT_BYTES.
+Bare = tuple[Any, Any, Any, Any, Any, Any, Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,73 @@ def check(
     if links:
         texts = [item[5] if isinstance(item[5], str) else "" for item in (links[0], links[-1])]
         found.first_facts, found.last_facts = texts
+    return found
+
+
+def check_quickly(
+    rows: Sequence[Bare],
+    streams: Mapping[Any, bytes],
+    previous: bytes,
+    number: int,
+    wanted: frozenset[int] = frozenset(),
+) -> Checked | None:
+    """The same as ``check`` where nothing is wrong or unusual, for less time; ``None`` = only ``check`` can tell.
+
+    Arguments as there, ``streams`` in bytes.  Each statement here costs, since it is run for every record.
+    """
+    try:
+        return _check_quickly(rows, streams, previous, number, wanted)
+    except (TypeError, KeyError, ValueError):  # what no broker writes
+        return None
+
+
+def _check_quickly(
+    rows: Sequence[Bare], streams: Mapping[Any, bytes], previous: bytes, number: int, wanted: frozenset[int]
+) -> Checked | None:
+    found = Checked(number, previous, len(rows))
+    sha256 = hashlib.sha256
+    runs: dict[int, Told] = {}
+    at = vm = of = None
+    head, due = b"", 0  # what such records have in common, and the number that is the next of their stream
+    first = number + 1
+    for at_us, guest, stream, counter, facts, salted, digest, hashed in rows:
+        number += 1
+        if at_us != at or stream != of or guest != vm or not head:
+            if type(at_us) is not int or guest == b"":
+                return None
+            if of is not None:
+                runs[of].last = due - 1
+            at, of, vm = at_us, stream, guest
+            head = b"\n%d\n%b\n%b\n" % (at_us, guest or b"", streams[stream])
+            if stream is not None:
+                if stream not in runs:
+                    if type(counter) is not int:
+                        return None
+                    runs[stream] = Told(stream, counter, counter - 1, number, guest.decode() if guest else None)
+                due = runs[stream].last + 1
+        if digest is None:
+            digest = sha256(salted).digest()
+        else:
+            found.erased += 1
+        if counter == due and stream is not None:
+            previous = sha256(b"%b%b%d%b%d\n%b" % (previous, digest, number, head, counter, facts)).digest()
+            due += 1
+        elif counter is None and stream is None:
+            previous = sha256(b"%b%b%d%b\n%b" % (previous, digest, number, head, facts)).digest()
+        else:
+            return None
+        if previous != hashed:
+            return None
+    if of is not None:
+        runs[of].last = due - 1
+    every = b"\n".join([row[4] for row in rows])
+    if any(marker in every for marker in _MARKERS_AS_BYTES):
+        return None
+    found.told = list(runs.values())
+    found.number, found.hash = number, previous
+    found.wanted = {one: rows[one - first][-1] for one in wanted if first <= one <= number}
+    if rows:
+        found.first_facts, found.last_facts = rows[0][4].decode(), rows[-1][4].decode()
     return found
 
 
