@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_broker.audit import keys
+from persona_broker.audit import checkpoints, keys
 from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.format import split
 from persona_broker.audit.delivery import Delivery
 from persona_broker.host.core.readings import Domain, DomainState
@@ -139,7 +140,9 @@ def record(tmp_path: Path) -> Iterator[Path]:
     record = Record(1e9, "s", "alice", "/x", argv, "denied", denied, "A", 1, "a", "exec", False, True)
     with closing(Chain(tmp_path / "audit")) as chain:
         chain.deliver([Delivery("vm-1", [split(encode_record(record))])])
-    keys.load_or_make(tmp_path / "audit.key")
+    key, _ = keys.load_or_make(tmp_path / "audit.key")
+    with closing(SqliteStore(path)) as store:
+        checkpoints.put(store, [key.sign(Checkpoint("a" * 32, 9, "b" * 64, 1, 0, ""))])
     yield path
 
 
@@ -175,6 +178,7 @@ def test_every_answer_of_the_broker_s_commands(record: Path, tmp_path: Path) -> 
         "sessions list": (),
         "sessions revoke": ("alice",),
         "records tail": ("--distinct",),
+        "audit acknowledge-loss": ("--message", "the disk died", "--yes"),
         "audit verify": (),
         "audit search": ("--event", "exec"),
         "audit tail": ("-n", "1"),

@@ -116,7 +116,7 @@ WRITING = {
     "serve", "apply", "rollback", "migrate", "backup", "restore", "guest add", "guest remove", "guest readmit",
     "guest bind", "guest unbind",
     "load set", "sessions revoke", "tls init", "audit erase", "audit hold add", "audit hold remove",
-    "audit prune",
+    "audit prune", "audit acknowledge-loss",
 }  # fmt: skip
 
 

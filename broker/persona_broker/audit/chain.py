@@ -78,6 +78,13 @@ class Chain:
                 return segment.head()
         return 0, b""
 
+    def id(self) -> str:
+        """What tells this chain from another; empty where there is none yet.  Raises ``sqlite3.Error``."""
+        for path in self.segments()[:-2:-1]:
+            with closing(Segment(path)) as segment:
+                return segment.chain
+        return ""
+
     def missing(self) -> int:
         """How many numbers of guests never came, without a word.  Raises ``sqlite3.Error``."""
         for path in self.segments()[:-2:-1]:

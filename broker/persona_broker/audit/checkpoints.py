@@ -45,11 +45,17 @@ def put(store: SqliteStore, checkpoints: Iterable[Checkpoint]) -> None:
 
 def newest(store: SqliteStore) -> Checkpoint | None:
     """The one of the highest number that can be read."""
-    rows = store.rows("SELECT body FROM audit_checkpoints WHERE pruned_from = 0 ORDER BY number DESC LIMIT 1")
-    try:
-        return parse(json.loads(rows[0][0])) if rows else None
-    except (ValueError, RecursionError):
-        return None
+    return next(iter(newest_of_each(store)), None)
+
+
+def newest_of_each(store: SqliteStore) -> list[Checkpoint]:
+    """Of each chain the one of the highest number, that of the highest of all first, of those that can be read."""
+    query = "SELECT body, max(number) FROM audit_checkpoints WHERE pruned_from = 0 GROUP BY chain ORDER BY 2 DESC"
+    found = []
+    for body, _ in store.rows(query):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            found.append(parse(json.loads(body)))
+    return found
 
 
 def made_after(store: SqliteStore, at_us: int) -> list[Checkpoint]:

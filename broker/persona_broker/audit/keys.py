@@ -35,15 +35,19 @@ class PublicKey:
 
     def verifies(self, checkpoint: Checkpoint) -> bool:
         """Whether this key signed it."""
+        return checkpoint.key == self.id and self.signed(checkpoint.signature, checkpoint.signed())
+
+    def signed(self, signature: str, data: bytes) -> bool:
+        """Whether this key made a signature (hexadecimal) over these bytes."""
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
         try:
             key = Ed25519PublicKey.from_public_bytes(self.raw)
-            key.verify(bytes.fromhex(checkpoint.signature), checkpoint.signed())
+            key.verify(bytes.fromhex(signature), data)
         except (InvalidSignature, ValueError):
             return False
-        return checkpoint.key == self.id
+        return True
 
 
 class SigningKey:
@@ -58,7 +62,11 @@ class SigningKey:
     def sign(self, checkpoint: Checkpoint) -> Checkpoint:
         """The same with this key's id and signature."""
         named = replace(checkpoint, key=self.public.id)
-        return replace(named, signature=self._key.sign(named.signed()).hex())
+        return replace(named, signature=self.over(named.signed()))
+
+    def over(self, data: bytes) -> str:
+        """A signature over these bytes, hexadecimal."""
+        return self._key.sign(data).hex()
 
 
 def key_file(directory: Path) -> Path:

@@ -15,6 +15,8 @@ from persona_broker.audit.core.check import Checked, check, check_quickly
 from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.format import SALT_BYTES, Stream
 from persona_broker.audit.core.verify import Opening, Verification
+from persona_broker.audit.keys import PublicKey
+from persona_broker.audit.loss import is_signed
 from persona_broker.audit.segment import Segment
 
 Progress = Callable[[int, str], None]
@@ -51,8 +53,13 @@ def _quiet(_done: int, _where: str) -> None:
     pass
 
 
-def verify(chain: Chain, checkpoints: Iterable[Checkpoint], progress: Progress = _quiet) -> Verification:
-    """Walks all segments; ``checkpoints`` are those whose signatures are right.  Raises ``OSError``."""
+def verify(
+    chain: Chain, checkpoints: Iterable[Checkpoint], progress: Progress = _quiet, known: Sequence[PublicKey] = ()
+) -> Verification:
+    """Walks all segments; ``checkpoints`` are those whose signatures are right.  Raises ``OSError``.
+
+    ``known``: the keys with which a loss may be acknowledged.
+    """
     held = list(checkpoints)
     found = Verification()
     wanted = frozenset(item.number for item in held)
@@ -68,7 +75,12 @@ def verify(chain: Chain, checkpoints: Iterable[Checkpoint], progress: Progress =
                 except sqlite3.Error as error:
                     found.note("broken", f"it cannot be read: {error}", path.name)
             done += new
-    found.finish(held)
+    right = [loss for loss in found.losses if is_signed(loss, found.chain, known)]
+    for loss in found.losses:
+        if loss not in right:
+            text = "it acknowledges a loss, and no known key signed that; 'audit verify --key' takes another key"
+            found.note("checkpoint", text, None, loss.number)
+    found.finish(held, right)
     return found
 
 

@@ -18,6 +18,7 @@ from persona_broker.audit.chain import Chain
 from persona_broker.audit.core import ocsf
 from persona_broker.audit.core.check import Finding
 from persona_broker.audit.core.checkpoint import Checkpoint, CheckpointError, read_lines
+from persona_broker.audit.core.format import joined
 from persona_broker.audit.core.verify import Verification
 from persona_broker.audit.search import Found, Wanted, each
 from persona_broker.audit.segment import Segment
@@ -35,7 +36,7 @@ AGAINST_MAX = 256 * 1024 * 1024  # bytes of a file of checkpoints, which may be 
 def verify(arguments: argparse.Namespace, settings: Settings) -> int:
     """``audit verify``: 0 whole, 1 not; every finding says what and where."""
     try:
-        known = [keys.read_public(Path(name).read_text()) for name in arguments.key]
+        known = given_keys(arguments)
         against = [item for file in arguments.against for item in _checkpoints_of(file)]
     except (ValueError, OSError) as error:
         print(f"persona-broker: {error}", file=sys.stderr)
@@ -47,11 +48,41 @@ def verify(arguments: argparse.Namespace, settings: Settings) -> int:
     right, more = checkpoints.sorted_out(here, known, "the database")
     elsewhere, even_more = checkpoints.sorted_out(against, known, "the file given")
     bar = Bar("verified")
-    found = verify_chain(chain, [*right, *elsewhere], bar.show)
+    found = verify_chain(chain, [*right, *elsewhere], bar.show, known)
     bar.end()
     findings = [*found.findings, *wrong, *more, *even_more]
-    _say_verified(arguments, found, findings, len(right), len(elsewhere))
+    _say_verified(arguments, found, findings, _losses(chain, found), len(right), len(elsewhere))
     return 1 if findings else 0
+
+
+def given_keys(arguments: argparse.Namespace) -> list[keys.PublicKey]:
+    """Those of ``--key``.  Raises ``OSError``, ``ValueError`` naming the file."""
+    found = []
+    for file in arguments.key:
+        try:
+            found.append(keys.read_public(file.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    return found
+
+
+def _losses(chain: Chain, found: Verification) -> list[dict[str, Any]]:
+    """Each loss that somebody acknowledged, with why, and how many checkpoints it explains."""
+    values = []
+    for loss, count in found.acknowledged.items():
+        said = [joined(row.facts, row.person) for row in chain.read(loss.number - 1, 1)]
+        values.append(
+            {
+                "number": loss.number,
+                "at": iso(loss.at),
+                "author": loss.author,
+                "message": str(said[0].get("message", "")) if said else "",
+                "chain": loss.lost,
+                "through": loss.through,
+                "checkpoints": count,
+            }
+        )
+    return values
 
 
 def _checkpoints_of(file: Path) -> Iterable[Checkpoint]:
@@ -67,7 +98,12 @@ def _checkpoints_of(file: Path) -> Iterable[Checkpoint]:
 
 
 def _say_verified(
-    arguments: argparse.Namespace, found: Verification, findings: Sequence[Finding], kept: int, given: int
+    arguments: argparse.Namespace,
+    found: Verification,
+    findings: Sequence[Finding],
+    losses: Sequence[dict[str, Any]],
+    kept: int,
+    given: int,
 ) -> None:
     if arguments.json:
         value = {
@@ -77,6 +113,7 @@ def _say_verified(
             "last": found.number,
             "checkpoints": kept,
             "checkpoints_given": given,
+            "acknowledged": losses,
             "items": [asdict(item) for item in findings],
             "not_shown": found.unseen,
         }
@@ -85,6 +122,10 @@ def _say_verified(
     for item in findings:
         where = [item.segment or "", f"record {item.number}" if item.number is not None else "", item.vm or ""]
         print(line(f"{item.kind}: {', '.join(part for part in where if part)}: {item.text}"))
+    for loss in losses:
+        who = f"{loss['author']} said on {loss['at']} in record {loss['number']}: {loss['message']}"
+        what = f"the chain {loss['chain']} is gone up to record {loss['through']}"
+        print(line(f"acknowledged loss: {what}, as {who} ({plural(loss['checkpoints'], 'checkpoint')})"))
     if found.unseen:
         print(f"and {found.unseen} more")
     against = f"{plural(kept, 'checkpoint')} in the database" + (f" and {given} given" if given else "")

@@ -12,9 +12,10 @@ from persona_broker.audit import checkpoints, holds, keys
 from persona_broker.audit.erase import erase as erase_user
 from persona_broker.audit.inbox import take_over
 from persona_broker.audit.keys import SigningKey
+from persona_broker.audit.loss import acknowledge, contradicting
 from persona_broker.audit.prune import check, plan
 from persona_broker.audit.prune import prune as prune_days
-from persona_broker.cli.audit import known_holds
+from persona_broker.cli.audit import given_keys, known_holds
 from persona_broker.cli.author import author
 from persona_broker.cli.chain import changeable, opened_both
 from persona_broker.cli.store import plural, say
@@ -31,7 +32,8 @@ def prune(arguments: argparse.Namespace, settings: Settings) -> int:
     key = _key(keys.key_file(chain.directory))
     here, _ = checkpoints.kept(store)
     right, _ = checkpoints.sorted_out(here, [key.public], "the database")
-    reached = max((item.number for item in right if not item.pruned_from), default=0)
+    mine = [item for item in right if item.chain == chain.id()]  # numbers of an earlier chain prove nothing of this one
+    reached = max((item.number for item in mine if not item.pruned_from), default=0)
     days = plan(chain, arguments.before, known_holds(store), reached)
     goes, stays = [day for day in days if not day.stays], [day for day in days if day.stays]
     wrong = [item for item in check(goes).findings if item.kind in _TAMPERED]
@@ -64,6 +66,36 @@ def _key(file: Path) -> SigningKey:
             " makes the key, or put the key back from your backup",
         )
     return found
+
+
+def acknowledge_loss(arguments: argparse.Namespace, settings: Settings) -> int:
+    """``audit acknowledge-loss``: an earlier chain, of which only checkpoints are left, is gone, and it is known."""
+    try:
+        known = given_keys(arguments)
+    except (ValueError, OSError) as error:
+        print(f"persona-broker: {error}", file=sys.stderr)
+        return 2
+    store, chain = changeable(settings)
+    if not chain.segments():
+        raise PersonaError(Fault.NOT_FOUND, f"{chain.directory} has no chain that could go on; start the broker first")
+    key = _key(keys.key_file(chain.directory))
+    known.append(key.public)
+    here, unreadable = checkpoints.kept(store)
+    right, wrong = checkpoints.sorted_out(here, known, "the database")
+    if unreadable or wrong:
+        text = [*unreadable, *wrong][0].text.replace("audit verify", "acknowledge-loss")
+        raise PersonaError(Fault.CONFLICT, f"nothing was acknowledged: {text}")
+    gone = contradicting(chain, right, known)
+    if not gone:
+        fix = "every checkpoint in the database is of this chain, or was acknowledged before"
+        raise PersonaError(Fault.NOT_FOUND, f"there is no loss to acknowledge: {fix}")
+    lines = [f"the chain {item.chain} is gone, with its records up to number {item.number}" for item in gone]
+    if not _confirmed(arguments, lines, "Put on the record that this is known?"):
+        return UNCONFIRMED
+    made = acknowledge(store, chain, key, gone, author(arguments.message))
+    value = [{"chain": loss.lost, "through": loss.through} for loss in made]
+    say(arguments, {"acknowledged": value}, "\n".join([*lines, "acknowledged"]))
+    return 0
 
 
 def hold_add(arguments: argparse.Namespace, settings: Settings) -> int:

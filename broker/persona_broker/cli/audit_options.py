@@ -57,6 +57,15 @@ def add(top: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     command("gaps", audit.gaps, "numbers of guests that never came, and why where that is known", below)
     command("key", audit.key, "the public key that checkpoints are signed with", below)
 
+    loss = command(
+        "acknowledge-loss",
+        audit_changes.acknowledge_loss,
+        "say that the chain of before is gone: 'verify' tells it once instead of each old checkpoint",
+        below,
+    )
+    loss.add_argument(
+        "--key", type=Path, action="append", default=[], metavar="FILE", help="a public key of before; repeatable"
+    )
     prune = command("prune", audit_changes.prune, "delete old days, each against a signed checkpoint that stays", below)
     prune.add_argument(
         "--before", type=usage.day, required=True, metavar="YYYY-MM-DD", help="the first day that stays (UTC)"
@@ -64,10 +73,16 @@ def add(top: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     prune.add_argument("--dry-run", action="store_true", help="only say what would go")
     erase = command("erase", audit_changes.erase, "take a person's text and arguments out of the record", below)
     erase.add_argument("--user", required=True, help="whose")
-    for parser in (prune, erase):
+    for parser in (loss, prune, erase):
         parser.add_argument("--yes", "-y", action="store_true", help="without being asked")
         parser.add_argument(
-            "--message", "-m", type=usage.message, default="", metavar="TEXT", help="why, for the record"
+            "--message",
+            "-m",
+            type=usage.message,
+            default="",
+            required=parser is loss,
+            metavar="TEXT",
+            help="why, for the record",
         )
     hold = below.add_parser("hold", help="what is never pruned or erased").add_subparsers(required=True)
     for name, run, text in (

@@ -23,6 +23,7 @@ from persona_broker.audit.core.events import event
 from persona_broker.audit.files import beside
 from persona_broker.audit.inbox import take_over
 from persona_broker.audit.index import Indexer
+from persona_broker.audit.loss import acknowledged
 from persona_broker.audit.sinks.interface import Sink
 from persona_broker.audit.sinks.journald import Journald
 from persona_broker.audit.sinks.json_lines import JsonLines
@@ -105,7 +106,11 @@ class Worker:
 
     def _compare(self) -> None:
         """Says at once where the chain does not reach the last checkpoint: somebody took its end away, or all of it."""
-        newest = checkpoints.newest(self._store)
+        known = [self._key.public] if self._key is not None else []
+        told = acknowledged(self._chain, known)
+        there = checkpoints.newest_of_each(self._store)
+        there = [item for item in there if not any(loss.covers(item.chain, item.number) for loss in told)]
+        newest = next(iter(there), None)
         if newest is not None and newest.number > self._chain.head()[0]:
             log.critical(
                 "the audit in %s ends before record %d, of which there is a checkpoint: records are gone"

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from persona_broker.audit.core.format import SALT_BYTES
+from persona_broker.audit.core.loss import EVENT
 
 FINDINGS_MAX = 1000  # that are told one by one
 _NEAR = 16  # records around one that is wrong, among which it is looked for
 _MARKERS = ('"event":"lost"', '"conflict_with":')  # no text within a string reads so: its quotes are escaped
-_MARKERS_AS_BYTES = tuple(marker.encode() for marker in _MARKERS)
+_LOSS = f'"event":"{EVENT}"'
+_UNUSUAL = tuple(marker.encode() for marker in (*_MARKERS, _LOSS))
 
 # number, at_us, guest, stream, counter, facts, person, salt, digest, hash: as the file has them, whatever that is
 Link = tuple[int, Any, Any, Any, Any, Any, Any, Any, Any, Any]
@@ -66,6 +68,7 @@ class Checked:
     told: list[Told] = field(default_factory=list)
     first_facts: str = ""
     last_facts: str = ""
+    losses: list[tuple[int, str]] = field(default_factory=list)  # number and facts of records that acknowledge one
 
     def note(self, kind: str, text: str, segment: str, number: int, guest: Any = None) -> None:
         """Adds a finding."""
@@ -123,6 +126,8 @@ def check(
                 else:
                     runs[stream] = run
                 found.told.append(run)
+        elif guest is None and isinstance(facts, str) and _LOSS in facts:
+            found.losses.append((number, facts))
     found.number, found.hash = number, previous
     if links:
         texts = [item[5] if isinstance(item[5], str) else "" for item in (links[0], links[-1])]
@@ -187,7 +192,7 @@ def _check_quickly(
     if of is not None:
         runs[of].last = due - 1
     every = b"\n".join([row[4] for row in rows])
-    if any(marker in every for marker in _MARKERS_AS_BYTES):
+    if any(marker in every for marker in _UNUSUAL):
         return None
     found.told = list(runs.values())
     found.number, found.hash = number, previous

@@ -33,6 +33,10 @@ EVENTS: Mapping[str, str] = {
     "audit_held": "Records of a user or session are not to be pruned or erased: `kind`, and the name.",
     "audit_released": "They may be again: `kind`, and the name.",
     "audit_erased": "A person's text was erased: `count`, `segments`.",
+    "audit_loss_acknowledged": (
+        "An operator said that an earlier chain is gone: `lost_chain`, `through` and `hash` (of its last checkpoint),"
+        " `key`, `signature`, `message`."
+    ),
     "audit_key_made": "A key for checkpoints was made: `key`, its id.",
     "broker_started": "The broker began to serve: `version`.",
     "broker_stopped": "The broker ends, as it was told to.",

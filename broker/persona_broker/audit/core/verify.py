@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from persona_broker.audit.core.check import FINDINGS_MAX, Checked, Finding, Told, read_facts
 from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.format import Stream, genesis
+from persona_broker.audit.core.loss import Loss
+from persona_broker.audit.core.loss import read as read_loss
 from persona_broker.audit.core.streams import Gap, Received
 
 
@@ -38,6 +40,8 @@ class Verification:
     chain: str = ""
     received: dict[tuple[str, Stream], Received] = field(default_factory=lambda: defaultdict(Received))
     unseen: int = 0  # findings beyond FINDINGS_MAX
+    losses: list[Loss] = field(default_factory=list)  # as records say, whether or not their signatures are right
+    acknowledged: dict[Loss, int] = field(default_factory=dict)  # how many checkpoints each explains
     _before: str = ""  # the segment before
     _last: str = ""  # what its last record says
     _found: dict[int, bytes] = field(default_factory=dict)
@@ -82,7 +86,7 @@ class Verification:
             return
         needed = self.number + 1
         for checkpoint in sorted(pruned, key=lambda item: item.number):
-            if checkpoint.pruned_from <= needed <= checkpoint.number < first:
+            if checkpoint.chain == self.chain and checkpoint.pruned_from <= needed <= checkpoint.number < first:
                 needed = checkpoint.number + 1
                 if needed == first and bytes.fromhex(checkpoint.hash) != opening.previous:
                     self.note("changed", "it does not follow what was pruned before it", name, first)
@@ -114,6 +118,13 @@ class Verification:
         self.records += checked.records
         self._found |= checked.wanted
         self._spans.append((self.number + 1, checked.number))
+        for number, facts in checked.losses:
+            loss = read_loss(number, read_facts(facts))
+            if loss is not None:
+                self.losses.append(loss)
+            else:
+                text = "it acknowledges a loss, and cannot be read"
+                self.note("changed", text, f"{opening.name}.db", number)
         for told in checked.told:
             key = opening.streams.get(told.stream)
             if key is not None:  # else each of its records was found already
@@ -146,8 +157,9 @@ class Verification:
         if isinstance(marker, dict) and type(marker.get("first")) is type(marker.get("last")) is int:
             received.explain(marker["first"], marker["last"], str(marker.get("why")))
 
-    def finish(self, checkpoints: Iterable[Checkpoint]) -> None:
-        """All segments were told; ``checkpoints`` are those whose signatures are right."""
+    def finish(self, checkpoints: Iterable[Checkpoint], losses: Iterable[Loss] = ()) -> None:
+        """All segments were told; ``checkpoints`` and ``losses`` are those whose signatures are right."""
+        self.acknowledged = dict.fromkeys(losses, 0)
         sealed = read_facts(self._last)
         if sealed.get("event") == "segment_sealed":
             why = "no broker has begun it yet, or it was removed"
@@ -164,7 +176,10 @@ class Verification:
 
     def _compare(self, checkpoint: Checkpoint) -> None:
         number = checkpoint.number
-        if checkpoint.chain != self.chain:
+        explains = [loss for loss in self.acknowledged if loss.covers(checkpoint.chain, number)]
+        if checkpoint.chain != self.chain and explains:
+            self.acknowledged[explains[0]] += 1
+        elif checkpoint.chain != self.chain:
             self.note("checkpoint", f"a checkpoint is of another chain, {checkpoint.chain}", None, number)
         elif number > self.number:
             text = f"the chain ends with record {self.number}, and a checkpoint proves that there was a record {number}"
