@@ -24,6 +24,7 @@ from persona_broker.audit.delivery import Delivery, Kept, deliver
 from persona_broker.audit.files import private_directory
 from persona_broker.audit.new_segment import Start, create
 from persona_broker.audit.segment import BUSY_S, Segment, Writer
+from persona_broker.store.database import unread_log
 
 log = logging.getLogger("persona.audit")
 
@@ -70,6 +71,10 @@ class Chain:
         if not self.directory.is_dir():
             return []
         return sorted(path for path in self.directory.iterdir() if _NAME.fullmatch(path.name))
+
+    def unread(self) -> list[Path]:
+        """Logs beside segments with records that cannot be read here, since nothing can be written (``unread_log``)."""
+        return [log for path in self.segments() if (log := unread_log(path)) is not None]
 
     def head(self) -> tuple[int, bytes]:
         """Number and hash of the newest record; 0 and nothing where there is none yet.  Raises ``sqlite3.Error``."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from persona_broker.audit.index import ENTRIES, FILL, FORMAT, index_of
 from persona_broker.audit.segment import Segment
-from persona_broker.store.database import read_only, read_only_uri
+from persona_broker.store.database import read_only, read_only_uri, unread_log
 
 _BLOCK = 20_000  # records between two words of progress
 
@@ -91,6 +91,8 @@ class Lookup:
 def _kept(segment: Path) -> Part | None:
     """What the index has, as of now; ``None`` where there is none that can be read."""
     path = index_of(segment)
+    if unread_log(path) is not None:  # half of an index; it is no evidence, and can be done without
+        return None
     with suppress(sqlite3.Error, OSError):
         db = read_only(path)
         try:

@@ -75,6 +75,9 @@ def verify(
                 except sqlite3.Error as error:
                     found.note("broken", f"it cannot be read: {error}", path.name)
             done += new
+    for log in chain.unread():
+        text = "its newest records cannot be read where nothing can be written: verify a copy elsewhere"
+        found.note("broken", text, log.name)
     right = [loss for loss in found.losses if is_signed(loss, found.chain, known)]
     for loss in found.losses:
         if loss not in right:

@@ -24,7 +24,7 @@ from persona_broker.audit.search import Found, Wanted, each
 from persona_broker.audit.segment import Segment
 from persona_broker.audit.sinks.interface import exported
 from persona_broker.audit.verify import verify as verify_chain
-from persona_broker.cli.chain import Bar, opened, opened_both
+from persona_broker.cli.chain import Bar, opened, opened_both, opened_for_audit
 from persona_broker.cli.records import follow
 from persona_broker.cli.store import plural, say
 from persona_broker.settings import Settings
@@ -41,10 +41,10 @@ def verify(arguments: argparse.Namespace, settings: Settings) -> int:
     except (ValueError, OSError) as error:
         print(f"persona-broker: {error}", file=sys.stderr)
         return 2
-    store, chain = opened_both(settings)
+    store, chain = opened_for_audit(settings)
     own = keys.load(keys.key_file(chain.directory))
     known += [own.public] if own is not None else []
-    here, wrong = checkpoints.kept(store)
+    here, wrong = checkpoints.kept(store) if store is not None else ([], [])
     right, more = checkpoints.sorted_out(here, known, "the database")
     elsewhere, even_more = checkpoints.sorted_out(against, known, "the file given")
     bar = Bar("verified")

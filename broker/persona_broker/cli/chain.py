@@ -11,6 +11,7 @@ from persona_broker.audit.files import beside
 from persona_broker.audit.inbox import take_over, waiting
 from persona_broker.cli.store import existing, for_reading, plural
 from persona_broker.settings import Settings
+from persona_broker.store.database import unread_log
 from persona_broker.store.sqlite import SqliteStore
 
 _QUIET_S = 1.0  # what is done sooner says nothing
@@ -42,10 +43,31 @@ class Bar:
 
 
 def opened(settings: Settings) -> Chain:
-    """The chain, for what only reads.  Raises ``StoreError``, ``OSError``."""
-    store, chain = opened_both(settings)
-    store.close()
+    """The chain, for what only reads; its database need not be there.  Raises ``StoreError``, ``OSError``."""
+    store, chain = opened_for_audit(settings)
+    if store is not None:
+        store.close()
     return chain
+
+
+def opened_for_audit(settings: Settings) -> tuple[SqliteStore | None, Chain]:
+    """The chain, and its database, ``None`` where somebody has a copy of the audit alone; that is said."""
+    db = Path(settings.db)
+    chain = Chain(beside(db))
+    log = unread_log(db)
+    if (log is not None or not db.exists()) and chain.segments():
+        why = f"there is no database {db}" if log is None else f"{log} cannot be read where nothing can be written"
+        what = "what waits in the database, and its checkpoints, are not looked at"
+        print(f"persona-broker: {why}: {what}", file=sys.stderr)
+        _say_unread(chain)
+        return None, chain
+    return opened_both(settings)
+
+
+def _say_unread(chain: Chain) -> None:
+    for log in chain.unread():
+        fix = "copy the whole directory to where you can write to see them"
+        print(f"persona-broker: {log} has newer records, which cannot be read here; {fix}", file=sys.stderr)
 
 
 def opened_both(settings: Settings) -> tuple[SqliteStore, Chain]:
@@ -55,7 +77,9 @@ def opened_both(settings: Settings) -> tuple[SqliteStore, Chain]:
         fix = "the service moves them within a second; where it does not run, 'persona-broker migrate' does"
         what = f"{plural(count, 'record')} waiting in the database, and not in the audit yet"
         print(f"persona-broker: {what}: {fix}", file=sys.stderr)
-    return store, Chain(beside(Path(settings.db)))
+    chain = Chain(beside(Path(settings.db)))
+    _say_unread(chain)
+    return store, chain
 
 
 def changeable(settings: Settings) -> tuple[SqliteStore, Chain]:

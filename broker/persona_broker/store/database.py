@@ -61,11 +61,25 @@ def read_only(path: Path) -> sqlite3.Connection:
 
 
 def read_only_uri(path: Path) -> str:
-    """The same, for a connection that this file is attached to.  Raises ``OSError``."""
+    """The same, for a connection that this file is attached to."""
     uri = f"{path.absolute().as_uri()}?mode=ro"
-    if os.statvfs(path.parent).f_flag & os.ST_RDONLY:  # no lock file can be made there, and none is needed
-        uri += "&immutable=1"
-    return uri
+    return f"{uri}&immutable=1" if _is_read_alone(path) else uri
+
+
+def unread_log(path: Path) -> Path | None:
+    """The write-ahead log beside a file that a reader here must leave out, ``None`` where there is none."""
+    log = path.with_name(f"{path.name}-wal")
+    return log if _is_read_alone(path) and log.exists() and log.stat().st_size else None
+
+
+def _is_read_alone(path: Path) -> bool:
+    """Whether SQLite has to take a file as it is, without what is beside it.
+
+    It can do with a log and an index of it (``-wal``, ``-shm``) that are there, and not make them in a directory that
+    cannot be written to: a read-only disk, or another user's.
+    """
+    beside = [path.with_name(path.name + end) for end in ("-wal", "-shm")]
+    return not os.access(path.parent, os.W_OK, effective_ids=True) and not all(file.exists() for file in beside)
 
 
 class Database:
@@ -77,6 +91,9 @@ class Database:
 
     def __init__(self, path: Path, access: Access = Access.WRITE) -> None:
         self._lock = threading.RLock()
+        if access is Access.READ and (log := unread_log(path)) is not None:
+            fix = "copy both to where you can write"
+            raise SqliteError(f"{log} has newer changes, which cannot be read where nothing can be written; {fix}")
         with as_store_error():
             self._db = read_only(path) if access is Access.READ else read_write(path)
             try:
