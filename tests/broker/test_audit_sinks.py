@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import ssl
 import subprocess
 import threading
@@ -218,6 +219,82 @@ def test_it_goes_on_where_it_was(tmp_path: Path, chain: Chain, store: SqliteStor
     assert sent(path.read_text().splitlines()) == [
         "one", "after one", "two", "after two", "three", "after three",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [0, 9])
+@pytest.mark.parametrize("known", ["checkpoint", "no checkpoint", "no hash"])
+def test_a_chain_that_was_put_back_is_noticed_and_nothing_is_left_out(
+    tmp_path: Path, chain: Chain, store: SqliteStore, caplog: pytest.LogCaptureFixture, known: str, more: int
+) -> None:
+    """``more``: the chain has caught up with what the sink had, before the sink looks."""
+    path, cursor = tmp_path / "audit.jsonl", tmp_path / "audit" / "sink-json_lines.json"
+    key, _ = keys.load_or_make(tmp_path / "audit.key")
+    backup = tmp_path / "backup"
+    with running(JsonLines(path), chain, store):
+        append(chain, "one", "two")
+        made = checkpoints.make(chain, key)
+        assert made is not None
+        checkpoints.put(store, [made] if known != "no checkpoint" else [])
+        append(chain, "three")
+        until(lambda: path.exists() and path.read_text().count("\n") == (4 if known != "no checkpoint" else 3))
+        (segment,) = chain.segments()
+        with closing(sqlite3.connect(segment)) as db, closing(sqlite3.connect(backup)) as copy:
+            db.backup(copy)
+        append(chain, "lost", "lost too")
+        until(lambda: "lost too" in path.read_text())
+    if known == "no hash":  # as a version of before wrote it
+        value = json.loads(cursor.read_text())
+        del value["hash"]
+        cursor.write_text(json.dumps(value))
+    chain.close()
+    chain = Chain(chain.directory)
+    for file in (tmp_path / "audit").glob("*.db*"):
+        file.unlink()
+    backup.rename(segment)
+    append(chain, *(f"new {number}" for number in range(1 + more)))
+    later = checkpoints.make(chain, key)  # it proves nothing of what the sink got
+    assert later is not None
+    checkpoints.put(store, [later])
+    path.rename(tmp_path / "before")
+    with running(JsonLines(path), chain, store):
+        append(chain, "last")
+        until(lambda: path.exists() and "last" in path.read_text())
+    chain.close()
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [one["record"] for one in records if "record" in one]
+    users = [one["user"] for one in found if "user" in one]
+    new = [f"new {number}" for number in range(1 + more)]
+    if known == "no hash" and more:  # nobody can tell any more
+        assert "was put back" not in caplog.text
+        return
+    missing = [] if known != "no checkpoint" else ["one", "two"]
+    assert users == [*missing, "three", *new, "last"]
+    (told,) = [one for one in found if one.get("event") == "sink_set_back"]
+    assert (told["sink"], told["from"], told["to"]) == ("json_lines", 6, 3 if not missing else 0)
+    assert "the chain was put back to before that" in caplog.text
+
+
+def test_a_new_chain_is_sent_from_its_beginning(
+    tmp_path: Path, chain: Chain, store: SqliteStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    with running(JsonLines(path), chain, store):
+        append(chain, "one", "two")
+        until(lambda: path.exists() and path.read_text().count("\n") == 2)
+    chain.close()
+    chain = Chain(chain.directory)
+    for file in (tmp_path / "audit").glob("*.db*"):
+        file.unlink()
+    append(chain, "other")
+    with running(JsonLines(path), chain, store):
+        until(lambda: "other" in path.read_text())
+    assert caplog.text.count("was put back") == 1
+    caplog.clear()
+    with running(JsonLines(path), chain, store):  # it was noticed once
+        append(chain, "last")
+        until(lambda: "last" in path.read_text())
+    chain.close()
+    assert "was put back" not in caplog.text
 
 
 def test_a_full_disk_stops_a_file_and_nothing_else(tmp_path: Path, chain: Chain, store: SqliteStore) -> None:

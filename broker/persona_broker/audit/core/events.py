@@ -38,6 +38,10 @@ EVENTS: Mapping[str, str] = {
         " `key`, `signature`, `message`."
     ),
     "audit_key_made": "A key for checkpoints was made: `key`, its id.",
+    "sink_set_back": (
+        "The chain was put back to an earlier state, and a sink goes on where it had last been the same: `sink`, `from`"
+        " (the number that had arrived) and `to`."
+    ),
     "broker_started": "The broker began to serve: `version`.",
     "broker_stopped": "The broker ends, as it was told to.",
 }

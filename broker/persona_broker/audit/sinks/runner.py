@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from persona_broker.audit import checkpoints
 from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.events import event
 from persona_broker.audit.files import replace_file
 from persona_broker.audit.sinks.interface import Line, Sink, line_of, line_of_checkpoint
 from persona_broker.store.sqlite import SqliteStore
@@ -33,6 +34,7 @@ class Runner:
         self._cursor = chain.directory / f"sink-{sink.name}.json"
         self._stop = threading.Event()
         self._said_at = 0.0  # monotonic; 0: it works
+        self._compared = False  # whether what arrived last is in the chain
         self._thread = threading.Thread(target=self._run, name=f"sink {sink.name}", daemon=True)
 
     def start(self) -> None:
@@ -65,8 +67,14 @@ class Runner:
 
     def _send_next(self) -> bool:
         """The next batch; whether there was one."""
-        number, at_us = self._where()
+        number, at_us, hashed = self._where()
         rows = self._chain.read(number, _BATCH)
+        if not self._compared or (not rows and self._chain.head()[0] < number):
+            self._compared = True
+            back = self._common(number, at_us, hashed)
+            if back is not None:
+                self._set_back(number, back, at_us)
+                return True
         lines: list[Line] = [line_of(row) for row in rows]
         if len(rows) < _BATCH:
             new = checkpoints.made_after(self._store, at_us)
@@ -76,22 +84,63 @@ class Runner:
             self._tell(False, number)
             return False
         self._sink.send(lines)
-        number = rows[-1].number if rows else number
-        replace_file(self._cursor, json.dumps({"number": number, "checkpoint_at_us": at_us}))
+        if rows:
+            number, hashed = rows[-1].number, rows[-1].hash.hex()
+        self._arrived(number, at_us, hashed)
         self._tell(False, number)
         return True
 
-    def _where(self) -> tuple[int, int]:
-        """The number, and the time of the checkpoint, that arrived last."""
+    def _arrived(self, number: int, at_us: int, hashed: str) -> None:
+        replace_file(self._cursor, json.dumps({"number": number, "checkpoint_at_us": at_us, "hash": hashed}))
+
+    def _common(self, number: int, at_us: int, hashed: str) -> int | None:
+        """The newest record that is known to have arrived, where the chain was put back; ``None`` where it was not.
+
+        What the sink had beyond it is of a past that this chain does not have.  Checkpoints that arrived say how far
+        both are the same; those that were made since are no proof of that.
+        """
+        if self._chain.head()[0] >= number:
+            there = self._hash(number)
+            if not hashed or there is None or there == hashed:
+                return None
+        kept, here = checkpoints.kept(self._store)[0], self._chain.id()
+        for item in sorted(kept, key=lambda item: -item.number):
+            sent = item.number <= number and item.at_us <= at_us
+            if sent and item.chain == here and not item.pruned_from and self._hash(item.number) == item.hash:
+                return item.number
+        return 0
+
+    def _hash(self, number: int) -> str | None:
+        """What a record has; ``None`` where the chain does not have it (any more)."""
+        for row in self._chain.read(number - 1, 1):
+            if row.number == number:
+                return row.hash.hex()
+        return None
+
+    def _set_back(self, number: int, back: int, at_us: int) -> None:
+        log.warning(
+            "sink %s had record %d, and the chain was put back to before that: it goes on after record %d",
+            self._sink.name,
+            number,
+            back,
+        )
+        self._chain.add([event("sink_set_back", time.time(), sink=self._sink.name, to=back, **{"from": number})])
+        self._arrived(back, at_us, self._hash(back) or "")
+
+    def _where(self) -> tuple[int, int, str]:
+        """The number, the time of the checkpoint, and the hash of the record that arrived last.
+
+        Versions of before wrote no hash; it is empty then.
+        """
         try:
             value = json.loads(self._cursor.read_text())
-            return int(value["number"]), int(value["checkpoint_at_us"])
+            return int(value["number"]), int(value["checkpoint_at_us"]), str(value.get("hash", ""))
         except FileNotFoundError:
-            number = self._chain.head()[0]
+            number, hashed = self._chain.head()
             at_us = int(time.time() * 1e6)
-            replace_file(self._cursor, json.dumps({"number": number, "checkpoint_at_us": at_us}))
-            return number, at_us
-        except (KeyError, TypeError, RecursionError) as error:
+            self._arrived(number, at_us, hashed.hex())
+            return number, at_us, hashed.hex()
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self._cursor}: {error!r}; remove it, and the sink goes on with the newest") from None
 
     def _fails(self, error: Exception) -> None:
