@@ -14,6 +14,7 @@ from persona.problems import Fault, PersonaError
 WORKERS_MAX = 32
 HOSTS_MAX = 64
 _URI_MAX = 500
+KEEP_DAYS_MAX = 36_500
 T = TypeVar("T")
 _UNIX_PATH_MAX = 107  # bytes: unix(7), the kernel takes no longer one
 
@@ -27,6 +28,7 @@ class Audit:
     syslog: str = ""
     syslog_ca: str = "/etc/ssl/certs/ca-certificates.crt"  # Debian's own, of every authority that it trusts
     json_lines: str = ""
+    keep_days: int = 0  # 0: for ever, since what is deleted cannot be had back
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,8 @@ def _check_audit(audit: Audit) -> None:
         raise PersonaError(
             Fault.BAD_DOCUMENT, f"audit.syslog: {audit.syslog!r}: expected tcp://HOST:PORT or tls://HOST:PORT"
         )
+    if not 0 <= audit.keep_days <= KEEP_DAYS_MAX:
+        raise PersonaError(Fault.BAD_DOCUMENT, f"audit.keep_days: expected 0 (for ever) to {KEEP_DAYS_MAX}")
     if audit.json_lines and not audit.json_lines.startswith("/"):
         raise PersonaError(Fault.BAD_DOCUMENT, f"audit.json_lines: {audit.json_lines!r}: expected an absolute path")
 

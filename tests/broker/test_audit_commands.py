@@ -23,6 +23,8 @@ from persona_broker.audit.delivery import Delivery
 from persona_broker.audit.index import Index, Indexer, index_of
 from persona_broker.audit.search import Wanted, each, later, newest
 from persona_broker.audit.segment import Segment
+from persona_broker.serve.audit_process import Worker
+from persona_broker.settings import Audit, Settings
 from persona_broker.store.sqlite import SqliteStore
 
 from tests.broker.conftest import ROOT, Broker
@@ -241,6 +243,32 @@ def test_prune_takes_whole_days_and_leaves_a_signed_checkpoint(filled: Broker) -
     with closing(SqliteStore(filled.directory / "db")) as store, store.writing() as db:
         db.execute("DELETE FROM audit_checkpoints WHERE pruned_from > 0")
     assert {item["kind"] for item in answer(filled, "verify", code=1)["items"]} == {"cut"}
+
+
+def test_the_broker_prunes_by_itself_where_it_is_asked_to(filled: Broker) -> None:
+    assert filled.run("audit", "hold", "add", "--session", "s-1").returncode == 0
+    keep = int(time.time() // DAY_S - BEGAN // DAY_S) - 3  # the fourth day is the first that is not older
+    for setting, left in ((0, ["21", "22", "23", "24"]), (keep + 900, ["21", "22", "23", "24"]), (keep, ["22", "24"])):
+        worker = Worker(Settings(db=str(filled.directory / "db"), audit=Audit(keep_days=setting)))
+        worker._started()
+        worker._checkpoint_at = 0.0
+        worker.look()
+        assert days(filled)[: len(left)] == left, setting
+    assert answer(filled, "verify")["whole"]
+    (told,) = answer(filled, "search", "--event", "audit_pruned")
+    assert (told["record"]["author"], told["record"]["message"]) == ("broker", f"audit.keep_days = {keep}")
+    assert [day["segment"] for day in told["record"]["days"]] == ["2026-09-21", "2026-09-23"]
+
+
+def test_the_broker_deletes_no_evidence_and_says_so(filled: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(Segment(filled.directory / "audit" / "2026-09-21.db", writable=True)) as segment:
+        segment.rows("UPDATE records SET guest = 'vm-3' WHERE number = 2")
+    worker = Worker(Settings(db=str(filled.directory / "db"), audit=Audit(keep_days=1)))
+    worker._started()
+    worker._checkpoint_at = 0.0
+    worker.look()
+    assert "what was tampered with is evidence" in caplog.text
+    assert days(filled)[:4] == ["21", "22", "23", "24"]
 
 
 def test_prune_goes_on_where_it_was_interrupted(filled: Broker, monkeypatch: pytest.MonkeyPatch) -> None:

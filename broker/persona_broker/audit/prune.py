@@ -8,21 +8,25 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+from persona.problems import Fault, PersonaError
 from persona_broker.audit import checkpoints, index
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.events import event
-from persona_broker.audit.core.verify import Verification
 from persona_broker.audit.files import sync_directory
-from persona_broker.audit.holds import Hold
+from persona_broker.audit.holds import Hold, holds
 from persona_broker.audit.keys import SigningKey
 from persona_broker.audit.lookup import Lookup
 from persona_broker.audit.segment import Segment
 from persona_broker.audit.verify import verify_segments
 from persona_broker.store.interface import Author
 from persona_broker.store.sqlite import SqliteStore
+
+_TAMPERED = ("changed", "cut", "reordered", "broken")
+_DAY_S = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +74,32 @@ def _held(path: Path, held: Sequence[Hold]) -> str:
     return ""
 
 
-def check(days: Sequence[Day]) -> Verification:
-    """Whether what goes is whole: what was tampered with is evidence, and stays."""
-    return verify_segments([day.path for day in days])
+def choose(store: SqliteStore, chain: Chain, key: SigningKey, before: str, held: Sequence[Hold]) -> list[Day]:
+    """The days before a date; those that may go were looked at, and are whole.
+
+    Raises ``PersonaError`` where one was tampered with: that is evidence, and all stay.  Also ``sqlite3.Error``.
+    """
+    right, _ = checkpoints.sorted_out(checkpoints.kept(store)[0], [key.public], "the database")
+    mine = [item for item in right if item.chain == chain.id()]  # numbers of an earlier chain prove nothing of this one
+    days = plan(chain, before, held, max((item.number for item in mine if not item.pruned_from), default=0))
+    found = verify_segments([day.path for day in days if not day.stays]).findings
+    wrong = [item for item in found if item.kind in _TAMPERED]
+    if wrong:
+        fix = "nothing was deleted; 'audit verify' names everything, and what was tampered with is evidence"
+        raise PersonaError(Fault.CONFLICT, f"{wrong[0].segment}: {wrong[0].text}; {fix}")
+    return days
+
+
+def prune_older(store: SqliteStore, chain: Chain, key: SigningKey, keep_days: int, now: float) -> list[Day]:
+    """Deletes the days that ended more than so many days ago, as ``audit.keep_days`` asks; those that went.
+
+    ``now`` in Unix seconds.  Raises as ``choose`` and ``prune``.
+    """
+    before = datetime.fromtimestamp(now - keep_days * _DAY_S, UTC).strftime("%Y-%m-%d")
+    goes = [day for day in choose(store, chain, key, before, holds(store)) if not day.stays]
+    if goes:
+        prune(store, chain, key, goes, before, Author("broker", f"audit.keep_days = {keep_days}"))
+    return goes
 
 
 def prune(store: SqliteStore, chain: Chain, key: SigningKey, days: Sequence[Day], before: str, author: Author) -> None:

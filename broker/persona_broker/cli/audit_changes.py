@@ -13,7 +13,7 @@ from persona_broker.audit.erase import erase as erase_user
 from persona_broker.audit.inbox import take_over
 from persona_broker.audit.keys import SigningKey
 from persona_broker.audit.loss import acknowledge, contradicting
-from persona_broker.audit.prune import check, plan
+from persona_broker.audit.prune import choose
 from persona_broker.audit.prune import prune as prune_days
 from persona_broker.cli.audit import given_keys, known_holds
 from persona_broker.cli.author import author
@@ -23,24 +23,14 @@ from persona_broker.settings import Settings
 from persona_broker.store.sqlite import SqliteStore
 
 UNCONFIRMED = 4
-_TAMPERED = ("changed", "cut", "reordered", "broken")
 
 
 def prune(arguments: argparse.Namespace, settings: Settings) -> int:
     """``audit prune --before DATE``: whole days, each against a signed checkpoint that stays."""
     store, chain = opened_both(settings) if arguments.dry_run else changeable(settings)
     key = _key(keys.key_file(chain.directory))
-    here, _ = checkpoints.kept(store)
-    right, _ = checkpoints.sorted_out(here, [key.public], "the database")
-    mine = [item for item in right if item.chain == chain.id()]  # numbers of an earlier chain prove nothing of this one
-    reached = max((item.number for item in mine if not item.pruned_from), default=0)
-    days = plan(chain, arguments.before, known_holds(store), reached)
+    days = choose(store, chain, key, arguments.before, known_holds(store))
     goes, stays = [day for day in days if not day.stays], [day for day in days if day.stays]
-    wrong = [item for item in check(goes).findings if item.kind in _TAMPERED]
-    if wrong:
-        first = wrong[0]
-        fix = "nothing was deleted; 'audit verify' names everything, and what was tampered with is evidence"
-        raise PersonaError(Fault.CONFLICT, f"{first.segment}: {first.text}; {fix}")
     value = {
         "pruned": [{"segment": day.path.stem, "first": day.first, "last": day.last} for day in goes],
         "kept": [{"segment": day.path.stem, "why": day.stays} for day in stays],

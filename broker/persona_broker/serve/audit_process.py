@@ -24,6 +24,7 @@ from persona_broker.audit.files import beside
 from persona_broker.audit.inbox import take_over
 from persona_broker.audit.index import Indexer
 from persona_broker.audit.loss import acknowledged
+from persona_broker.audit.prune import prune_older
 from persona_broker.audit.sinks.interface import Sink
 from persona_broker.audit.sinks.journald import Journald
 from persona_broker.audit.sinks.json_lines import JsonLines
@@ -36,6 +37,7 @@ log = logging.getLogger("persona.audit")
 
 CHECKPOINT_EVERY_S = 60.0
 _LOOK_EVERY_S = 0.5
+_PRUNE_EVERY_S = 86_400.0
 _SAY_EVERY_S = 60.0
 _SINKS_END_S = 1.5  # of the 5 s that a part has to end
 
@@ -64,6 +66,8 @@ class Worker:
         self._seen = -1  # the database's data_version
         self._checkpointed = 0  # number of the record of the last checkpoint
         self._checkpoint_at = 0.0  # monotonic: when the next is due
+        self._keep_days = settings.audit.keep_days
+        self._prune_at = 0.0  # monotonic: when old days are looked for next
         self._said_at = 0.0  # monotonic; 0: all works
         self._indexer = Indexer(self._chain)
         self._runners = [
@@ -83,6 +87,9 @@ class Worker:
         self._try(self._take_over)
         if time.monotonic() >= self._checkpoint_at:
             self._try(self._checkpoint)
+            if self._keep_days and time.monotonic() >= self._prune_at:
+                self._prune_at = time.monotonic() + _PRUNE_EVERY_S
+                self._try(self._prune)
 
     def end(self) -> None:
         """Takes over what waits still, and makes the last checkpoint; the sinks get it where they are quick."""
@@ -137,6 +144,14 @@ class Worker:
         checkpoints.put(self._store, [made])
         self._checkpointed = made.number
         metrics.checkpoint_made(made.at_us / 1e6)
+
+    def _prune(self) -> None:
+        """Deletes what is older than ``audit.keep_days``, behind a checkpoint that was made just now."""
+        if self._key is None:
+            return
+        gone = prune_older(self._store, self._chain, self._key, self._keep_days, time.time())
+        if gone:
+            log.warning("audit.keep_days: %s to %s were deleted", gone[0].path.stem, gone[-1].path.stem)
 
     def _try(self, step: Callable[[], object]) -> None:
         try:
