@@ -230,14 +230,13 @@ def _parser() -> argparse.ArgumentParser:
     newest = command(
         "tail", records.tail, "the newest records of those that are asked for, oldest first", records_parser
     )
-    newest.add_argument("-n", type=usage.count, default=20, metavar="COUNT", help="at most so many (default 20)")
-    newest.add_argument("--follow", "-f", action="store_true", help="go on with those to come")
-    newest.add_argument("--user", help="of this user")
-    newest.add_argument("--vm", help="of this VM")
+    audit_options.how_many(newest)
+    audit_options.how_long(newest)
+    audit_options.about(newest, "--user", "--vm")
     newest.add_argument("--denied", action="store_true", help="only what was denied, or would be but for complain mode")
     newest.add_argument("--reason", type=usage.reason, choices=[*Reason], metavar="CODE", help="denied for this reason")
     newest.add_argument("--since", type=usage.since, metavar="TIME", help=usage.SINCE)
-    newest.add_argument("--program", metavar="NAME|PATH", help="the file that ran or was refused, not its argv[0]")
+    audit_options.about(newest, "--program")
     newest.add_argument("--distinct", action="store_true", help="once each, with how many: time and session aside")
 
     audit_options.add(top, command)

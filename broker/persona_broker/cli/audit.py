@@ -25,7 +25,7 @@ from persona_broker.audit.segment import Segment
 from persona_broker.audit.sinks.interface import exported
 from persona_broker.audit.verify import verify as verify_chain
 from persona_broker.cli.chain import Bar, opened, opened_both, opened_for_audit
-from persona_broker.cli.records import follow
+from persona_broker.cli.records import follow, wanted
 from persona_broker.cli.store import plural, say
 from persona_broker.settings import Settings
 from persona_broker.store.sqlite import SqliteStore
@@ -146,19 +146,7 @@ def tail(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _wanted(arguments: argparse.Namespace) -> Wanted:
-    return Wanted(
-        user=arguments.user,
-        vm=arguments.vm,
-        session=arguments.session,
-        program=arguments.program,
-        event=arguments.event,
-        decision=arguments.decision,
-        reason=arguments.reason,
-        persona=arguments.persona,
-        received_since=arguments.since,
-        received_until=arguments.until,
-        guests_only=False,
-    )
+    return wanted(arguments, received_since=arguments.since, received_until=arguments.until, guests_only=False)
 
 
 def _entry(found: Found, _wanted: Wanted) -> dict[str, Any]:

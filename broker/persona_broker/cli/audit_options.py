@@ -7,6 +7,33 @@ from typing import Any
 
 from persona_broker.cli import audit, audit_changes, usage
 
+_ABOUT: dict[str, dict[str, Any]] = {
+    "--user": {"help": "of this user"},
+    "--vm": {"help": "of this VM"},
+    "--session": {"metavar": "ID", "help": "of this session"},
+    "--program": {"metavar": "NAME|PATH", "help": "the file that ran or was refused, not its argv[0]"},
+    "--event": {"metavar": "CODE", "help": "of this kind, as exec or change_set"},
+    "--decision": {"choices": ["granted", "denied"], "help": "that was decided so"},
+    "--reason": {"metavar": "CODE", "help": "denied for this reason"},
+    "--persona": {"metavar": "NAME", "help": "under this persona"},
+}
+
+
+def about(parser: argparse.ArgumentParser, *options: str) -> None:
+    """Adds options that say which records; without any, all of them.  ``records.wanted`` reads them."""
+    for option in options or _ABOUT:
+        parser.add_argument(option, **_ABOUT[option])
+
+
+def how_many(parser: argparse.ArgumentParser) -> None:
+    """Adds how many of the newest."""
+    parser.add_argument("-n", type=usage.count, default=20, metavar="COUNT", help="at most so many (default 20)")
+
+
+def how_long(parser: argparse.ArgumentParser) -> None:
+    """Adds whether a command goes on with what comes."""
+    parser.add_argument("--follow", "-f", action="store_true", help="go on with those to come")
+
 
 def add(top: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
     """Adds its commands; ``command`` makes one, with what all have."""
@@ -34,26 +61,19 @@ def add(top: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
         ("export", audit.export, "records as JSON lines, oldest first"),
     ):
         found = command(name, run, text, below)
-        found.add_argument("--user", help="of this user")
-        found.add_argument("--vm", help="of this VM")
-        found.add_argument("--session", metavar="ID", help="of this session")
-        found.add_argument("--program", metavar="NAME|PATH", help="the file that ran or was refused, not its argv[0]")
-        found.add_argument("--event", metavar="CODE", help="of this kind, as exec or change_set")
-        found.add_argument("--decision", choices=["granted", "denied"], help="that was decided so")
-        found.add_argument("--reason", metavar="CODE", help="denied for this reason")
-        found.add_argument("--persona", metavar="NAME", help="under this persona")
+        about(found)
         found.add_argument("--since", type=usage.since, metavar="TIME", help=f"received {usage.SINCE}")
         found.add_argument("--until", type=usage.since, metavar="TIME", help="received before then")
         if name == "search":
-            found.add_argument("-n", type=usage.count, default=20, metavar="COUNT", help="at most so many (default 20)")
+            how_many(found)
             found.set_defaults(follow=False)
         else:
             found.add_argument(
                 "--format", choices=["jsonl", "ocsf"], default="jsonl", help="ocsf: what it has a class for"
             )
     newest = command("tail", audit.tail, "the newest records of any kind, oldest first", below)
-    newest.add_argument("-n", type=usage.count, default=20, metavar="COUNT", help="at most so many (default 20)")
-    newest.add_argument("--follow", "-f", action="store_true", help="go on with those to come")
+    how_many(newest)
+    how_long(newest)
     command("gaps", audit.gaps, "numbers of guests that never came, and why where that is known", below)
     command("key", audit.key, "the public key that checkpoints are signed with", below)
 

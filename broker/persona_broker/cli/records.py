@@ -21,16 +21,15 @@ _SEEN_MAX = 100_000  # that --follow --distinct remembers
 
 def tail(arguments: argparse.Namespace, settings: Settings) -> int:
     """Oldest first; with ``--follow`` until interrupted."""
-    wanted = Wanted(
-        user=arguments.user,
-        vm=arguments.vm,
-        program=arguments.program,
-        reason=arguments.reason,
-        since=arguments.since,
-        denied=arguments.denied,
-        distinct=arguments.distinct,
-    )
-    return follow(arguments, opened(settings), wanted, _value)
+    asked = wanted(arguments, since=arguments.since, denied=arguments.denied, distinct=arguments.distinct)
+    return follow(arguments, opened(settings), asked, _value)
+
+
+def wanted(arguments: argparse.Namespace, **more: Any) -> Wanted:
+    """What the options of ``audit_options.about`` ask for, and ``more``."""
+    names = ("user", "vm", "session", "program", "event", "decision", "reason", "persona")
+    found: dict[str, Any] = {name: getattr(arguments, name, None) for name in names}
+    return Wanted(**found, **more)
 
 
 def follow(
