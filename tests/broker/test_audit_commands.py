@@ -340,6 +340,7 @@ def test_erased_is_the_text_and_not_the_fact(filled: Broker) -> None:
     }  # fmt: skip
     value = answer(filled, "verify")
     assert (value["whole"], value["erased"]) == (True, 8)
+    assert "8 records without the text: 'audit search --event audit_erased'" in filled.run("audit", "verify").stdout
     with closing(Chain(filled.directory / "audit")) as chain:  # what comes again is not told from what was erased
         (kept,) = chain.deliver([Delivery("vm-1", numbered(1, 2, session="s-0", argv=["mysql", SECRET]), STREAM)])
         assert kept.again == 2

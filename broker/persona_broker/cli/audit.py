@@ -131,6 +131,10 @@ def _say_verified(
     against = f"{plural(kept, 'checkpoint')} in the database" + (f" and {given} given" if given else "")
     state = "the chain is whole" if not findings else f"the chain is NOT whole: {plural(len(findings), 'finding')}"
     print(f"{state}; {plural(found.records, 'record')} to number {found.number}, {against}")
+    if found.erased:
+        print(
+            f"{plural(found.erased, 'record')} without the text: 'audit search --event audit_erased' says who erased it"
+        )
     if not kept and not given:
         print("no checkpoint was there: that the end was not cut off is not shown")
 
