@@ -78,18 +78,9 @@ class Libvirtd:
             mine = self.folder / ("run" if directory == "/run/libvirt" else directory.strip("/").replace("/", "-"))
             mine.mkdir()
             script += f"mkdir -p {directory}; mount --bind {mine} {directory}\n"
+        apart = ["unshare", "--mount", "--net", "--propagation", "private"]
         self._keeper = subprocess.Popen(
-            [
-                "unshare",
-                "--mount",
-                "--net",
-                "--propagation",
-                "private",
-                "sh",
-                "-c",
-                f"{script}echo up; exec sleep 9999",
-            ],
-            stdout=subprocess.PIPE,
+            [*apart, "sh", "-c", f"{script}echo up; exec sleep 9999"], stdout=subprocess.PIPE
         )
         assert self._keeper.stdout is not None and self._keeper.stdout.readline() == b"up\n"
         self._keeper.stdout.close()

@@ -77,7 +77,7 @@ def poller(tmp_path: Path, libvirtd: Libvirtd) -> Iterator[Poller]:
     finally:
         poller.process.send_signal(signal.SIGCONT)
         poller.process.terminate()
-        assert poller.process.wait(10) == 0
+        assert poller.process.wait(30) == 0
 
 
 def domain(sample: HostSample, name: str) -> Domain:
@@ -93,7 +93,7 @@ def test_load_is_seen_of_whoever_makes_it(poller: Poller) -> None:
 
     sample = poller.seen(shows)
     assert domain(sample, "burner").figures["memory"] == 16 << 20
-    assert sample.load["cpu"] > 10  # of a machine of two or four
+    assert sample.load["cpu"] > 20 / (os.cpu_count() or 1)  # a burner has a good part of one of them
     assert 0 < sample.load["memory"] < 100
     assert (sample.host, sample.problem) == ("lab", "")
 
