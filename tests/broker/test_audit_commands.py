@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from persona_broker.audit import checkpoints, keys
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core import ocsf
 from persona_broker.audit.core.events import EVENTS
-from persona_broker.audit.core.format import split
+from persona_broker.audit.core.format import link, message, person_digest, split
 from persona_broker.audit.core.streams import Gap
 from persona_broker.audit.delivery import Delivery
 from persona_broker.audit.index import Index, Indexer, index_of
@@ -296,6 +297,75 @@ def test_prune_goes_no_further_than_a_signed_checkpoint_and_takes_no_evidence(fi
     done = filled.run("audit", "prune", "--before", "2026-09-22", "--yes")
     assert (done.returncode, "what was tampered with is evidence" in done.stderr) == (1, True)
     assert days(filled)[:2] == ["21", "22"]
+
+
+def forge(path: Path) -> None:
+    """Writes a day anew, so that everything in it is right by itself: another VM, and hashes that say so."""
+    with closing(Segment(path, writable=True)) as segment:
+        hashed = bytes.fromhex(segment.meta("previous"))
+        people = dict(segment.rows("SELECT number, salt FROM records"))
+        segment.rows("UPDATE records SET guest = 'vm-9' WHERE guest = 'vm-2'")
+        for row in segment.read(0):
+            stated = message(row.number, row.at_us, row.guest, row.stream, row.counter, row.facts)
+            hashed = link(hashed, person_digest(people[row.number], row.person or ""), stated)
+            segment.rows("UPDATE records SET hash = ? WHERE number = ?", hashed, row.number)
+
+
+@pytest.mark.parametrize(
+    ("day", "stay"),
+    [("21", ["21", "22"]), ("22", ["22", "23"]), ("23", ["23"])],
+)
+def test_a_day_that_was_forged_as_a_whole_is_not_pruned(filled: Broker, day: str, stay: list[str]) -> None:
+    forge(filled.directory / "audit" / f"2026-09-{day}.db")
+    with closing(SqliteStore(filled.directory / "db")) as store, store.writing() as db:
+        db.execute("DELETE FROM audit_checkpoints WHERE number < 19")  # none is of the days themselves
+    assert answer(filled, "verify", code=1)["items"]
+    value = answer(filled, "prune", "--before", "2026-09-24", "--yes")
+    assert [item["segment"][-2:] for item in value["kept"]] == stay
+    assert all("evidence" in item["why"] for item in value["kept"])
+    assert days(filled)[: len(stay)] == stay
+    assert "changed" in {item["kind"] for item in answer(filled, "verify", code=1)["items"]}
+
+
+def test_a_day_that_a_checkpoint_contradicts_is_not_pruned(filled: Broker) -> None:
+    previous = ""
+    for path in Chain(filled.directory / "audit").segments():  # each follows the one before it
+        with closing(Segment(path, writable=True)) as segment:
+            segment.rows("UPDATE meta SET value = ? WHERE key = 'previous' AND ? != ''", previous, previous)
+            forge(path)
+            previous = segment.head()[1].hex()
+    with closing(SqliteStore(filled.directory / "db")) as store, store.writing() as db:
+        db.execute("DELETE FROM audit_checkpoints WHERE number IN (4, 14)")
+    value = answer(filled, "prune", "--before", "2026-09-24", "--yes")
+    assert [item["segment"][-2:] for item in value["kept"]] == ["22"]
+    assert value["kept"][0]["why"].startswith("record 9 had another hash when a checkpoint was made of it")
+
+
+def test_a_day_that_contradicts_what_was_pruned_before_it_stays(filled: Broker) -> None:
+    assert answer(filled, "prune", "--before", "2026-09-22", "--yes")["ok"]
+    path = filled.directory / "audit" / "2026-09-22.db"
+    with closing(Segment(path, writable=True)) as segment:
+        segment.rows("UPDATE meta SET value = ? WHERE key = 'previous'", "ab" * 32)
+    forge(path)
+    with closing(SqliteStore(filled.directory / "db")) as store, store.writing() as db:
+        db.execute("DELETE FROM audit_checkpoints WHERE number IN (9, 14)")
+    with closing(Segment(path)) as segment, closing(Segment(path.with_name("2026-09-23.db"), writable=True)) as after:
+        after.rows("UPDATE meta SET value = ? WHERE key = 'previous'", segment.head()[1].hex())
+    forge(after.path)
+    value = answer(filled, "prune", "--before", "2026-09-23", "--yes")
+    assert [item["why"] for item in value["kept"]] == ["it does not follow what was pruned before it; it is evidence"]
+
+
+def test_two_checkpoints_that_contradict_each_other_are_found_also_where_it_was_pruned(filled: Broker) -> None:
+    assert answer(filled, "prune", "--before", "2026-09-23", "--yes")["ok"]
+    assert answer(filled, "verify")["whole"]
+    key, _ = keys.load_or_make(filled.directory / "audit.key")
+    with closing(SqliteStore(filled.directory / "db")) as store:
+        (item,) = [item for item in checkpoints.kept(store)[0] if item.number == 9]
+        checkpoints.put(store, [key.sign(replace(item, hash="ab" * 32, at_us=item.at_us + 1, signature=""))])
+    (found,) = answer(filled, "verify", code=1)["items"]
+    assert (found["kind"], found["number"]) == ("changed", 9)
+    assert "different hashes" in found["text"]
 
 
 def test_what_is_held_is_neither_pruned_nor_erased(filled: Broker) -> None:

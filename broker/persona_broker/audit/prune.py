@@ -7,8 +7,9 @@ is on the record, before the first file is deleted: where it is interrupted, the
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 from persona.problems import Fault, PersonaError
@@ -16,6 +17,7 @@ from persona_broker.audit import checkpoints, index
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.events import event
+from persona_broker.audit.core.format import genesis
 from persona_broker.audit.files import sync_directory
 from persona_broker.audit.holds import Hold, holds
 from persona_broker.audit.keys import SigningKey
@@ -75,7 +77,7 @@ def _held(path: Path, held: Sequence[Hold]) -> str:
 
 
 def choose(store: SqliteStore, chain: Chain, key: SigningKey, before: str, held: Sequence[Hold]) -> list[Day]:
-    """The days before a date; those that may go were looked at, and are whole.
+    """The days before a date; those that may go were looked at: they are whole, and fit what is around them.
 
     Raises ``PersonaError`` where one was tampered with: that is evidence, and all stay.  Also ``sqlite3.Error``.
     """
@@ -87,7 +89,45 @@ def choose(store: SqliteStore, chain: Chain, key: SigningKey, before: str, held:
     if wrong:
         fix = "nothing was deleted; 'audit verify' names everything, and what was tampered with is evidence"
         raise PersonaError(Fault.CONFLICT, f"{wrong[0].segment}: {wrong[0].text}; {fix}")
-    return days
+    known = checkpoints.kept(store)[0]  # also those of keys that are not known here: what they contradict is evidence
+    return [day if day.stays else replace(day, stays=_contradicted(chain, day, known)) for day in days]
+
+
+def _contradicted(chain: Chain, day: Day, known: Sequence[Checkpoint]) -> str:
+    """What is against a day whose hashes are right by themselves; empty where it fits what is around it.
+
+    Both days stay where one does not follow the other: nobody can tell which of the two was changed.
+    """
+    mine, paths = [item for item in known if item.chain == chain.id()], chain.segments()
+    around = [
+        *[path for path in paths if path < day.path][-1:],
+        day.path,
+        *[path for path in paths if path > day.path][:1],
+    ]
+    for earlier, later in pairwise(around):
+        if found := _unlike(earlier, later):
+            return found
+    with closing(Segment(day.path)) as segment:
+        previous = segment.meta("previous")
+        if segment.chain != chain.id() or (day.first == 1 and previous != genesis(segment.chain).hex()):
+            return "it is not of this chain, or not its beginning; it is evidence"
+        for item in mine:
+            if item.pruned_from and item.number == day.first - 1 and item.hash != previous:
+                return "it does not follow what was pruned before it; it is evidence"
+            if day.first <= item.number <= day.last:
+                found_hashes = segment.rows("SELECT hash FROM records WHERE number = ?", item.number)
+                if found_hashes != [(bytes.fromhex(item.hash),)]:
+                    return f"record {item.number} had another hash when a checkpoint was made of it; it is evidence"
+    return ""
+
+
+def _unlike(earlier: Path, later: Path) -> str:
+    """Whether a day contradicts the one before it; records that are missing between them contradict nothing."""
+    with closing(Segment(earlier)) as one, closing(Segment(later)) as other:
+        (number, hashed), first = one.head(), other.span()[0]
+        if first is None or first > number + 1 or (first == number + 1 and other.meta("previous") == hashed.hex()):
+            return ""
+    return f"{later.name} does not follow the last record of {earlier.name}; both are evidence"
 
 
 def prune_older(store: SqliteStore, chain: Chain, key: SigningKey, keep_days: int, now: float) -> list[Day]:

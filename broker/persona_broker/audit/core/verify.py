@@ -165,8 +165,14 @@ class Verification:
             why = "no broker has begun it yet, or it was removed"
             text = f"the chain goes on in {sealed.get('next')}.db, which is not there: {why}"
             self.note("cut", text, f"{self._before}.db", self.number)
+        hashes: dict[tuple[str, int], str] = {}
         for checkpoint in sorted(set(checkpoints), key=lambda item: (item.number, item.at_us)):
             self._compare(checkpoint)
+            number = checkpoint.number
+            first = hashes.setdefault((checkpoint.chain, number), checkpoint.hash)
+            if first != checkpoint.hash and not (checkpoint.chain == self.chain and number in self._found):
+                text = f"two checkpoints say different hashes of record {number}, which is not there to tell"
+                self.note("changed", text, None, number)
         for (guest, stream), received in sorted(self.received.items(), key=lambda item: item[0][0]):
             for gap in received.gaps:
                 if not gap.why:
