@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pkgutil
 import sqlite3
 import stat
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from persona_broker.audit import checkpoints, keys
+from persona_broker.audit import checkpoints, holds, keys
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core import ocsf
 from persona_broker.audit.core.events import EVENTS
@@ -26,6 +27,7 @@ from persona_broker.audit.search import Wanted, each, later, newest
 from persona_broker.audit.segment import Segment
 from persona_broker.serve.audit_process import Worker
 from persona_broker.settings import Audit, Settings
+from persona_broker.store.interface import Author
 from persona_broker.store.sqlite import SqliteStore
 
 from tests.broker.conftest import ROOT, Broker
@@ -390,6 +392,33 @@ def test_what_is_held_is_neither_pruned_nor_erased(filled: Broker) -> None:
     assert answer(filled, "erase", "--user", "bob", "--yes")["erased"] == 2
     events = [one["record"]["event"] for one in answer(filled, "tail", "-n", "100")]
     assert (events.count("audit_held"), events.count("audit_released")) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "during", ["persona_broker.audit.prune.verify_segments", "persona_broker.cli.audit_changes._confirmed"]
+)
+@pytest.mark.parametrize("touched", [True, False])
+def test_a_hold_that_is_set_while_days_are_pruned_counts(
+    filled: Broker, monkeypatch: pytest.MonkeyPatch, during: str, touched: bool
+) -> None:
+    """During the look at the days, which takes minutes, and while the operator is asked."""
+    real = pkgutil.resolve_name(during)
+
+    def held_meanwhile(*values: Any) -> Any:
+        with closing(SqliteStore(filled.directory / "db")) as store:
+            holds.add(store, "session", "s-1" if touched else "s-9", Author("carol", "case 8"))
+        return real(*values)
+
+    monkeypatch.setattr(during, held_meanwhile)
+    value = answer(filled, "prune", "--before", "2026-09-24", "--yes")
+    monkeypatch.undo()
+    gone = ["2026-09-21", "2026-09-23"] if touched else ["2026-09-21", "2026-09-22", "2026-09-23"]
+    assert [item["segment"] for item in value["pruned"]] == gone
+    assert [item["why"] for item in value["kept"]] == ["it has records of the session s-1, who is held"] * touched
+    assert days(filled)[:1] == (["22"] if touched else ["24"])
+    assert answer(filled, "verify")["whole"]
+    with closing(SqliteStore(filled.directory / "db")) as store:
+        assert {item.pruned_from for item in checkpoints.kept(store)[0]} == ({0, 1, 11} if touched else {0, 1, 6, 11})
 
 
 def test_erased_is_the_text_and_not_the_fact(filled: Broker) -> None:

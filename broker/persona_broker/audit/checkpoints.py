@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -37,10 +38,15 @@ def make(chain: Chain, key: SigningKey, clock: Callable[[], float] = time.time) 
 def put(store: SqliteStore, checkpoints: Iterable[Checkpoint]) -> None:
     """Keeps them; of those that are older than a day, the last of each day stay.  Raises ``sqlite3.Error``."""
     with store.writing() as db:
-        for item in checkpoints:
-            row = (item.chain, item.number, item.at_us, item.pruned_from, to_json(item.to_mapping()))
-            db.execute("INSERT OR REPLACE INTO audit_checkpoints VALUES (?, ?, ?, ?, ?)", row)
-            db.execute(_THIN, (item.at_us - _MINUTES_KEPT_S * 1_000_000,))
+        put_in(db, checkpoints)
+
+
+def put_in(db: sqlite3.Connection, checkpoints: Iterable[Checkpoint]) -> None:
+    """The same, as part of a transaction.  Raises ``sqlite3.Error``."""
+    for item in checkpoints:
+        row = (item.chain, item.number, item.at_us, item.pruned_from, to_json(item.to_mapping()))
+        db.execute("INSERT OR REPLACE INTO audit_checkpoints VALUES (?, ?, ?, ?, ?)", row)
+        db.execute(_THIN, (item.at_us - _MINUTES_KEPT_S * 1_000_000,))
 
 
 def newest(store: SqliteStore) -> Checkpoint | None:

@@ -1,5 +1,6 @@
 """What must not be pruned or erased: all records of a user, or of a session."""
 
+import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from persona_broker.store.pending import note
 from persona_broker.store.sqlite import SqliteStore
 
 KINDS = ("user", "session")
+_ALL = "SELECT kind, name, at, author, message FROM audit_holds ORDER BY at"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,12 @@ class Hold:
 
 def holds(store: SqliteStore) -> list[Hold]:
     """All of them, oldest first.  Raises ``sqlite3.Error``."""
-    return [Hold(*row) for row in store.rows("SELECT kind, name, at, author, message FROM audit_holds ORDER BY at")]
+    return [Hold(*row) for row in store.rows(_ALL)]
+
+
+def holds_in(db: sqlite3.Connection) -> list[Hold]:
+    """The same, as they are in a transaction.  Raises ``sqlite3.Error``."""
+    return [Hold(*row) for row in db.execute(_ALL)]
 
 
 def add(store: SqliteStore, kind: str, name: str, author: Author) -> None:

@@ -19,7 +19,7 @@ from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.events import event
 from persona_broker.audit.core.format import genesis
 from persona_broker.audit.files import sync_directory
-from persona_broker.audit.holds import Hold, holds
+from persona_broker.audit.holds import Hold, holds, holds_in
 from persona_broker.audit.keys import SigningKey
 from persona_broker.audit.lookup import Lookup
 from persona_broker.audit.segment import Segment
@@ -136,25 +136,44 @@ def prune_older(store: SqliteStore, chain: Chain, key: SigningKey, keep_days: in
     ``now`` in Unix seconds.  Raises as ``choose`` and ``prune``.
     """
     before = datetime.fromtimestamp(now - keep_days * _DAY_S, UTC).strftime("%Y-%m-%d")
-    goes = [day for day in choose(store, chain, key, before, holds(store)) if not day.stays]
-    if goes:
-        prune(store, chain, key, goes, before, Author("broker", f"audit.keep_days = {keep_days}"))
-    return goes
+    held = holds(store)
+    days = choose(store, chain, key, before, held)
+    author = Author("broker", f"audit.keep_days = {keep_days}")
+    return [day for day in prune(store, chain, key, days, held, before, author) if not day.stays]
 
 
-def prune(store: SqliteStore, chain: Chain, key: SigningKey, days: Sequence[Day], before: str, author: Author) -> None:
-    """Deletes the days.  Raises ``sqlite3.Error``, ``OSError``."""
+def prune(
+    store: SqliteStore, chain: Chain, key: SigningKey, days: Sequence[Day], held: Sequence[Hold], before: str,
+    author: Author,
+) -> list[Day]:  # fmt: skip
+    """Deletes the days that do not stay; all of them, as they are then.  ``held``: the holds by which they were chosen.
+
+    A day that a hold touches which was set since stays.  Raises ``sqlite3.Error``, ``OSError``, ``PersonaError``.
+    """
     with closing(Segment(chain.segments()[-1])) as segment:
         name = segment.chain
-    now = int(time.time() * 1e6)
-    signed = [key.sign(Checkpoint(name, day.last, day.hash, now, day.first, key.public.id)) for day in days]
-    checkpoints.put(store, signed)
-    said = [{"segment": day.path.stem, "first": day.first, "last": day.last, "hash": day.hash} for day in days]
+    looked = list(held)
+    while True:
+        goes = [day for day in days if not day.stays]
+        now = int(time.time() * 1e6)
+        signed = [key.sign(Checkpoint(name, day.last, day.hash, now, day.first, key.public.id)) for day in goes]
+        with store.writing() as db:
+            new = [hold for hold in holds_in(db) if hold not in looked]
+            if not new:
+                checkpoints.put_in(db, signed)
+                break
+        # outside of the transaction, which others wait for; then again, since another hold may be set meanwhile
+        days = [day if day.stays else replace(day, stays=_held(day.path, new)) for day in days]
+        looked += new
+    if not goes:
+        return list(days)
+    said = [{"segment": day.path.stem, "first": day.first, "last": day.last, "hash": day.hash} for day in goes]
     chain.add(
         [event("audit_pruned", time.time(), author=author.name, message=author.message, before=before, days=said)]
     )
-    for day in days:
+    for day in goes:
         index.remove(day.path)
         for end in ("-shm", "-wal", ""):
             day.path.with_name(day.path.name + end).unlink(missing_ok=True)
     sync_directory(chain.directory)
+    return list(days)

@@ -13,7 +13,7 @@ from persona_broker.audit.erase import erase as erase_user
 from persona_broker.audit.inbox import take_over
 from persona_broker.audit.keys import SigningKey
 from persona_broker.audit.loss import acknowledge, contradicting
-from persona_broker.audit.prune import choose
+from persona_broker.audit.prune import Day, choose
 from persona_broker.audit.prune import prune as prune_days
 from persona_broker.cli.audit import given_keys, known_holds
 from persona_broker.cli.author import author
@@ -29,22 +29,27 @@ def prune(arguments: argparse.Namespace, settings: Settings) -> int:
     """``audit prune --before DATE``: whole days, each against a signed checkpoint that stays."""
     store, chain = opened_both(settings) if arguments.dry_run else changeable(settings)
     key = _key(keys.key_file(chain.directory))
-    days = choose(store, chain, key, arguments.before, known_holds(store))
-    goes, stays = [day for day in days if not day.stays], [day for day in days if day.stays]
+    held = known_holds(store)
+    days = choose(store, chain, key, arguments.before, held)
+    goes = [day for day in days if not day.stays]
+    if goes and not arguments.dry_run:
+        if not _confirmed(arguments, _lines(days), "Delete these days?"):
+            return UNCONFIRMED
+        days = prune_days(store, chain, key, days, held, arguments.before, author(arguments.message))
+        goes = [day for day in days if not day.stays]
     value = {
         "pruned": [{"segment": day.path.stem, "first": day.first, "last": day.last} for day in goes],
-        "kept": [{"segment": day.path.stem, "why": day.stays} for day in stays],
+        "kept": [{"segment": day.path.stem, "why": day.stays} for day in days if day.stays],
         "dry_run": arguments.dry_run,
     }
-    lines = [f"{day.path.stem}: records {day.first} to {day.last}" for day in goes]
-    lines += [f"{day.path.stem} stays: {day.stays}" for day in stays]
-    if goes and not arguments.dry_run:
-        if not _confirmed(arguments, lines, "Delete these days?"):
-            return UNCONFIRMED
-        prune_days(store, chain, key, goes, arguments.before, author(arguments.message))
     done = "would be deleted" if arguments.dry_run else "deleted"
-    say(arguments, value, "\n".join([*lines, f"{plural(len(goes), 'day')} {done}"]))
+    say(arguments, value, "\n".join([*_lines(days), f"{plural(len(goes), 'day')} {done}"]))
     return 0
+
+
+def _lines(days: Sequence[Day]) -> list[str]:
+    lines = [f"{day.path.stem}: records {day.first} to {day.last}" for day in days if not day.stays]
+    return [*lines, *(f"{day.path.stem} stays: {day.stays}" for day in days if day.stays)]
 
 
 def _key(file: Path) -> SigningKey:
