@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from persona_broker.audit import checkpoints, keys
+from persona_broker.audit import checkpoints, holds, keys
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.events import event
@@ -20,10 +20,11 @@ from persona_broker.audit.delivery import Delivery
 from persona_broker.audit.keys import SigningKey
 from persona_broker.serve.audit_process import Worker
 from persona_broker.settings import Settings
+from persona_broker.store.interface import Author
 from persona_broker.store.sqlite import SqliteStore
 
 from tests.broker.conftest import Broker
-from tests.broker.test_audit_chain import said
+from tests.broker.test_audit_chain import Clock, said
 
 OLD = "0" * 31 + "1"
 
@@ -162,8 +163,6 @@ def test_nothing_is_acknowledged_where_there_is_no_chain_or_no_key(cli: Broker) 
 
 
 def test_a_checkpoint_of_an_earlier_chain_lets_nothing_of_this_one_be_pruned(lost: Broker) -> None:
-    from tests.broker.test_audit_chain import Clock
-
     for file in (lost.directory / "audit").glob("*.db*"):
         file.unlink()
     clock = Clock()
@@ -182,3 +181,38 @@ def test_the_broker_warns_of_a_loss_until_it_is_acknowledged(lost: Broker, caplo
         worker._started()
         assert ("records are gone" in caplog.text) is warned
         assert acknowledge(lost).returncode in (0, 1)
+
+
+def test_a_cut_end_is_told_also_where_an_older_day_is_damaged(cli: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    key, _ = keys.load_or_make(cli.directory / "audit.key")
+    with closing(SqliteStore(cli.directory / "db")) as store, closing(Chain(cli.directory / "audit", clock)) as chain:
+        for _ in range(3):
+            chain.deliver([Delivery("vm-1", [split(said())] * 9)])
+            clock.now += 86_400
+        made = checkpoints.make(chain, key)
+        assert made is not None
+        checkpoints.put(store, [made])
+        paths = chain.segments()
+    paths[0].write_bytes(b"garbage" * 1000)
+    with closing(sqlite3.connect(paths[2])) as db, db:
+        db.execute("DELETE FROM records WHERE number > ?", (made.number - 8,))
+    put(cli, 900)  # and of a chain before it, of which nobody can read whether it was acknowledged
+    Worker(Settings(db=str(cli.directory / "db")))._started()
+    assert f"ends before record {made.number}, of which there is a checkpoint: records are gone" in caplog.text
+    assert "ends before record 900, of which" in caplog.text
+    assert "cannot be read" in caplog.text and paths[0].name in caplog.text
+
+
+def test_the_first_take_over_waits_for_no_search_of_the_chain(lost: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    with closing(SqliteStore(lost.directory / "db")) as store:
+        holds.add(store, "user", "alice", Author("carol", "case 7"))
+
+    def searched(chain: Chain, _known: object) -> list[Loss]:
+        order.extend(json.loads(row.facts)["event"] for row in chain.read(0, 100))
+        return []
+
+    monkeypatch.setattr("persona_broker.serve.audit_process.acknowledged", searched)
+    Worker(Settings(db=str(lost.directory / "db")))._started()
+    assert order[-2:] == ["broker_started", "audit_held"]

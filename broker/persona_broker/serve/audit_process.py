@@ -10,7 +10,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from persona.version import VERSION
 from persona_broker import metrics
 from persona_broker.audit import checkpoints, keys
 from persona_broker.audit.chain import Chain
+from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.events import event
+from persona_broker.audit.core.loss import Loss
 from persona_broker.audit.files import beside
 from persona_broker.audit.inbox import take_over
 from persona_broker.audit.index import Indexer
@@ -110,20 +112,41 @@ class Worker:
         self._compare()
         self._take_over()
         self._checkpoint()
+        self._compare_earlier()
 
     def _compare(self) -> None:
-        """Says at once where the chain does not reach the last checkpoint: somebody took its end away, or all of it."""
-        known = [self._key.public] if self._key is not None else []
-        told = acknowledged(self._chain, known)
-        there = checkpoints.newest_of_each(self._store)
-        there = [item for item in there if not any(loss.covers(item.chain, item.number) for loss in told)]
-        newest = next(iter(there), None)
-        if newest is not None and newest.number > self._chain.head()[0]:
+        """Says at once where the chain does not reach the last checkpoint: somebody took its end away."""
+        here, number = self._chain.id(), self._chain.head()[0]
+        beyond = [item for item in checkpoints.newest_of_each(self._store) if item.number > number]
+        self._gone([item for item in beyond if item.chain == here])
+
+    def _compare_earlier(self) -> None:
+        """Says it of chains before this one as well, unless somebody acknowledged that they are gone.
+
+        To know that, the chain is searched, which takes long where its days have no index.
+        """
+        here, number = self._chain.id(), self._chain.head()[0]
+        beyond = [item for item in checkpoints.newest_of_each(self._store) if item.number > number]
+        earlier = [item for item in beyond if item.chain != here]
+        if earlier:
+            told = self._acknowledged()
+            self._gone([item for item in earlier if not any(loss.covers(item.chain, item.number) for loss in told)])
+
+    def _acknowledged(self) -> list[Loss]:
+        """None where the chain cannot be searched: a damaged day must not hide that records are gone."""
+        try:
+            return acknowledged(self._chain, [self._key.public] if self._key is not None else [])
+        except (sqlite3.Error, OSError, ValueError) as error:
+            log.warning("whether the loss of an earlier chain was acknowledged cannot be read: %s", error)
+            return []
+
+    def _gone(self, proven: Sequence[Checkpoint]) -> None:
+        if proven:
             log.critical(
                 "the audit in %s ends before record %d, of which there is a checkpoint: records are gone"
                 " ('persona-broker audit verify' says which)",
                 self._chain.directory,
-                newest.number,
+                max(item.number for item in proven),
             )
 
     def _take_over(self) -> None:
