@@ -10,9 +10,10 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from persona_broker import pki
@@ -20,6 +21,7 @@ from persona_broker.audit import checkpoints, keys
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.format import split
 from persona_broker.audit.delivery import Delivery
+from persona_broker.audit.files import replace_file
 from persona_broker.audit.sinks.interface import Line, Sink
 from persona_broker.audit.sinks.journald import Journald
 from persona_broker.audit.sinks.json_lines import JsonLines
@@ -362,3 +364,38 @@ def test_settings_name_sinks() -> None:
     found = sinks_of(Audit(journald=True, syslog="tls://[::1]:6514", json_lines="/x"))
     assert [sink.name for sink in found] == ["journald", "syslog", "json_lines"]
     assert sinks_of(Audit()) == []
+
+
+@pytest.mark.parametrize("fails", ["kept", "cursor", "record"])
+def test_a_set_back_that_fails_once_is_done_and_told_once(
+    tmp_path: Path, chain: Chain, store: SqliteStore, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """Whichever step fails: the comparison, the cursor, or the record."""
+    append(chain, "one", "two")
+    path = tmp_path / "audit.jsonl"
+    value = json.dumps({"number": 2, "checkpoint_at_us": 0, "hash": "ab" * 32})
+    (chain.directory / "sink-json_lines.json").write_text(value)
+    failed: list[str] = []
+
+    def once(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any) -> Any:
+            if not failed:
+                failed.append(name)
+                raise OSError("once")
+            return real(*values)
+
+        return call
+
+    if fails == "kept":
+        monkeypatch.setattr(checkpoints, "kept", once(fails, checkpoints.kept))
+    elif fails == "cursor":
+        monkeypatch.setattr("persona_broker.audit.sinks.runner.replace_file", once(fails, replace_file))
+    else:
+        monkeypatch.setattr(chain, "add", once(fails, chain.add))
+    with running(JsonLines(path), chain, store):
+        until(lambda: path.exists() and "sink_set_back" in path.read_text())
+    assert failed == [fails]
+    records = [json.loads(line)["record"] for line in path.read_text().splitlines()]
+    assert [one["user"] for one in records if "user" in one] == ["one", "two"]
+    assert [(one["from"], one["to"]) for one in records if one.get("event") == "sink_set_back"] == [(2, 0)]
+    assert [row for row in chain.read(0, 100) if "sink_set_back" in row.facts][1:] == []
