@@ -248,30 +248,57 @@ def test_prune_takes_whole_days_and_leaves_a_signed_checkpoint(filled: Broker) -
     assert {item["kind"] for item in answer(filled, "verify", code=1)["items"]} == {"cut"}
 
 
+def keeping(broker: Broker, keep_days: int, *, recent: bool = True) -> Worker:
+    """A broker that has just started; ``recent``: it ran until now."""
+    if recent:
+        with closing(Chain(broker.directory / "audit")) as chain:
+            chain.add([])
+    worker = Worker(Settings(db=str(broker.directory / "db"), audit=Audit(keep_days=keep_days)))
+    worker._started()
+    return worker
+
+
 def test_the_broker_prunes_by_itself_where_it_is_asked_to(filled: Broker) -> None:
     assert filled.run("audit", "hold", "add", "--session", "s-1").returncode == 0
     keep = int(time.time() // DAY_S - BEGAN // DAY_S) - 3  # the fourth day is the first that is not older
     for setting, left in ((0, ["21", "22", "23", "24"]), (keep + 900, ["21", "22", "23", "24"]), (keep, ["22", "24"])):
-        worker = Worker(Settings(db=str(filled.directory / "db"), audit=Audit(keep_days=setting)))
-        worker._started()
-        worker._checkpoint_at = 0.0
-        worker.look()
+        worker = keeping(filled, setting)
+        for _ in range(6):
+            there = len(days(filled))
+            worker.look()
+            assert len(days(filled)) >= there - 1  # one day at a time: SIGTERM is heard, and records are taken over
         assert days(filled)[: len(left)] == left, setting
     assert answer(filled, "verify")["whole"]
-    (told,) = answer(filled, "search", "--event", "audit_pruned")
-    assert (told["record"]["author"], told["record"]["message"]) == ("broker", f"audit.keep_days = {keep}")
-    assert [day["segment"] for day in told["record"]["days"]] == ["2026-09-21", "2026-09-23"]
+    told = [one["record"] for one in answer(filled, "search", "--event", "audit_pruned")]
+    assert {(one["author"], one["message"]) for one in told} == {("broker", f"audit.keep_days = {keep}")}
+    assert sorted(day["segment"] for one in told for day in one["days"]) == ["2026-09-21", "2026-09-23"]
 
 
 def test_the_broker_deletes_no_evidence_and_says_so(filled: Broker, caplog: pytest.LogCaptureFixture) -> None:
     with closing(Segment(filled.directory / "audit" / "2026-09-21.db", writable=True)) as segment:
         segment.rows("UPDATE records SET guest = 'vm-3' WHERE number = 2")
-    worker = Worker(Settings(db=str(filled.directory / "db"), audit=Audit(keep_days=1)))
-    worker._started()
-    worker._checkpoint_at = 0.0
-    worker.look()
+    forge(filled.directory / "audit" / "2026-09-23.db")
+    worker = keeping(filled, 1)
+    for _ in range(6):
+        worker.look()
     assert "what was tampered with is evidence" in caplog.text
+    assert "2026-09-23 stays: " in caplog.text
+    assert days(filled)[:3] == ["21", "23", "24"]
+
+
+@pytest.mark.parametrize("jumps", ["before the start", "after it", "back"])
+def test_a_clock_that_is_far_off_deletes_nothing(
+    filled: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, jumps: str
+) -> None:
+    worker = keeping(filled, 1, recent=jumps != "before the start")
+    real = time.time
+    if jumps != "before the start":
+        monkeypatch.setattr(time, "time", lambda: real() + {"after it": 8, "back": -8}[jumps] * DAY_S)
+    for _ in range(6):
+        worker.look()
+        worker._prune_at = 0.0
     assert days(filled)[:4] == ["21", "22", "23", "24"]
+    assert caplog.text.count("audit.keep_days: nothing is deleted") == 1
 
 
 def test_prune_goes_on_where_it_was_interrupted(filled: Broker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,14 @@ class Chain:
                 return segment.head()
         return 0, b""
 
+    def newest_at(self) -> float:
+        """When the newest record came, in Unix seconds; 0 where there is none yet.  Raises ``sqlite3.Error``."""
+        for path in self.segments()[:-2:-1]:
+            with closing(Segment(path)) as segment:
+                rows = segment.rows("SELECT at_us FROM records ORDER BY number DESC LIMIT 1")
+                return float(rows[0][0]) / 1e6 if rows else 0.0
+        return 0.0
+
     def id(self) -> str:
         """What tells this chain from another; empty where there is none yet.  Raises ``sqlite3.Error``."""
         for path in self.segments()[:-2:-1]:

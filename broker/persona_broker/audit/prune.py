@@ -42,14 +42,16 @@ class Day:
     stays: str = ""
 
 
-def plan(chain: Chain, before: str, held: Sequence[Hold], verified: int) -> list[Day]:
+def plan(chain: Chain, before: str, held: Sequence[Hold], verified: int, only: str = "") -> list[Day]:
     """The days before a date, ``YYYY-MM-DD``; ``verified``: up to which record a signed checkpoint of before reaches.
+
+    ``only``: this day alone.
 
     Raises ``sqlite3.Error``.
     """
     found = []
     for path in chain.segments():
-        if path.stem >= before:
+        if path.stem >= before or path.stem != (only or path.stem):
             continue
         with closing(Segment(path)) as segment:
             (first,) = segment.rows("SELECT min(number) FROM records")[0]
@@ -76,14 +78,16 @@ def _held(path: Path, held: Sequence[Hold]) -> str:
     return ""
 
 
-def choose(store: SqliteStore, chain: Chain, key: SigningKey, before: str, held: Sequence[Hold]) -> list[Day]:
+def choose(
+    store: SqliteStore, chain: Chain, key: SigningKey, before: str, held: Sequence[Hold], only: str = ""
+) -> list[Day]:
     """The days before a date; those that may go were looked at: they are whole, and fit what is around them.
 
     Raises ``PersonaError`` where one was tampered with: that is evidence, and all stay.  Also ``sqlite3.Error``.
     """
     right, _ = checkpoints.sorted_out(checkpoints.kept(store)[0], [key.public], "the database")
     mine = [item for item in right if item.chain == chain.id()]  # numbers of an earlier chain prove nothing of this one
-    days = plan(chain, before, held, max((item.number for item in mine if not item.pruned_from), default=0))
+    days = plan(chain, before, held, max((item.number for item in mine if not item.pruned_from), default=0), only)
     found = verify_segments([day.path for day in days if not day.stays]).findings
     wrong = [item for item in found if item.kind in _TAMPERED]
     if wrong:
@@ -130,16 +134,25 @@ def _unlike(earlier: Path, later: Path) -> str:
     return f"{later.name} does not follow the last record of {earlier.name}; both are evidence"
 
 
-def prune_older(store: SqliteStore, chain: Chain, key: SigningKey, keep_days: int, now: float) -> list[Day]:
-    """Deletes the days that ended more than so many days ago, as ``audit.keep_days`` asks; those that went.
+def older(chain: Chain, keep_days: int, now: float) -> list[str]:
+    """The names of the days that ended more than so many days before ``now``, in Unix seconds, oldest first."""
+    before = _before(keep_days, now)
+    return [path.stem for path in chain.segments() if path.stem < before]
 
-    ``now`` in Unix seconds.  Raises as ``choose`` and ``prune``.
+
+def _before(keep_days: int, now: float) -> str:
+    return datetime.fromtimestamp(now - keep_days * _DAY_S, UTC).strftime("%Y-%m-%d")
+
+
+def prune_one(store: SqliteStore, chain: Chain, key: SigningKey, name: str, keep_days: int, now: float) -> Day | None:
+    """Deletes one day as ``audit.keep_days`` asks, or says why it stays; ``None`` where it is not there any more.
+
+    Raises as ``choose`` and ``prune``.
     """
-    before = datetime.fromtimestamp(now - keep_days * _DAY_S, UTC).strftime("%Y-%m-%d")
-    held = holds(store)
-    days = choose(store, chain, key, before, held)
+    held, before = holds(store), _before(keep_days, now)
+    days = choose(store, chain, key, before, held, only=name)
     author = Author("broker", f"audit.keep_days = {keep_days}")
-    return [day for day in prune(store, chain, key, days, held, before, author) if not day.stays]
+    return next(iter(prune(store, chain, key, days, held, before, author)), None)
 
 
 def prune(

@@ -26,7 +26,7 @@ from persona_broker.audit.files import beside
 from persona_broker.audit.inbox import take_over
 from persona_broker.audit.index import Indexer
 from persona_broker.audit.loss import acknowledged
-from persona_broker.audit.prune import prune_older
+from persona_broker.audit.prune import older, prune_one
 from persona_broker.audit.sinks.interface import Sink
 from persona_broker.audit.sinks.journald import Journald
 from persona_broker.audit.sinks.json_lines import JsonLines
@@ -40,6 +40,7 @@ log = logging.getLogger("persona.audit")
 CHECKPOINT_EVERY_S = 60.0
 _LOOK_EVERY_S = 0.5
 _PRUNE_EVERY_S = 86_400.0
+_CLOCK_OFF_MAX_S = 7 * 86_400
 _SAY_EVERY_S = 60.0
 _SINKS_END_S = 1.5  # of the 5 s that a part has to end
 
@@ -70,6 +71,9 @@ class Worker:
         self._checkpoint_at = 0.0  # monotonic: when the next is due
         self._keep_days = settings.audit.keep_days
         self._prune_at = 0.0  # monotonic: when old days are looked for next
+        self._old: list[str] = []  # days that are still to be looked at
+        self._newest = (0.0, 0.0)  # when the newest record from before this start came, and monotonic: when it was read
+        self._clock_said = False
         self._said_at = 0.0  # monotonic; 0: all works
         self._indexer = Indexer(self._chain)
         self._runners = [
@@ -89,9 +93,8 @@ class Worker:
         self._try(self._take_over)
         if time.monotonic() >= self._checkpoint_at:
             self._try(self._checkpoint)
-            if self._keep_days and time.monotonic() >= self._prune_at:
-                self._prune_at = time.monotonic() + _PRUNE_EVERY_S
-                self._try(self._prune)
+        if self._keep_days and (self._old or time.monotonic() >= self._prune_at):
+            self._try(self._prune)
 
     def end(self) -> None:
         """Takes over what waits still, and makes the last checkpoint; the sinks get it where they are quick."""
@@ -103,6 +106,7 @@ class Worker:
             runner.stop(_SINKS_END_S)
 
     def _started(self) -> None:
+        self._newest = (self._chain.newest_at(), time.monotonic())
         entries = [event("broker_started", time.time(), version=VERSION)]
         self._key, made = keys.load_or_make(keys.key_file(self._chain.directory))
         if made:
@@ -169,12 +173,34 @@ class Worker:
         metrics.checkpoint_made(made.at_us / 1e6)
 
     def _prune(self) -> None:
-        """Deletes what is older than ``audit.keep_days``, behind a checkpoint that was made just now."""
-        if self._key is None:
-            return
-        gone = prune_older(self._store, self._chain, self._key, self._keep_days, time.time())
-        if gone:
-            log.warning("audit.keep_days: %s to %s were deleted", gone[0].path.stem, gone[-1].path.stem)
+        """Looks at the next day that is older than ``audit.keep_days``; one, since records and SIGTERM wait for it."""
+        if self._key is None or not self._clock_is_right():
+            self._old = []
+            self._prune_at = time.monotonic() + _PRUNE_EVERY_S
+        elif self._old:
+            self._prune_day(self._key, self._old.pop(0))
+        else:
+            self._prune_at = time.monotonic() + _PRUNE_EVERY_S
+            self._old = older(self._chain, self._keep_days, time.time())
+
+    def _prune_day(self, key: keys.SigningKey, name: str) -> None:
+        day = prune_one(self._store, self._chain, key, name, self._keep_days, time.time())
+        if day is not None:
+            log.warning("audit.keep_days: %s %s", name, f"stays: {day.stays}" if day.stays else "was deleted")
+
+    def _clock_is_right(self) -> bool:
+        """Whether it agrees with the newest record from before this start: by a wrong one everything would go."""
+        at, since = self._newest
+        if abs(time.time() - at - (time.monotonic() - since)) <= _CLOCK_OFF_MAX_S:
+            return True
+        if not self._clock_said:
+            self._clock_said = True
+            log.warning(
+                "audit.keep_days: nothing is deleted, since the newest record from before this start is more than"
+                " %d days from what the clock says; where the clock is right, restart the broker",
+                _CLOCK_OFF_MAX_S // 86_400,
+            )
+        return False
 
     def _try(self, step: Callable[[], object]) -> None:
         try:
