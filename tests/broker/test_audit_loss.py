@@ -18,6 +18,8 @@ from persona_broker.audit.core.format import split
 from persona_broker.audit.core.loss import Loss
 from persona_broker.audit.delivery import Delivery
 from persona_broker.audit.keys import SigningKey
+from persona_broker.audit.loss import acknowledge as acknowledge_loss
+from persona_broker.audit.loss import contradicting
 from persona_broker.serve.audit_process import Worker
 from persona_broker.settings import Settings
 from persona_broker.store.interface import Author
@@ -216,3 +218,34 @@ def test_the_first_take_over_waits_for_no_search_of_the_chain(lost: Broker, monk
     monkeypatch.setattr("persona_broker.serve.audit_process.acknowledged", searched)
     Worker(Settings(db=str(lost.directory / "db")))._started()
     assert order[-2:] == ["broker_started", "audit_held"]
+
+
+def test_the_day_that_acknowledges_a_loss_stays_while_its_checkpoints_do(
+    cli: Broker,
+) -> None:
+    put(cli, 40)
+    clock = Clock()
+    with closing(Chain(cli.directory / "audit", clock)) as chain, closing(SqliteStore(cli.directory / "db")) as store:
+        key, _ = keys.load_or_make(cli.directory / "audit.key")
+        chain.add([])
+        clock.now += 86_400
+        gone = contradicting(chain, checkpoints.kept(store)[0], [key.public])
+        assert len(acknowledge_loss(store, chain, key, gone, Author("root", "the disk died"))) == 1
+        clock.now += 86_400
+        chain.add([])
+        made = checkpoints.make(chain, key)
+        assert made is not None
+        checkpoints.put(store, [made])
+        paths = chain.segments()
+    prune = ("audit", "prune", "--before", "2027-01-01", "--yes", "--json")
+    done = json.loads(cli.run(*prune).stdout)
+    assert [item["segment"] for item in done["pruned"]] == [paths[0].stem]
+    assert [item["why"] for item in done["kept"]] == [
+        f"it acknowledges that the chain {OLD} is gone, of which there are checkpoints",
+        "it is the newest",
+    ]
+    assert verified(cli)[0] == 0
+    with closing(SqliteStore(cli.directory / "db")) as store, store.writing() as db:
+        db.execute("DELETE FROM audit_checkpoints WHERE chain = ?", (OLD,))
+    assert [item["segment"] for item in json.loads(cli.run(*prune).stdout)["pruned"]] == [paths[1].stem]
+    assert verified(cli)[0] == 0

@@ -18,6 +18,7 @@ from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.checkpoint import Checkpoint
 from persona_broker.audit.core.events import event
 from persona_broker.audit.core.format import genesis
+from persona_broker.audit.core.loss import Loss
 from persona_broker.audit.files import sync_directory
 from persona_broker.audit.holds import Hold, holds, holds_in
 from persona_broker.audit.keys import SigningKey
@@ -88,13 +89,24 @@ def choose(
     right, _ = checkpoints.sorted_out(checkpoints.kept(store)[0], [key.public], "the database")
     mine = [item for item in right if item.chain == chain.id()]  # numbers of an earlier chain prove nothing of this one
     days = plan(chain, before, held, max((item.number for item in mine if not item.pruned_from), default=0), only)
-    found = verify_segments([day.path for day in days if not day.stays]).findings
-    wrong = [item for item in found if item.kind in _TAMPERED]
+    found = verify_segments([day.path for day in days if not day.stays])
+    wrong = [item for item in found.findings if item.kind in _TAMPERED]
     if wrong:
         fix = "nothing was deleted; 'audit verify' names everything, and what was tampered with is evidence"
         raise PersonaError(Fault.CONFLICT, f"{wrong[0].segment}: {wrong[0].text}; {fix}")
     known = checkpoints.kept(store)[0]  # also those of keys that are not known here: what they contradict is evidence
-    return [day if day.stays else replace(day, stays=_contradicted(chain, day, known)) for day in days]
+    return [
+        day if day.stays else replace(day, stays=_contradicted(chain, day, known) or _needed(day, found.losses, known))
+        for day in days
+    ]
+
+
+def _needed(day: Day, losses: Sequence[Loss], known: Sequence[Checkpoint]) -> str:
+    """Without the record that acknowledges a loss, the checkpoints that it is about are findings again."""
+    for loss in losses:
+        if day.first <= loss.number <= day.last and any(loss.covers(item.chain, item.number) for item in known):
+            return f"it acknowledges that the chain {loss.lost} is gone, of which there are checkpoints"
+    return ""
 
 
 def _contradicted(chain: Chain, day: Day, known: Sequence[Checkpoint]) -> str:

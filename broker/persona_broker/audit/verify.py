@@ -101,6 +101,7 @@ def verify_segments(paths: Sequence[Path]) -> Verification:
             found.note("broken", f"it cannot be read: {error}", path.name)
         every.findings += found.findings
         every.records += found.records
+        every.losses += found.losses
     return every
 
 
