@@ -356,6 +356,17 @@ def test_a_day_that_was_forged_as_a_whole_is_not_pruned(filled: Broker, day: str
     assert "changed" in {item["kind"] for item in answer(filled, "verify", code=1)["items"]}
 
 
+def test_a_forged_day_is_not_pruned_where_the_next_was_made_to_name_it(filled: Broker) -> None:
+    path = filled.directory / "audit" / "2026-09-23.db"
+    forge(path)
+    with closing(Segment(path)) as segment, closing(Segment(path.with_name("2026-09-24.db"), writable=True)) as after:
+        after.rows("UPDATE meta SET value = ? WHERE key = 'previous'", segment.head()[1].hex())
+    with closing(SqliteStore(filled.directory / "db")) as store, store.writing() as db:
+        db.execute("DELETE FROM audit_checkpoints WHERE number < 19")
+    value = answer(filled, "prune", "--before", "2026-09-24", "--yes")
+    assert [item["segment"] for item in value["kept"]] == ["2026-09-23"]
+
+
 def test_a_day_that_a_checkpoint_contradicts_is_not_pruned(filled: Broker) -> None:
     previous = ""
     for path in Chain(filled.directory / "audit").segments():  # each follows the one before it

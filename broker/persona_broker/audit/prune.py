@@ -24,7 +24,7 @@ from persona_broker.audit.holds import Hold, holds, holds_in
 from persona_broker.audit.keys import SigningKey
 from persona_broker.audit.lookup import Lookup
 from persona_broker.audit.segment import Segment
-from persona_broker.audit.verify import verify_segments
+from persona_broker.audit.verify import follows, verify_segments
 from persona_broker.store.interface import Author
 from persona_broker.store.sqlite import SqliteStore
 
@@ -141,7 +141,9 @@ def _unlike(earlier: Path, later: Path) -> str:
     """Whether a day contradicts the one before it; records that are missing between them contradict nothing."""
     with closing(Segment(earlier)) as one, closing(Segment(later)) as other:
         (number, hashed), first = one.head(), other.span()[0]
-        if first is None or first > number + 1 or (first == number + 1 and other.meta("previous") == hashed.hex()):
+        if first is None or first > number + 1:
+            return ""
+        if first == number + 1 and other.meta("previous") == hashed.hex() and follows(other, first, hashed):
             return ""
     return f"{later.name} does not follow the last record of {earlier.name}; both are evidence"
 

@@ -105,6 +105,12 @@ def verify_segments(paths: Sequence[Path]) -> Verification:
     return every
 
 
+def follows(segment: Segment, first: int, previous: bytes) -> bool:
+    """Whether the first record of a segment has the hash that it has after this one.  Raises ``sqlite3.Error``."""
+    links = segment.rows(_LINKS, first, first)
+    return not check(segment.path.name, links, {None: "\n"}, previous, first - 1, frozenset()).findings
+
+
 def _pool(paths: Iterable[Path], stack: ExitStack) -> Executor | None:
     """Other processes, where there is much to look at and there are CPUs for it."""
     processes = min(len(os.sched_getaffinity(0)), _PROCESSES_MAX)
