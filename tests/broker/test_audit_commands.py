@@ -286,6 +286,13 @@ def test_the_broker_deletes_no_evidence_and_says_so(filled: Broker, caplog: pyte
     assert days(filled)[:3] == ["21", "23", "24"]
 
 
+def test_a_new_chain_is_no_clock_that_is_off(cli: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    SqliteStore(cli.directory / "db").close()
+    worker = keeping(cli, 1, recent=False)
+    worker.look()
+    assert "nothing is deleted" not in caplog.text
+
+
 @pytest.mark.parametrize("jumps", ["before the start", "after it", "back"])
 def test_a_clock_that_is_far_off_deletes_nothing(
     filled: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, jumps: str

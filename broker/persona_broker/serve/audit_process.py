@@ -106,7 +106,7 @@ class Worker:
             runner.stop(_SINKS_END_S)
 
     def _started(self) -> None:
-        self._newest = (self._chain.newest_at(), time.monotonic())
+        self._newest = (self._chain.newest_at() or time.time(), time.monotonic())  # a new chain has none
         entries = [event("broker_started", time.time(), version=VERSION)]
         self._key, made = keys.load_or_make(keys.key_file(self._chain.directory))
         if made:
