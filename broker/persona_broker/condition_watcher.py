@@ -83,6 +83,8 @@ class Watcher:
         self._reports = Reports(store)
         self._health_judge = HealthJudge(health_max_age_s)
         self._files = hosts
+        if hosts is not None:
+            store.keep_hosts(hosts.hosts)  # settings that changed, or an older broker that took any name
         self._hosts = SeenHosts(store)
         self._host_judge = HostJudge(load_max_age_s)
         self._state: dict[object, str] | None = None
@@ -155,8 +157,9 @@ class Watcher:
         """What the poller put since the last look."""
         if self._files is None or time.monotonic() < self._hosts_at:
             return []
-        self._hosts_at = time.monotonic() + _HOSTS_EVERY_S
-        return self._files.news()
+        found = self._files.news()
+        self._hosts_at = time.monotonic() + (_LOOK_EVERY_S if self._files.is_behind else _HOSTS_EVERY_S)
+        return found
 
     def _put_hosts(self, samples: Iterable[HostSample]) -> None:
         """Keeps them, with what each host has exceeded by now."""

@@ -48,7 +48,7 @@ class World:
         self.files = SampleFiles(folder)
         self.loads("a", 5.0)
         self.loads("b", 5.0)
-        self.watcher = Watcher(self.store, SetSource(self.store.set_load), 15, hosts=SampleFiles(folder))
+        self.watcher = Watcher(self.store, SetSource(self.store.set_load), 15, hosts=SampleFiles(folder, ("a", "b")))
         self.state = State(SqliteStore(folder / "db"), 15)
         self.look()
 
@@ -147,7 +147,7 @@ def test_latches_of_a_host_outlive_the_watcher_and_are_its_own(world: World, tmp
     world.moved(lambda: world.loads("a", 80))
     world.loads("a", 65)
     world.loads("b", 65)
-    Watcher(world.store, SetSource(world.store.set_load), 15, hosts=SampleFiles(tmp_path)).look()
+    Watcher(world.store, SetSource(world.store.set_load), 15, hosts=SampleFiles(tmp_path, ("a", "b"))).look()
     found = SeenHosts(world.operator).look()
     assert [len(found[host].latches or ()) for host in ("a", "b")] == [1, 0]
 
@@ -155,7 +155,7 @@ def test_latches_of_a_host_outlive_the_watcher_and_are_its_own(world: World, tmp
 def test_latches_that_cannot_be_read_count_as_all_exceeded(world: World, tmp_path: Path) -> None:
     with world.operator.writing() as db:
         db.execute("UPDATE hosts SET latches = 'x' WHERE name = 'a'")
-    world.watcher = Watcher(world.store, SetSource(world.store.set_load), 15, hosts=SampleFiles(tmp_path))
+    world.watcher = Watcher(world.store, SetSource(world.store.set_load), 15, hosts=SampleFiles(tmp_path, ("a", "b")))
     world.moved(lambda: world.loads("a", 65))
     assert world.holds()[1] is False
     world.moved(lambda: world.loads("a", 50))
@@ -172,7 +172,8 @@ def test_a_real_broker_tells_one_guest_within_a_second_and_not_the_other(tmp_pat
     broker = Broker(tmp_path)
     (tmp_path / "run").mkdir()
     files = SampleFiles(tmp_path / "run")
-    (tmp_path / "broker.toml").write_text(f'[host]\ndirectory = "{tmp_path}/run"\n')
+    uris = '["qemu+tls://a/system", "qemu+tls://b/system"]'
+    (tmp_path / "broker.toml").write_text(f'[host]\nuris = {uris}\ndirectory = "{tmp_path}/run"\n')
     documents = tmp_path / "documents.json"
     documents.write_text(json.dumps([PERSONA, POLICY]))
     assert broker.run("load", "set", "cpu=5").returncode == 0

@@ -37,6 +37,9 @@ def test_a_host_is_called_as_the_machine_in_its_uri(uri: str, name: str, local: 
         ('names = ["a", "b"]', "2 names for 1 URIs: expected one for each"),
         ('names = ["a b"]', "'a b' is not a valid name of a host: letters, digits and '-'"),
         ('names = ["../x"]', "is not a valid name"),
+        ('names = ["a\\n"]', "is not a valid name"),  # they name files, label metrics, and stand in logs
+        ('names = ["a\\""]', "is not a valid name"),
+        ('names = ["\u00e4"]', "is not a valid name"),
         ('moons = ["a"]', "host.moons: unknown key; known: uris, names, directory"),
         ('directory = "run"', "host.directory: 'run': expected an absolute path"),
     ],

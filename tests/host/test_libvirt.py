@@ -42,7 +42,7 @@ class Poller:
         command = [sys.executable, "-m", "persona_broker.host", "--config", str(self.config), "run"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment(), stderr=log)
-        self._files, self._newest = SampleFiles(self.folder), None  # type: tuple[SampleFiles, HostSample | None]
+        self._files, self._newest = SampleFiles(self.folder, ("lab",)), None  # type: tuple[SampleFiles, HostSample | None]
 
     def newest(self) -> HostSample | None:
         for sample in self._files.news():

@@ -18,7 +18,7 @@ from persona.problems import Fault, PersonaError
 from persona.version import VERSION
 from persona_broker import settings as configuration
 from persona_broker.host import top
-from persona_broker.host.sample_files import SampleFiles
+from persona_broker.host.sample_files import SIZE_MAX, SampleFiles
 from persona_broker.settings import Settings
 
 CONFIG = "/etc/persona/broker.toml"
@@ -108,9 +108,11 @@ def _watched(run: Callable[[threading.Event], None], stop: threading.Event) -> N
 def _top(arguments: argparse.Namespace, settings: Settings) -> int:
     """0 each host of the settings is seen, 1 one is not."""
     directory, now = Path(settings.host.directory), time.time()
-    samples = {sample.host: sample for sample in SampleFiles(directory).news()}
+    names = configuration.hosts_of(settings.host)
+    files = SampleFiles(directory, names)
+    samples = {sample.host: sample for sample in files.news(len(names) * SIZE_MAX)}
     max_age_s = float(settings.load_max_age_s)
-    hosts = [top.HostRow(name, samples.get(name), now, max_age_s) for name in configuration.hosts_of(settings.host)]
+    hosts = [top.HostRow(name, samples.get(name), now, max_age_s) for name in names]
     if arguments.json:
         print(as_json([host.as_json() for host in hosts]))
     else:

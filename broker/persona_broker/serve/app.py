@@ -19,7 +19,7 @@ from persona_broker.condition_watcher import Watcher
 from persona_broker.host.load import LoadSource, MachineSource, SetSource
 from persona_broker.host.sample_files import SampleFiles
 from persona_broker.serve.worker import at_exit
-from persona_broker.settings import Settings
+from persona_broker.settings import Settings, hosts_of
 from persona_broker.spread import Newest
 from persona_broker.store.database import Access
 from persona_broker.store.sqlite import SqliteStore
@@ -48,7 +48,7 @@ def streams(settings: Settings) -> Flask:
     app = base(settings, STREAMS)
     store = SqliteStore(Path(settings.db))
     source: LoadSource = MachineSource() if settings.load_source == "psutil" else SetSource(store.set_load)
-    hosts = SampleFiles(Path(settings.host.directory))
+    hosts = SampleFiles(Path(settings.host.directory), hosts_of(settings.host))
     watcher = Watcher(store, source, settings.load_max_age_s, settings.health_max_age_s, hosts)
     watcher.look()  # the first sample before the first answer: until then no load is known
     threading.Thread(target=watcher.run, name="watcher", daemon=True).start()

@@ -34,6 +34,13 @@ class Hosts(Database):
             db.executemany("INSERT OR REPLACE INTO hosts (name, at, sample, latches) VALUES (?, ?, ?, ?)", rows)
             db.execute("DELETE FROM hosts WHERE at < ?", (time.time() - _KEPT_S,))
 
+    def keep_hosts(self, names: Iterable[str]) -> None:
+        """Deletes the samples of all hosts but these."""
+        gone = set(self.host_names()) - set(names)
+        if gone:
+            with self.writing() as db:
+                db.executemany("DELETE FROM hosts WHERE name = ?", [(name,) for name in gone])
+
     def hosts_after(self, number: int) -> list[HostRow]:
         """Those that were put after the one of this number, in order."""
         query = "SELECT seq, name, sample, latches FROM hosts WHERE seq > ? ORDER BY seq"

@@ -206,6 +206,9 @@ class Store(Protocol):
     def put_hosts(self, samples: Iterable[tuple[HostSample, Latches]]) -> None:
         """Replaces the samples of these hosts, and their latches with them; what is a day old is gone."""
 
+    def keep_hosts(self, names: Iterable[str]) -> None:
+        """Deletes the samples of all hosts but these."""
+
     def hosts_after(self, number: int) -> list[HostRow]:
         """Those that were put after the one of this number, in order."""
 

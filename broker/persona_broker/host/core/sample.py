@@ -8,7 +8,7 @@ from persona import json_fields
 from persona.conditions import METRICS
 from persona_broker.host.core.readings import Domain, DomainState
 
-DOMAINS_MAX = 10_000
+DOMAINS_MAX = 2_000  # of one host; the broker reads that many in some hundredths of a second
 FIGURES = ("cpu", "cpus", "memory", "read", "write", "receive", "send")
 _TEXT_MAX = 1000
 _FIGURE_MAX = 1e18
