@@ -44,11 +44,11 @@ def encode(sample: HostSample) -> dict[str, Any]:
                 "name": domain.name,
                 "state": str(domain.state),
                 "figures": dict(domain.figures),
-                "problem": domain.problem,
+                "problem": domain.problem[:_TEXT_MAX],
             }
             for domain in sample.domains
         ],
-        "problem": sample.problem,
+        "problem": sample.problem[:_TEXT_MAX],
     }
 
 
