@@ -106,3 +106,9 @@ def test_a_host_is_judged_once_a_sample() -> None:
     assert third["vm-0"] is first["vm-0"] and third["vm-2"] is not first["vm-2"]
     fourth = judge.look(BUSY.conditions, hosts, bindings, NOW + 20)  # all of it is old
     assert {unmet.reason for vm in bindings for unmet in fourth[vm].unmet.values()} == {Reason.LOAD_UNKNOWN}
+
+
+def test_a_metric_that_is_missing_for_a_moment_leaves_its_latch() -> None:
+    every = thresholds(BUSY.conditions)
+    assert latch(every, every, Sample(NOW, {}, "a")) == every
+    assert latch(frozenset(), every, Sample(NOW, {}, "a")) == frozenset()

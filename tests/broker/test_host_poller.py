@@ -109,6 +109,16 @@ def test_of_a_remote_host_the_hypervisor_tells() -> None:
     assert len(lab.samples) == before  # its sample only grows old
 
 
+def test_after_an_outage_no_load_is_an_average_over_it() -> None:
+    lab = Lab()
+    before = (lab.rounds(2), len(lab.samples))[1]
+    lab.clock.at_s += 60
+    lab.round()
+    assert len(lab.samples) == before
+    lab.rounds(1)
+    assert len(lab.samples) == before + 1
+
+
 def test_without_a_hypervisor_the_host_is_known_and_where_domains_are_grows_old() -> None:
     lab = Lab()
     lab.rounds(2)
@@ -181,7 +191,7 @@ def test_a_hypervisor_that_hangs_does_not_hold_up_the_host() -> None:
     running.start()
     lab.clock.at_s += 1
     while not lab.samples:
-        lab.clock.at_s += 1
+        lab.clock.at_s += 0.1
         time.sleep(0.05)
     assert (lab.samples[0].load, lab.samples[0].domains_at) == ({"cpu": 25.0}, None)
     stop.set()

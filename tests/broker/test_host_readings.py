@@ -47,6 +47,11 @@ def test_the_load_is_what_happened_between_two_readings() -> None:
         (HostReading(102.0, links={"eno1": Link(1, 1, 0.0)}), set()),  # its speed is not known
         (HostReading(102.0, links={"eno2": Link(1, 1, 1e9)}), set()),  # plugged in since
         (HostReading(102.0, disk_busy_ms={"sdc": 1}), set()),
+        (HostReading(102.0, cpu=(49.0, 300.0)), set()),  # these went back
+        (HostReading(102.0, memory=(1, 2)), set()),
+        (HostReading(102.0, links={"eno1": Link(-1, 1, 1e9)}), set()),
+        (HostReading(102.0, disk_busy_ms={"sda": -1, "sdb": 5}), set()),
+        (HostReading(102.0, stalled_us={"cpu": 1, "io": -1}), set()),
         (HostReading(100.0, cpu=(125.0, 300.0)), set()),  # at the same moment
     ],
 )
@@ -180,3 +185,8 @@ def test_a_sample_crosses() -> None:
 def test_a_sample_that_is_none_is_refused_by_its_field(field: str, value: object) -> None:
     with pytest.raises(CodecError, match=f"^{field}"):
         decode({**encode(SAMPLE), field: value})
+
+
+def test_a_problem_too_long_to_be_read_is_cut() -> None:
+    sample = HostSample("lab", "qemu:///system", 1.0, {}, None, (), "x" * 5000)
+    assert decode(encode(sample)).problem == "x" * 1000

@@ -20,6 +20,7 @@ EVERY_S = 1.0
 _BACKOFF_S = 0.5
 _BACKOFF_MAX_S = 30.0
 _END_S = 2.0
+_APART_MAX_S = 10.0  # of two readings: an average over more says little of now
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class HostPoller:
         if reading is None or (self._before is not None and reading.at_s <= self._before.at_s):
             return  # nothing new is known
         before, self._before = self._before, reading
-        if before is None:
+        if before is None or reading.at_s - before.at_s > _APART_MAX_S:
             return  # a load is of the time between two readings
         load = load_between(before, reading)
         sample = HostSample(self._host, self._uri, self._now(), load, listed.at, listed.domains, listed.problem)

@@ -31,12 +31,18 @@ Latches = frozenset[Threshold]  # the thresholds that count as exceeded
 
 
 def latch(previous: Latches, thresholds: Iterable[Threshold], sample: Sample) -> Latches:
-    """Which thresholds count as exceeded: reached ``below``, and not yet back under ``again_below``."""
+    """Which thresholds count as exceeded: reached ``below``, and not yet back under ``again_below``.
+
+    A metric that the sample lacks leaves its thresholds as they were.
+    """
     return frozenset(
         threshold
         for threshold in thresholds
-        if (load := sample.load.get(threshold.metric)) is not None
-        and load >= (threshold.again_below if threshold in previous else threshold.below)
+        if (
+            threshold in previous
+            if (load := sample.load.get(threshold.metric)) is None
+            else load >= (threshold.again_below if threshold in previous else threshold.below)
+        )
     )
 
 

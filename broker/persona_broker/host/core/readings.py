@@ -82,35 +82,39 @@ def load_between(before: HostReading, after: HostReading) -> dict[str, float]:
     """The host's load in percent by metric: cpu, memory, network, disk, pressure; of those that are known.
 
     Of several network cards, disks and resources it is the one with most to do: that one makes programs wait.
+    Where the counter of one went back (it began anew, or wrapped) nobody can tell which that is.
     """
     elapsed_s = after.at_s - before.at_s
     if elapsed_s <= 0:
         return {}
     load: dict[str, float] = {}
-    if before.cpu is not None and after.cpu is not None and (whole := after.cpu[1] - before.cpu[1]) > 0:
-        load["cpu"] = 100 * (after.cpu[0] - before.cpu[0]) / whole
-    if after.memory is not None and after.memory[0] > 0:
+    if before.cpu is not None and after.cpu is not None:
+        busy, whole = after.cpu[0] - before.cpu[0], after.cpu[1] - before.cpu[1]
+        if whole > 0 and busy >= 0:
+            load["cpu"] = 100 * busy / whole
+    if after.memory is not None and after.memory[1] <= after.memory[0] > 0:
         load["memory"] = 100 * (1 - after.memory[1] / after.memory[0])
     network = [
-        100 * 8 * max(link.received_bytes - was.received_bytes, link.sent_bytes - was.sent_bytes, 0) / elapsed_s / speed
+        100 * 8 * (now - then) / elapsed_s / speed
         for name, link in after.links.items()
         if (was := before.links.get(name)) is not None and (speed := link.speed_bps) > 0
+        for then, now in ((was.received_bytes, link.received_bytes), (was.sent_bytes, link.sent_bytes))
     ]
-    if network:
+    if network and min(network) >= 0:
         load["network"] = max(network)
     disks = [
         (busy_ms - before.disk_busy_ms[name]) / 10 / elapsed_s
         for name, busy_ms in after.disk_busy_ms.items()
         if name in before.disk_busy_ms
     ]
-    if disks:
+    if disks and min(disks) >= 0:
         load["disk"] = max(disks)
     stalls = [
         (stalled - before.stalled_us[name]) / 1e4 / elapsed_s
         for name, stalled in after.stalled_us.items()
         if name in before.stalled_us
     ]
-    if stalls:
+    if stalls and min(stalls) >= 0:
         load["pressure"] = max(stalls)
     return {metric: min(100.0, max(0.0, percent)) for metric, percent in load.items()}
 
