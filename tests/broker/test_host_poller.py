@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from persona_broker.host.core.readings import DomainReading, DomainState, HostReading
+from persona_broker.host.core.readings import Domain, DomainReading, DomainState, HostReading
 from persona_broker.host.core.sample import HostSample
 from persona_broker.host.hypervisor import HypervisorError
 from persona_broker.host.poller import DomainPoller, HostPoller
@@ -264,3 +264,9 @@ def test_top_shows_bars_and_what_is_not_known() -> None:
     seen = [HostRow("lab", s, now, 15.0).is_seen for s, now in ((sample, 1003.0), (sample, 1100.0), (None, 1.0))]
     assert seen == [True, False, False]
     assert json.dumps(HostRow("lab", sample, 1003.0, 15.0).as_json())
+
+
+def test_top_escapes_what_a_sample_says_of_a_domain() -> None:
+    odd = Domain("\x1b[2J", "\x1b[2J", DomainState.RUNNING)
+    sample = HostSample("lab", "fake:///", 1002.0, {}, 1002.0, (odd,))
+    assert all(line.isprintable() for line in HostRow("lab", sample, 1003.0, 15.0).lines())

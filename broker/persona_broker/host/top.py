@@ -93,4 +93,5 @@ def _described(domain: Domain) -> str:
     for name in ("read", "write", "receive", "send"):
         if figures.get(name):
             said.append(f"{name} {figures[name] / 1e6:.1f} MB/s")
-    return f"{', '.join(said)}  {domain.uuid}" if said else domain.uuid
+    uuid = printable(domain.uuid)
+    return f"{', '.join(said)}  {uuid}" if said else uuid
