@@ -83,7 +83,7 @@ class Streams:
             return self._watcher.generation_for(guest)
 
     def _is_news(self, guest: str, stream: object, seen: int) -> bool:
-        """Whether a stream has something to say, or ends; a change that concerns other guests is no news."""
+        """Whether this guest's stream must send something or end.  A change for other guests only does not count."""
         over = self._ending or stream not in self._open.get(guest, ())
         return over or self._watcher.generation_for(guest) != seen
 

@@ -91,7 +91,7 @@ class Lookup:
 def _kept(segment: Path) -> Part | None:
     """What the index has, as of now; ``None`` where there is none that can be read."""
     path = index_of(segment)
-    if unread_log(path) is not None:  # half of an index; it is no evidence, and can be done without
+    if unread_log(path) is not None:  # SQLite would read half of the index: use the chain's own file
         return None
     with suppress(sqlite3.Error, OSError):
         db = read_only(path)

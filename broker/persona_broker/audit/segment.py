@@ -76,7 +76,7 @@ class Segment:
         return self._db.execute(query, values).fetchall()
 
     def rows_in_bytes(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """The same with text as its bytes, which is no text in Python before somebody needs it."""
+        """The same, but SQLite returns text as bytes: verify hashes bytes, and decoding each text would cost time."""
         self._db.text_factory = bytes
         try:
             return self._db.execute(query, values).fetchall()

@@ -56,7 +56,7 @@ class Hosts(Database):
         return {guest: Binding(uuid, generation) for guest, uuid, generation in rows}
 
     def bind(self, guest: str, uuid: str, author: Author = NOBODY) -> None:
-        """From now on the guest is this domain.  Raises ``PersonaError``: there is no such guest, or another is it."""
+        """Binds a guest to a domain.  Raises ``PersonaError``: no such guest, or another guest has the domain."""
         with self.writing() as db:
             if db.execute("SELECT 1 FROM guests WHERE name = ?", (guest,)).fetchone() is None:
                 raise PersonaError(Fault.NOT_FOUND, f"there is no guest {guest!r}")

@@ -15,7 +15,7 @@ _DEVICES_MAX = 1024
 
 
 def reading_of(uuid: str, name: str, stats: Mapping[str, object]) -> DomainReading:
-    """The reading of one domain; what is not there, or is no number, is not known."""
+    """The reading of one domain.  A figure that libvirt leaves out, or that is not a number, is ``None``."""
     memory_kib = _number(stats, "balloon.current")
     return DomainReading(
         uuid=uuid,
