@@ -220,6 +220,16 @@ def test_of_many_at_once_one_migrates(tmp_path: Path) -> None:
     assert version(tmp_path / "db") == len(MIGRATIONS)
 
 
+def test_of_many_that_make_a_database_at_once_each_has_it(tmp_path: Path) -> None:
+    """As gunicorn's workers may: SQLite waits for nobody while the write-ahead log is turned on."""
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(60):
+            path = tmp_path / f"db{number}"
+            for store in pool.map(lambda _, path=path: SqliteStore(path), range(8)):
+                store.close()
+            assert path.stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.soak)])
 def test_a_kill_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path: Path, kills: int) -> None:
     whole = old(tmp_path / "whole", RECORDS)

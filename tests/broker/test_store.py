@@ -155,7 +155,6 @@ def test_what_concerns_some_guests_leaves_what_concerns_the_others(connect: Open
 
 
 def test_of_those_who_planned_for_the_same_revision_one_gets_through(connect: Open) -> None:
-    connect().close()  # who makes a database makes it alone
     together = threading.Barrier(6, timeout=60)  # or five would wait for ever for one that failed
 
     def change(number: int) -> str:

@@ -57,6 +57,7 @@ class Chain:
         self._current: Segment | None = None
         self._inode = 0
         self._earlier_ones: dict[Path, Segment] = {}  # that are open while something is appended
+        self._settled: set[Path] = set()  # sealed segments that are files of their own
         self._lock = threading.Lock()
         self._queue: list[_Waiting] = []
         self._queue_lock = threading.Lock()
@@ -115,15 +116,16 @@ class Chain:
     def settle(self) -> None:
         """Makes sealed segments files of their own, without a log beside them, which read-only media can hold.
 
-        One that somebody else has open is left for later.  Raises ``OSError``.
+        One that somebody else has open is left for later.
         """
         for path in self.segments()[:-1]:
-            with path.open("rb") as file:
-                wal = file.read(20)[18:] == b"\2\2"  # of the header: the versions that read and write it
-            if not wal:
+            if path in self._settled:
                 continue
-            with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=0)) as db:
-                db.execute("PRAGMA journal_mode = DELETE")
+            # SQLite alone opens it: to close it elsewhere would end the locks that this process has on it
+            uri = f"{path.absolute().as_uri()}?mode=rw"  # none is made where one was pruned meanwhile
+            with contextlib.suppress(sqlite3.Error), closing(sqlite3.connect(uri, timeout=0, uri=True)) as db:
+                if db.execute("PRAGMA journal_mode = DELETE").fetchone() == ("delete",):
+                    self._settled.add(path)
 
     def read(self, after: int, limit: int) -> list[Row]:
         """The records after a number, in order, at most so many.  Raises ``sqlite3.Error``."""

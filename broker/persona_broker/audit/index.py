@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from persona_broker.audit.chain import Chain
-from persona_broker.audit.files import give, private_directory
+from persona_broker.audit.files import private_directory
 from persona_broker.audit.segment import BUSY_S, Segment
+from persona_broker.store.database import make_private, write_ahead
 
 log = logging.getLogger("persona.audit")
 
@@ -85,13 +86,11 @@ class Index:
         return self._db.execute(query, values).fetchall()
 
     def _open(self) -> sqlite3.Connection:
-        if not self.path.exists():
-            self.path.touch(mode=0o600)
-            give(self.path)
+        make_private(self.path)
         db = self._db = sqlite3.connect(
             self.path.absolute().as_uri(), timeout=BUSY_S, isolation_level=None, check_same_thread=False, uri=True
         )
-        db.execute("PRAGMA journal_mode = WAL")
+        write_ahead(db)
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA secure_delete = ON")
         db.execute("ATTACH ? AS segment", (f"{self._segment.absolute().as_uri()}?mode=ro",))

@@ -4,11 +4,13 @@ Every process opens its own; ``data_version`` tells cheaply whether another wrot
 raised in the same transaction as the change that it announces.
 """
 
+import contextlib
 import json
 import logging
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -46,12 +48,36 @@ def as_store_error() -> Iterator[None]:
 def read_write(path: Path) -> sqlite3.Connection:
     """A connection to the file, which is made where there is none.  Raises ``sqlite3.Error``, ``OSError``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():  # before SQLite makes it: who may read it knows every guest's commands
-        path.touch(mode=0o600)
+    make_private(path)
+    return sqlite3.connect(path, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
+
+def make_private(path: Path) -> None:
+    """Makes an empty file before SQLite does: who may read it knows every guest's commands.  Raises ``OSError``.
+
+    One that is there is not even opened: to close it would end the locks that SQLite has on it in this process.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(os.path.realpath(path), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         if os.geteuid() == 0:  # 'sudo persona-broker apply' must not keep the service's user out
             owner = path.parent.stat()
             os.chown(path, owner.st_uid, owner.st_gid)
-    return sqlite3.connect(path, timeout=TIMEOUT_S, isolation_level=None, check_same_thread=False)
+
+
+def write_ahead(db: sqlite3.Connection) -> None:
+    """Turns the write-ahead log on, which SQLite refuses at once while others do so too: it waits for no lock there.
+
+    Raises ``sqlite3.Error``.
+    """
+    until = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
 
 
 def read_only(path: Path) -> sqlite3.Connection:
@@ -100,7 +126,7 @@ class Database:
                 if access is Access.READ:
                     check(self._db)
                 else:
-                    self._db.execute("PRAGMA journal_mode = WAL")
+                    write_ahead(self._db)
                     self._db.execute("PRAGMA synchronous = NORMAL")
                     migrate(self._db)
             except BaseException:

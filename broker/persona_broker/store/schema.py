@@ -137,20 +137,23 @@ def migrate(db: sqlite3.Connection) -> None:
 
 def version_of(db: sqlite3.Connection) -> int:
     """The schema version.  Raises rather than returning one that is not known, or that the tables contradict."""
-    version = int(db.execute("PRAGMA user_version").fetchone()[0])
+    db.execute("SAVEPOINT look")  # both of one moment: somebody else may be making the tables
+    try:
+        version = int(db.execute("PRAGMA user_version").fetchone()[0])
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    finally:
+        db.execute("RELEASE look")
     if not 0 <= version <= len(MIGRATIONS):
         raise NewerSchemaError(
             f"{_file(db)} has schema version {version}, and this persona-broker knows {len(MIGRATIONS)} at most: it was"
             " written by a newer one; install that version again, or restore a backup that this one made"
         )
-    if version == 0:
-        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if found := next((number for number, table in _FIRST_OF if table in tables), 0):
-            raise NoSchemaError(
-                f"{_file(db)} has the tables of schema version {found} and no version, as what sqlite3's .dump writes;"
-                f" where it is all of it, 'sqlite3 FILE \"PRAGMA user_version = {found}\"' says so"
-                " ('persona-broker backup' keeps the version)"
-            )
+    if version == 0 and (found := next((number for number, table in _FIRST_OF if table in tables), 0)):
+        raise NoSchemaError(
+            f"{_file(db)} has the tables of schema version {found} and no version, as what sqlite3's .dump writes;"
+            f" where it is all of it, 'sqlite3 FILE \"PRAGMA user_version = {found}\"' says so"
+            " ('persona-broker backup' keeps the version)"
+        )
     return version
 
 
