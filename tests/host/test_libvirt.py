@@ -99,15 +99,17 @@ def test_load_is_seen_of_whoever_makes_it(poller: Poller) -> None:
 
 
 def test_a_stopped_qemu_makes_only_itself_unknown(poller: Poller, libvirtd: Libvirtd) -> None:
+    def shows(sample: HostSample) -> bool:
+        """On a busy machine two calls may hang with the domain before one goes past, which costs a disk figure."""
+        return bool(domain(sample, "idle").problem) and domain(sample, "burner").figures.keys() >= {"cpu", "read"}
+
     os.kill(libvirtd.qemu("idle"), signal.SIGSTOP)
     try:
         for _ in range(3):
-            sample = poller.seen(lambda one: bool(domain(one, "idle").problem) and not domain(one, "burner").problem)
+            sample = poller.seen(shows)
             assert (domain(sample, "idle").figures, domain(sample, "idle").state) == ({}, DomainState.RUNNING)
             assert domain(sample, "idle").problem == "its monitor does not answer"
-            burner = domain(sample, "burner")
-            assert ("cpu" in burner.figures, "read" in burner.figures) == (True, True)
-            assert sample.problem == ""
+            assert (domain(sample, "burner").problem, sample.problem) == ("", "")
     finally:
         os.kill(libvirtd.qemu("idle"), signal.SIGCONT)
     poller.seen(lambda sample: "cpu" in domain(sample, "idle").figures)
