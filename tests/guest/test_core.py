@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from persona_guest.agent.sshd_config import advice
 from persona_guest.audit.upload import Recorder
 from persona_guest.broker.http import Body, Connection
 from persona_guest.core import pam_protocol
@@ -358,18 +357,3 @@ def test_an_admission_is_used_again_once_by_the_same_process_until_an_event_come
     assert recent.take(7, alice, 4, 100.1) is None, "a policy may have changed"
     recent.keep(7, alice, "yes", 3, 100.0)
     assert recent.take(7, alice, 3, 120.0) is None, "too old"
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("Subsystem sftp internal-sftp -l INFO\n", 1), ("  forcecommand internal-sftp\n", 1),
-        ("#Subsystem sftp internal-sftp\n", 0), ("Subsystem sftp /usr/lib/openssh/sftp-server\n", 0),
-        ("PermitUserEnvironment yes\n", 1), ("PermitUserEnvironment no\n", 0), ("PermitUserEnvironment LANG,LC_*\n", 1),
-    ],
-)  # fmt: skip
-def test_what_sshd_lets_past_the_gate_is_said(tmp_path: Path, text: str, found: int) -> None:
-    (tmp_path / "sshd_config.d").mkdir()
-    assert advice(tmp_path) == []
-    (tmp_path / "sshd_config.d" / "x.conf").write_text(f"UsePAM yes\n{text}")
-    assert len(advice(tmp_path)) == found
