@@ -13,10 +13,11 @@ from persona.health import LAYERS, RESOURCES, Report, Space, encode_report
 from persona.parsing import Bad
 from persona.problems import Fault, PersonaError
 from persona.quantities import NUMBER, parse_bytes
+from persona.shown import amount
 from persona.shown import line as printable
 from persona_broker.cli.guests import NO_GUESTS
 from persona_broker.cli.store import for_reading
-from persona_broker.policy.vm_health import HealthJudge, size
+from persona_broker.policy.vm_health import HealthJudge
 from persona_broker.settings import Settings
 
 HELP = "disk_free=8%%,errors=3,...: also memory_available, pressure.cpu, load, failed_units, clock_skew, layers=a+b"
@@ -111,9 +112,9 @@ def show(arguments: argparse.Namespace, settings: Settings) -> int:
 def _described(report: Report) -> Iterator[str]:
     yield "agent: " + wire.RELEASES.get(report.wire, f"newer than this broker (version {report.wire} of the protocol)")
     for path, space in report.disks.items():
-        yield f"disk {path}: {size(space.free)} of {size(space.total)} free ({space.free_percent:.0f} %)"
+        yield f"disk {path}: {amount(space.free)} of {amount(space.total)} free ({space.free_percent:.0f} %)"
     if report.memory is not None:
-        yield f"memory: {size(report.memory.free)} of {size(report.memory.total)} available"
+        yield f"memory: {amount(report.memory.free)} of {amount(report.memory.total)} available"
     yield "pressure: " + (", ".join(f"{name} {some:.0f} %" for name, some in report.pressure.items()) or "unknown")
     yield "load a CPU: " + _known(report.load)
     yield "failed units: " + ("unknown" if report.failed_units is None else ", ".join(report.failed_units) or "none")

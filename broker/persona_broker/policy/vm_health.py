@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from persona.health import Bound, Report, Space, VmHealth
 from persona.problems import Reason
+from persona.shown import amount
 from persona.wildcards import matches
 from persona_broker.policy.conditions import Unhealthy, Unmet
 
@@ -31,23 +32,14 @@ class _Figure:
     said: str
 
 
-def size(amount: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1000:
-            return f"{amount:.3g} {unit}"
-        amount /= 1024
-    return f"{amount:.3g} TiB"
-
-
 def _space(bound: Bound, named: Mapping[str, Space], what: str) -> _Figure | None:
     """The fullest."""
     values = {name: space.free_percent if bound.percent else float(space.free) for name, space in named.items()}
     if not values:
         return None
     name = min(values, key=lambda key: values[key])
-    amount = f"{values[name]:.0f} %" if bound.percent else size(values[name])
-    return _Figure(values[name], f"{name} has {amount} {what}")
+    free = f"{values[name]:.0f} %" if bound.percent else amount(values[name])
+    return _Figure(values[name], f"{name} has {free} {what}")
 
 
 def _figure(bound: Bound, report: Report) -> _Figure | None:
@@ -123,7 +115,7 @@ def _range(bound: Bound) -> str:
     def said(number: float) -> str:
         if bound.percent or bound.figure.startswith("pressure"):
             return f"{number:.3g} %"
-        return size(number) if bound.above else f"{number:.3g}" + (" s" if bound.figure == "clock_skew" else "")
+        return amount(number) if bound.above else f"{number:.3g}" + (" s" if bound.figure == "clock_skew" else "")
 
     side = "above" if bound.above else "below"
     again = f", again {side} {said(bound.again)}" if bound.again != bound.number else ""
