@@ -102,20 +102,13 @@ def load_between(before: HostReading, after: HostReading) -> dict[str, float]:
     ]
     if network and min(network) >= 0:
         load["network"] = max(network)
-    disks = [
-        (busy_ms - before.disk_busy_ms[name]) / 10 / elapsed_s
-        for name, busy_ms in after.disk_busy_ms.items()
-        if name in before.disk_busy_ms
-    ]
-    if disks and min(disks) >= 0:
-        load["disk"] = max(disks)
-    stalls = [
-        (stalled - before.stalled_us[name]) / 1e4 / elapsed_s
-        for name, stalled in after.stalled_us.items()
-        if name in before.stalled_us
-    ]
-    if stalls and min(stalls) >= 0:
-        load["pressure"] = max(stalls)
+    for metric, earlier, later, per_s in (
+        ("disk", before.disk_busy_ms, after.disk_busy_ms, 1e3),
+        ("pressure", before.stalled_us, after.stalled_us, 1e6),
+    ):
+        shares = [100 * (later[name] - earlier[name]) / per_s / elapsed_s for name in earlier.keys() & later.keys()]
+        if shares and min(shares) >= 0:
+            load[metric] = max(shares)
     return {metric: min(100.0, max(0.0, percent)) for metric, percent in load.items()}
 
 
