@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from persona.shown import line as printable
 from persona_broker.host.core.sample import HostSample
 from persona_broker.host.load import LoadSource
 from persona_broker.host.sample_files import SampleFiles
@@ -138,7 +139,8 @@ class Watcher:
         if self._state is not None and state.keys() != self._state.keys():
             began = [said for key, said in state.items() if key not in self._state]
             ended = [said for key, said in self._state.items() if key not in state]
-            log.info("conditions changed; now: %s; not any more: %s", "; ".join(began) or "-", "; ".join(ended) or "-")
+            now, not_now = (printable("; ".join(said)) or "-" for said in (began, ended))  # a guest names its disks
+            log.info("conditions changed; now: %s; not any more: %s", now, not_now)
             concerned = _concerned(state.keys() ^ self._state.keys(), placed)
             if concerned is None:
                 generation = self._store.raise_generation()

@@ -28,6 +28,11 @@ POLICY = {
 }  # fmt: skip
 
 
+def uuid(number: int) -> str:
+    """That of the domain of ``vm-NUMBER``."""
+    return f"00000000-0000-4000-8000-{number:012}"
+
+
 def sample(host: str, cpu: float, runs: dict[str, DomainState]) -> HostSample:
     domains = tuple(Domain(uuid, f"name-{uuid}", state) for uuid, state in runs.items())
     now = time.time()
@@ -43,7 +48,7 @@ class World:
         for vm in VMS:
             self.operator.add_guest(vm, vm)
         for number in (1, 2):
-            self.operator.bind(f"vm-{number}", f"u{number}")
+            self.operator.bind(f"vm-{number}", uuid(number))
         self.operator.put_set_load({"cpu": 5.0})
         self.files = SampleFiles(folder)
         self.loads("a", 5.0)
@@ -53,7 +58,7 @@ class World:
         self.look()
 
     def loads(self, host: str, cpu: float, runs: dict[str, DomainState] | None = None) -> None:
-        self.files.put(sample(host, cpu, runs or {{"a": "u1", "b": "u2"}[host]: DomainState.RUNNING}))
+        self.files.put(sample(host, cpu, runs or {{"a": uuid(1), "b": uuid(2)}[host]: DomainState.RUNNING}))
 
     def look(self) -> None:
         self.watcher._hosts_at = 0.0
@@ -110,12 +115,12 @@ def test_a_domain_that_moves_is_judged_by_its_new_host(world: World) -> None:
     assert world.holds() == [True, True, False]
 
     def migrate() -> None:
-        world.loads("a", 5, {"u9": DomainState.RUNNING})
-        world.loads("b", 90, {"u1": DomainState.RUNNING, "u2": DomainState.RUNNING})
+        world.loads("a", 5, {uuid(9): DomainState.RUNNING})
+        world.loads("b", 90, {uuid(1): DomainState.RUNNING, uuid(2): DomainState.RUNNING})
 
     assert world.moved(migrate) == [False, True, False]
     assert world.holds() == [True, False, False]
-    gone = {"u2": DomainState.RUNNING}
+    gone = {uuid(2): DomainState.RUNNING}
     assert world.moved(lambda: world.loads("b", 5, gone)) == [False, True, True]  # vm-1 is nowhere, vm-2 may again
     assert world.holds() == [True, False, True]
 
@@ -183,8 +188,8 @@ def test_a_real_broker_tells_one_guest_within_a_second_and_not_the_other(tmp_pat
     store = SqliteStore(tmp_path / "db")
     for number in (1, 2):
         store.add_guest(f"vm-{number}", f"token-of-vm-{number}")
-        store.bind(f"vm-{number}", f"u{number}")
-    quiet = [sample("a", 5, {"u1": DomainState.RUNNING}), sample("b", 5, {"u2": DomainState.RUNNING})]
+        store.bind(f"vm-{number}", uuid(number))
+    quiet = [sample("a", 5, {uuid(1): DomainState.RUNNING}), sample("b", 5, {uuid(2): DomainState.RUNNING})]
     for one in quiet:
         files.put(one)
     broker.start(applied=(documents,))
@@ -193,7 +198,7 @@ def test_a_real_broker_tells_one_guest_within_a_second_and_not_the_other(tmp_pat
         heard = [json.loads(stream.readline()) for _, stream in streams]
         time.sleep(0.5)  # the samples that lay there are looked at
         began = time.monotonic()
-        files.put(sample("a", 90, {"u1": DomainState.RUNNING}))
+        files.put(sample("a", 90, {uuid(1): DomainState.RUNNING}))
         line = json.loads(streams[0][1].readline())
         while line["generation"] == heard[0]["generation"]:
             line = json.loads(streams[0][1].readline())

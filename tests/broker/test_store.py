@@ -94,9 +94,15 @@ def test_the_generation_rises_with_what_can_change_a_decision_and_with_nothing_e
         assert store.generation() == before + rises
 
 
+UUIDS = [f"00000000-0000-4000-8000-{number:012}" for number in range(2)]
+
+
 def host_sample(name: str, at: float | None = None) -> HostSample:
     at = time.time() if at is None else at
-    domains = (Domain("u1", "one", DomainState.RUNNING, {"cpu": 5.0}), Domain("u2", "two", DomainState.SHUT_OFF))
+    domains = (
+        Domain(UUIDS[0], "one", DomainState.RUNNING, {"cpu": 5.0}),
+        Domain(UUIDS[1], "two", DomainState.SHUT_OFF),
+    )
     return HostSample(name, "qemu:///system", at, {"cpu": 80.0}, at, domains)
 
 
@@ -109,7 +115,7 @@ def test_of_a_host_the_newest_sample_is_kept_with_its_latches(connect: Open) -> 
     store.put_hosts([(second, latches)])
     found = seen.look()
     assert (sorted(found), found["lab"].sample.at, found["lab"].latches) == (["lab", "other"], second.at, latches)
-    assert (found["lab"].runs, found["lab"].domains_at) == ({"u1": True, "u2": False}, second.at)
+    assert (found["lab"].runs, found["lab"].domains_at) == (dict(zip(UUIDS, (True, False), strict=True)), second.at)
     assert seen.seen["lab"].sample == second
     assert seen.look() is found  # nothing is new
     assert SeenHosts(connect()).look() == found  # another process's

@@ -8,9 +8,14 @@ from persona_broker.host.libvirt_hypervisor import start_event_loop
 from tests.host.lab import BURN, SLEEP, Libvirtd
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _libvirt_s_events() -> None:
+    """Before anything is opened, and for ever: no test leaves that thread behind."""
+    start_event_loop()
+
+
 @pytest.fixture(scope="module")
 def libvirtd() -> Iterator[Libvirtd]:
-    start_event_loop()  # before anything is opened, and for ever
     libvirtd = Libvirtd()
     try:
         libvirtd.begin("burner", BURN)
