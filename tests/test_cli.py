@@ -130,7 +130,7 @@ def record(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "db"
     with closing(SqliteStore(path)) as store:
         store.add_guest("vm-1")
-        domains = (Domain(UUID, "one", DomainState.RUNNING), Domain(UUID[::-1], "two", DomainState.RUNNING))
+        domains = (Domain(UUID, "one", DomainState.RUNNING), Domain(UUID[:-1] + "0", "two", DomainState.RUNNING))
         store.put_hosts([(HostSample("lab", "qemu:///system", time.time(), {}, time.time(), domains), frozenset())])
         store.open_session(SessionRow("s-1", "vm-1", Subject("alice", (), "vm-1"), "sshd", "", 1e9, revoked=False))
         store.put_sample(Sample(1e9, {"cpu": 5.0}, "set"), frozenset())

@@ -171,7 +171,8 @@ def test_a_flood_of_questions_delays_nobody_else_and_grows_nothing(guest: Machin
             slowest = max(slowest, time.monotonic() - started)
         assert int(re.findall(r"sent (\d+)", hostile.read(seconds + 100))[0]) > 100
         assert slowest < 20
-        assert int(guest.must(size)) - before < 6000  # KiB
+        # KiB; no object stays, but each of a user's 16 connections may cost a thread's stack and its share of malloc's
+        assert int(guest.must(size)) - before < 16 * 1024
     assert agents_pid(guest) == agent
     assert "could not be served" not in guest.must("journalctl -b -u persona-agent --no-pager")
 
