@@ -48,7 +48,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
         return agent()
     if name == "persona-host":
-        from persona_broker.host.__main__ import _parser as host
+        from persona_broker.host_command import _parser as host
 
         return host()
     from persona_broker.__main__ import _parser as broker

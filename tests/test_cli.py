@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 RUN_SOMETHING = {"persona try", "persona-broker serve", "persona-agent run", "persona-host run"}
 MODULES = {
     "persona": "persona_guest.shell.cli", "persona-agent": "persona_guest", "persona-broker": "persona_broker",
-    "persona-host": "persona_broker.host",
+    "persona-host": "persona_broker.host_command",
 }  # fmt: skip
 UUID = "6695eb01-f6a4-4304-89aa-97f2502e193f"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -266,7 +266,7 @@ def test_every_answer_of_persona_host(tmp_path: Path) -> None:
     config = tmp_path / "broker.toml"
     config.write_text(f'[host]\nnames = ["lab"]\ndirectory = "{tmp_path}"\n')
     named = {name for name in ALL if name.startswith("persona-host ")}
-    assert named - RUN_SOMETHING == {"persona-host top"}
+    assert named - RUN_SOMETHING == {"persona-host top", "persona-host plan"}
     for code in (1, 0):
         done = run("persona-host", "--config", str(config), "top", "--json")
         (item,) = answer(done.stdout)["items"]

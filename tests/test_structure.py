@@ -29,7 +29,8 @@ ORDER = {
     ],
     "broker/persona_broker": [
         "policy", "policy_files", "settings", "lasting", "pki", "host", "store", "audit", "spread", "coverage",
-        "problems", "condition_watcher", "view", "metrics", "cli", "api", "serve", "__main__",
+        "problems", "condition_watcher", "view", "shaping", "metrics", "cli", "host_command", "api", "serve",
+        "__main__",
     ],
 }  # fmt: skip
 

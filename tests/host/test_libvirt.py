@@ -39,7 +39,7 @@ class Poller:
             f'load_max_age_s = 3\n[host]\nuris = ["{libvirtd.uri}"]\nnames = ["lab"]\ndirectory = "{self.folder}"\n'
         )
         self._log = folder / "log"
-        command = [sys.executable, "-m", "persona_broker.host", "--config", str(self.config), "run"]
+        command = [sys.executable, "-m", "persona_broker.host_command", "--config", str(self.config), "run"]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, env=environment(), stderr=log)
         self._files, self._newest = SampleFiles(self.folder, ("lab",)), None  # type: tuple[SampleFiles, HostSample | None]
@@ -153,7 +153,7 @@ def test_a_domain_that_is_destroyed_is_seen_to_be_off(poller: Poller, libvirtd: 
 
 
 def test_top_shows_it(poller: Poller) -> None:
-    command = [sys.executable, "-m", "persona_broker.host", "--config", str(poller.config), "top"]
+    command = [sys.executable, "-m", "persona_broker.host_command", "--config", str(poller.config), "top"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]

@@ -63,8 +63,7 @@ def coverage(arguments: argparse.Namespace, settings: Settings) -> int:
         {"lack": str(gap.lack), "vm": gap.vm, "host": gap.host, "uuid": gap.uuid, "detail": gap.detail} for gap in found
     ]
     lines = [
-        f"{gap.lack:24} {gap.vm or gap.host or '-':20} {printable(gap.detail)}"
-        + (f"  {printable(gap.uuid)}" if gap.uuid else "")
+        f"{gap.lack:24} {gap.vm or gap.host or '-':20} {printable(gap.detail)}" + (f"  {gap.uuid}" if gap.uuid else "")
         for gap in found
     ]
     say(arguments, items, "\n".join(lines) or "nothing is missing")
@@ -90,8 +89,6 @@ def _offered(free: list[tuple[str, Domain]], watched: bool) -> str:
         return "no host has been seen yet: is persona-host running? 'persona-host top' says what it sees"
     if not free:
         return "every domain that is seen is bound to a guest"
-    named = [
-        f"{printable(one.uuid)} ({printable(one.name)} on {host}, {one.state})" for host, one in free[:_OFFERED_MAX]
-    ]
+    named = [f"{one.uuid} ({printable(one.name)} on {host}, {one.state})" for host, one in free[:_OFFERED_MAX]]
     more = f", and {len(free) - _OFFERED_MAX} more" if len(free) > _OFFERED_MAX else ""
     return f"not bound yet: {', '.join(named)}{more}"

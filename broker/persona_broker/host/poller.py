@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from persona_broker.host.core.readings import Domain, DomainReading, HostReading, domains_between, load_between
-from persona_broker.host.core.sample import DOMAINS_MAX, HostSample
+from persona_broker.host.core.sample import CAPACITY, DOMAINS_MAX, HostSample
 from persona_broker.host.hypervisor import Hypervisor, HypervisorError
 
 log = logging.getLogger("persona.host")
@@ -134,7 +134,8 @@ class HostPoller:
         if before is None or reading.at_s - before.at_s > _APART_MAX_S:
             return  # a load is of the time between two readings
         load = load_between(before, reading)
-        sample = HostSample(self._host, self._uri, self._now(), load, listed.at, listed.domains, listed.problem)
+        memory = {} if reading.memory is None else dict(zip(CAPACITY, map(float, reading.memory), strict=True))
+        sample = HostSample(self._host, self._uri, self._now(), load, listed.at, listed.domains, listed.problem, memory)
         try:
             self._put(sample)
         except OSError as error:

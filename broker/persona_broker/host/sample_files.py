@@ -19,9 +19,9 @@ from persona_broker.host.core.sample import DOMAINS_MAX, HostSample, decode, enc
 
 log = logging.getLogger("persona.host")
 
-_DOMAIN_BYTES = 512  # UUID, name, state and seven figures of 17 digits are about 400
+_DOMAIN_BYTES = 512  # UUID, name, state and eight figures of 17 digits are about 430
 SIZE_MAX = 8192 + DOMAINS_MAX * _DOMAIN_BYTES
-_SIGNS_MAX = 64 + DOMAINS_MAX * 32  # of [ { and comma: 14 a domain, and those in its texts
+_SIGNS_MAX = 64 + DOMAINS_MAX * 32  # of [ { and comma: 15 a domain, and those in its texts
 ROUND_MAX = 256 << 10  # bytes after which a round reads no further file: the watcher has guests to tell, too
 _AHEAD_MAX_S = 5.0  # as much as conditions let a clock be ahead
 _PROBLEM_MAX = 300  # characters

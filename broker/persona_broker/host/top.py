@@ -6,6 +6,7 @@ from typing import Any
 
 from persona.answers import iso
 from persona.conditions import METRICS
+from persona.shown import amount
 from persona.shown import line as printable
 from persona_broker.host.core.readings import Domain
 from persona_broker.host.core.sample import HostSample
@@ -89,9 +90,9 @@ def _described(domain: Domain) -> str:
     if "cpu" in figures:
         said.append(f"cpu {figures['cpu']:.0f} %" + (f" of {figures['cpus'] * 100:.0f}" if "cpus" in figures else ""))
     if "memory" in figures:
-        said.append(f"memory {figures['memory'] / (1 << 20):.0f} MiB")
+        most = f" of {amount(figures['memory_max'])}" if "memory_max" in figures else ""
+        said.append(f"memory {amount(figures['memory'])}{most}")
     for name in ("read", "write", "receive", "send"):
         if figures.get(name):
             said.append(f"{name} {figures[name] / 1e6:.1f} MB/s")
-    uuid = printable(domain.uuid)
-    return f"{', '.join(said)}  {uuid}" if said else uuid
+    return f"{', '.join(said)}  {domain.uuid}" if said else domain.uuid

@@ -16,7 +16,7 @@ _DEVICES_MAX = 1024
 
 def reading_of(uuid: str, name: str, stats: Mapping[str, object]) -> DomainReading:
     """The reading of one domain.  A figure that libvirt leaves out, or that is not a number, is ``None``."""
-    memory_kib = _number(stats, "balloon.current")
+    memory_kib, most_kib = _number(stats, "balloon.current"), _number(stats, "balloon.maximum")
     return DomainReading(
         uuid=uuid,
         name=name,
@@ -24,6 +24,7 @@ def reading_of(uuid: str, name: str, stats: Mapping[str, object]) -> DomainReadi
         cpu_ns=_number(stats, "cpu.time"),
         cpus=_number(stats, "vcpu.current"),
         memory_bytes=None if memory_kib is None else memory_kib * 1024,
+        memory_max_bytes=None if most_kib is None else most_kib * 1024,
         read_bytes=_sum(stats, "block", "rd.bytes"),
         written_bytes=_sum(stats, "block", "wr.bytes"),
         received_bytes=_sum(stats, "net", "rx.bytes"),

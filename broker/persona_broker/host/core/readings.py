@@ -56,6 +56,7 @@ class DomainReading:
     cpu_ns: int | None = None
     cpus: int | None = None
     memory_bytes: int | None = None
+    memory_max_bytes: int | None = None
     read_bytes: int | None = None
     written_bytes: int | None = None
     received_bytes: int | None = None
@@ -67,7 +68,8 @@ class DomainReading:
 class Domain:
     """A domain between two readings: ``figures`` by name, those that are known.
 
-    ``cpu`` is percent of one CPU, ``cpus`` a count, ``memory`` bytes, the others (``read``, ``write``, ``receive``,
+    ``cpu`` is percent of one CPU, ``cpus`` a count, ``memory`` the balloon's size and ``memory_max`` what it may be at
+    most, in bytes; the others (``read``, ``write``, ``receive``,
     ``send``) bytes per second.
     """
 
@@ -128,6 +130,8 @@ def _domain(was: DomainReading | None, now: DomainReading, elapsed_s: float) -> 
         figures["cpus"] = now.cpus
     if now.memory_bytes is not None:
         figures["memory"] = now.memory_bytes
+    if now.memory_max_bytes is not None:
+        figures["memory_max"] = now.memory_max_bytes
     if was is not None and elapsed_s > 0 and now.state is DomainState.RUNNING:
         cpu = _rate(was.cpu_ns, now.cpu_ns, elapsed_s)
         rates = {

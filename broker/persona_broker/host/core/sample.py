@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from persona import json_fields
@@ -10,7 +10,8 @@ from persona.conditions import METRICS
 from persona_broker.host.core.readings import Domain, DomainState
 
 DOMAINS_MAX = 2_000  # of one host; the broker reads that many in some hundredths of a second
-FIGURES = ("cpu", "cpus", "memory", "read", "write", "receive", "send")
+FIGURES = ("cpu", "cpus", "memory", "memory_max", "read", "write", "receive", "send")
+CAPACITY = ("memory", "memory_free")
 _TEXT_MAX = 1000
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # as libvirt writes one
 _FIGURE_MAX = 1e18
@@ -20,6 +21,7 @@ _FIGURE_MAX = 1e18
 class HostSample:
     """``at`` and ``domains_at`` are Unix seconds; ``None`` = its domains were never listed.
 
+    ``capacity`` is in bytes: all memory of the host, and what of it is available.
     ``problem`` is why the newest listing failed: ``domains`` are those of the last one that did not.
     """
 
@@ -30,6 +32,7 @@ class HostSample:
     domains_at: float | None
     domains: tuple[Domain, ...]
     problem: str = ""
+    capacity: Mapping[str, float] = field(default_factory=dict)
 
 
 def encode(sample: HostSample) -> dict[str, Any]:
@@ -51,12 +54,14 @@ def encode(sample: HostSample) -> dict[str, Any]:
             for domain in sample.domains
         ],
         "problem": sample.problem[:_TEXT_MAX],
+        "capacity": dict(sample.capacity),
     }
 
 
 def decode(value: object) -> HostSample:
     """Raises ``CodecError``, which names the field."""
-    fields = json_fields.mapping(value, "", ("host", "uri", "at", "load", "domains_at", "domains", "problem"), ())
+    needed = ("host", "uri", "at", "load", "domains_at", "domains", "problem")
+    fields = json_fields.mapping(value, "", needed, ("capacity",))
     listed = fields["domains"]
     if not isinstance(listed, list) or len(listed) > DOMAINS_MAX:
         raise json_fields.CodecError("domains", f"expected a list of at most {DOMAINS_MAX}")
@@ -69,6 +74,7 @@ def decode(value: object) -> HostSample:
         None if at is None else _number(at, "domains_at"),
         tuple(_domain(item, f"domains[{index}]") for index, item in enumerate(listed)),
         _text(fields["problem"], "problem"),
+        _numbers(fields.get("capacity", {}), "capacity", CAPACITY, _FIGURE_MAX),
     )
 
 

@@ -1,4 +1,4 @@
-"""``persona-host``: watches the hypervisors of the hosts (``run``), and shows what it saw (``top``).
+"""``persona-host``: watches the hosts (``run``), shows what it saw (``top``) and what their VMs would have (``plan``).
 
 Exit codes: 0 done, 1 refused, or a host that is not seen, 2 usage, 3 a file cannot be used.
 """
@@ -62,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("top", help=text, description=text)
     shown.add_argument("--json", action="store_true", help="the answer as one line of JSON")
     shown.set_defaults(run=_top)
+    text = "what each VM would have of its host, by the personas of its sessions; nothing is changed"
+    planned = commands.add_parser("plan", help=text, description=text)
+    planned.add_argument("host", nargs="?", metavar="HOST", help="only this one")
+    planned.add_argument("--json", action="store_true", help="the answer as one line of JSON")
+    planned.set_defaults(run=_plan)
     return parser
 
 
@@ -118,6 +123,32 @@ def _top(arguments: argparse.Namespace, settings: Settings) -> int:
     else:
         print("\n".join(line for host in hosts for line in host.lines()))
     return 0 if all(host.is_seen for host in hosts) else 1
+
+
+def _plan(arguments: argparse.Namespace, settings: Settings) -> int:
+    """0 each host is seen, 1 one is not."""
+    from contextlib import closing
+
+    from persona_broker.cli.store import for_reading
+    from persona_broker.shaping import plan
+    from persona_broker.shaping.inputs import live_sessions
+    from persona_broker.view import State
+
+    names = [*configuration.hosts_of(settings.host)]
+    if arguments.host is not None:
+        if arguments.host not in names:
+            raise PersonaError(
+                Fault.NOT_FOUND, f"{arguments.host!r} is not in host.names; those are {', '.join(names)}"
+            )
+        names = [arguments.host]
+    with closing(for_reading(settings)) as store:
+        view = State(store, settings.load_max_age_s, settings.health_max_age_s).current()
+        plans = [plan.of(name, view, live_sessions(view, store.sessions()), time.time()) for name in names]
+    if arguments.json:
+        print(as_json([one.as_json() for one in plans]))
+    else:
+        print("\n".join(line for one in plans for line in one.lines()))
+    return 0 if all(one.is_seen for one in plans) else 1
 
 
 if __name__ == "__main__":
