@@ -19,6 +19,8 @@ MOUNTS_MAX = 128
 UNITS_MAX = 64
 LAYERS_MAX = 16
 PRESSURES_MAX = 16
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_UUID_LENGTH = 36
 _SPACE_LEAST = 1 << 20  # as a bound, bytes; less is always there
 _NUMBER = re.compile(NUMBER, re.ASCII)
 _PERCENT_FREE_MAX = 90.0  # its re-entry lies between it and 100
@@ -48,7 +50,8 @@ class Report:
     last 10 s (PSI ``some avg10``); ``load`` the kernel's one-minute average a CPU; ``errors`` journal entries of
     priority err or worse in the last minute, those of gated users left out; ``clock_skew_s`` how far the clock is
     ahead of the broker's, negative = behind; ``layers`` of the gate by name, whether each is active; ``wire`` the
-    newest version of the protocol that the agent speaks (``persona.wire``).
+    newest version of the protocol that the agent speaks (``persona.wire``); ``uuid`` that of the VM's firmware, in
+    small letters, empty = not known.
     """
 
     disks: Mapping[str, Space] = field(default_factory=dict)
@@ -60,6 +63,7 @@ class Report:
     clock_skew_s: float | None = None
     layers: Mapping[str, bool] = field(default_factory=dict)
     wire: int = wire.FIRST
+    uuid: str = ""
 
 
 # What 0.1.0 knows: its broker refuses a report with more.  A later figure has a default, and is left out there.
@@ -78,6 +82,7 @@ def encode_report(report: Report, version: int = wire.CURRENT) -> dict[str, Any]
         "clock_skew_s": report.clock_skew_s,
         "layers": dict(report.layers),
         "wire": report.wire,
+        "uuid": report.uuid,
     }
     return value if version > wire.FIRST else {name: value[name] for name in _OF_0_1_0}
 
@@ -100,6 +105,7 @@ def decode_report(value: object, path: str = "") -> Report:
         clock_skew_s=json_fields.optional(item["clock_skew_s"], at("clock_skew_s"), _decode_skew),
         layers=_by_name(item["layers"], at("layers"), LAYERS_MAX, 64, json_fields.boolean),
         wire=_decode_wire(value, at("wire")),
+        uuid=_decode_uuid(value, at("uuid")),
     )
 
 
@@ -115,6 +121,13 @@ def _decode_space(value: object, path: str) -> Space:
 def _decode_wire(report: object, path: str) -> int:
     """0.1.0 does not say, and speaks the first."""
     return json_fields.integer(report.get("wire", wire.FIRST) if isinstance(report, dict) else None, path)
+
+
+def _decode_uuid(report: object, path: str) -> str:
+    uuid = json_fields.string(report.get("uuid", "") if isinstance(report, dict) else None, path, _UUID_LENGTH)
+    if uuid and not _UUID.fullmatch(uuid):
+        raise json_fields.CodecError(path, "expected a UUID in small letters, with its hyphens, or nothing")
+    return uuid
 
 
 def _decode_units(value: object, path: str) -> tuple[str, ...]:

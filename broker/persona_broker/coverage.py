@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from persona_broker.host.core.readings import Domain, DomainState
 from persona_broker.policy.host_load import is_fresh
+from persona_broker.policy.vm_health import Reported
 from persona_broker.store.hosts import SeenHost
 
 
@@ -19,6 +20,8 @@ class Lack(StrEnum):
     AGENT_WITHOUT_DOMAIN = "agent_without_domain"  # a guest that is bound to none, where hosts are watched
     DOMAIN_NOT_SEEN = "domain_not_seen"  # a guest's, on no host
     AGENT_SILENT = "agent_silent"  # no report of its health for too long, though nobody says that it is off
+    LAYERS_OFF = "layers_off"  # a part of the gate that its agent says is not active
+    UUID_DISAGREES = "uuid_disagrees"  # its agent says that it runs in another domain than its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +48,10 @@ def gaps(
     hosts: Mapping[str, SeenHost],
     bindings: Mapping[str, str],
     guests: Iterable[str],
-    reported_at: Mapping[str, float],
+    reports: Mapping[str, Reported],
     ages: Ages,
 ) -> list[Gap]:
-    """All of them, those of hosts first; ``bindings`` are UUIDs by guest, ``reported_at`` Unix seconds by guest."""
+    """All of them, those of hosts first; ``bindings`` are UUIDs by guest, ``reports`` the newest by guest."""
     found = list(_of_hosts(hosts, ages))
     fresh = [host for host in hosts.values() if is_fresh(host.state.domains_at, ages.now, ages.load_max_age_s)]
     where: dict[str, list[tuple[str, Domain]]] = {}
@@ -59,7 +62,7 @@ def gaps(
     for uuid, places in sorted(where.items(), key=lambda item: item[1][0][1].name):
         found += _of_domain(uuid, places, guest_of.get(uuid))
     for guest in guests:
-        found += _of_guest(guest, bindings.get(guest), where, bool(hosts), reported_at.get(guest), ages)
+        found += _of_guest(guest, bindings.get(guest), where, bool(hosts), reports.get(guest), ages)
     return found
 
 
@@ -93,7 +96,7 @@ def _of_guest(
     uuid: str | None,
     where: Mapping[str, list[tuple[str, Domain]]],
     watched: bool,
-    reported_at: float | None,
+    reported: Reported | None,
     ages: Ages,
 ) -> Iterator[Gap]:
     places = where.get(uuid, []) if uuid is not None else []
@@ -102,8 +105,14 @@ def _of_guest(
     if uuid is not None and not places:
         yield Gap(Lack.DOMAIN_NOT_SEEN, "its domain is on no host that is seen", guest, None, uuid)
     is_off = bool(places) and all(domain.state is not DomainState.RUNNING for _, domain in places)
-    if not is_off and not is_fresh(reported_at, ages.now, ages.health_max_age_s):
-        age = (
-            "it has never reported" if reported_at is None else f"its last report is {ages.now - reported_at:.0f} s old"
-        )
-        yield Gap(Lack.AGENT_SILENT, age, guest, None, uuid)
+    if reported is None or not is_fresh(reported.at, ages.now, ages.health_max_age_s):
+        if not is_off:
+            age = "" if reported is None else f"its last report is {ages.now - reported.at:.0f} s old"
+            yield Gap(Lack.AGENT_SILENT, age or "it has never reported", guest, None, uuid)
+        return
+    layers = sorted(layer for layer, active in reported.report.layers.items() if not active)
+    if layers:
+        yield Gap(Lack.LAYERS_OFF, f"not active: {', '.join(layers)}", guest, None, uuid)
+    said = reported.report.uuid
+    if uuid is not None and said not in ("", uuid):
+        yield Gap(Lack.UUID_DISAGREES, f"its agent says that its domain is {said}", guest, None, uuid)

@@ -46,9 +46,8 @@ class View:
     def gaps(self, now: float) -> list[Gap]:
         """What is missing between domains and agents, at ``now`` (Unix seconds)."""
         bindings = {guest: binding.uuid for guest, binding in self.bindings.items()}
-        reported_at = {guest: reported.at for guest, reported in self.health.items()}
         ages = Ages(now, self.load_max_age_s, self.health_max_age_s)
-        return gaps(self.hosts, bindings, sorted(self.guests.values()), reported_at, ages)
+        return gaps(self.hosts, bindings, sorted(self.guests.values()), self.health, ages)
 
     def generation_for(self, guest: str) -> int:
         """The newest generation that concerns a guest: what it is told with every answer."""

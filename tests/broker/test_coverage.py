@@ -11,9 +11,11 @@ from persona_broker.host.core.readings import Domain, DomainState
 from persona_broker.host.core.sample import HostSample
 from persona_broker.policy.conditions import Sample
 from persona_broker.policy.host_load import HostState
+from persona_broker.policy.vm_health import Reported
 from persona_broker.store.hosts import SeenHost
 from persona_broker.store.sqlite import SqliteStore
 
+from persona.health import Report
 from tests.broker.conftest import Broker
 
 NOW = 1000.0
@@ -28,16 +30,20 @@ def seen(name: str, *domains: Domain, at: float = NOW, domains_at: float | None 
 
 
 def found(
-    hosts: list[SeenHost], bindings: dict[str, str], reported_at: dict[str, float], guests: tuple[str, ...] = ("vm-1",)
+    hosts: list[SeenHost], bindings: dict[str, str], reports: dict[str, Reported], guests: tuple[str, ...] = ("vm-1",)
 ) -> list[Gap]:
-    return gaps({host.sample.host: host for host in hosts}, bindings, guests, reported_at, Ages(NOW, 15, 45))
+    return gaps({host.sample.host: host for host in hosts}, bindings, guests, reports, Ages(NOW, 15, 45))
 
 
-BOUND, HEARD = {"vm-1": U1}, {"vm-1": NOW}
+def heard(at: float = NOW, uuid: str = "", **layers: bool) -> dict[str, Reported]:
+    return {"vm-1": Reported(at, Report(layers=layers, uuid=uuid), frozenset())}
+
+
+BOUND, HEARD = {"vm-1": U1}, heard()
 
 
 @pytest.mark.parametrize(
-    ("hosts", "bindings", "reported_at", "lacks"),
+    ("hosts", "bindings", "reports", "lacks"),
     [
         ([seen("a", Domain(U1, "one", ON))], BOUND, HEARD, []),
         ([], {}, HEARD, []),  # nobody watches hosts: nothing is missing
@@ -45,8 +51,13 @@ BOUND, HEARD = {"vm-1": U1}, {"vm-1": NOW}
         ([seen("a", Domain(U1, "one", ON), Domain(U2, "two", OFF))], BOUND, HEARD, []),  # it does not run
         ([seen("a")], BOUND, HEARD, [Lack.DOMAIN_NOT_SEEN]),
         ([seen("a", Domain(U1, "one", ON))], BOUND, {}, [Lack.AGENT_SILENT]),
-        ([seen("a", Domain(U1, "one", ON))], BOUND, {"vm-1": NOW - 46}, [Lack.AGENT_SILENT]),
-        ([seen("a", Domain(U1, "one", OFF))], BOUND, {"vm-1": NOW - 46}, []),  # no wonder
+        ([seen("a", Domain(U1, "one", ON))], BOUND, heard(NOW - 46), [Lack.AGENT_SILENT]),
+        ([seen("a", Domain(U1, "one", ON))], BOUND, heard(NOW - 46, U2, bpf=False), [Lack.AGENT_SILENT]),  # as it was
+        ([seen("a", Domain(U1, "one", ON))], BOUND, heard(NOW, U1, seccomp=True), []),
+        ([seen("a", Domain(U1, "one", ON))], BOUND, heard(NOW, U2), [Lack.UUID_DISAGREES]),
+        ([], {}, heard(NOW, U2), []),  # it is bound to none
+        ([], {}, heard(seccomp=True, bpf=False, verify=False), [Lack.LAYERS_OFF]),
+        ([seen("a", Domain(U1, "one", OFF))], BOUND, heard(NOW - 46), []),  # no wonder
         ([seen("a", Domain(U1, "one", ON, {}, "hangs"))], BOUND, HEARD, [Lack.DOMAIN_UNKNOWN]),
         (
             [seen("a", Domain(U1, "one", ON)), seen("b", Domain(U1, "one", ON))], BOUND, HEARD,
@@ -59,9 +70,15 @@ BOUND, HEARD = {"vm-1": U1}, {"vm-1": NOW}
     ],
 )  # fmt: skip
 def test_each_gap_is_found_and_no_other(
-    hosts: list[SeenHost], bindings: dict[str, str], reported_at: dict[str, float], lacks: list[Lack]
+    hosts: list[SeenHost], bindings: dict[str, str], reports: dict[str, Reported], lacks: list[Lack]
 ) -> None:
-    assert [gap.lack for gap in found(hosts, bindings, reported_at)] == lacks
+    assert [gap.lack for gap in found(hosts, bindings, reports)] == lacks
+
+
+def test_a_gap_says_what_it_is() -> None:
+    layers, other = found([], BOUND, heard(NOW, U2, verify=False, seccomp=True, bpf=False))[1:]
+    assert (layers.vm, layers.detail) == ("vm-1", "not active: bpf, verify")
+    assert (other.uuid, other.detail) == (U1, f"its agent says that its domain is {U2}")
 
 
 @pytest.fixture

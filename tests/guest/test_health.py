@@ -116,6 +116,23 @@ REPORT = Report(
 
 
 @pytest.mark.parametrize(
+    ("text", "uuid"),
+    [
+        ("6695EB01-F6A4-4304-89AA-97F2502E193F\n", "6695eb01-f6a4-4304-89aa-97f2502e193f"),
+        ("00000000-0000-0000-0000-000000000000\n", ""),
+        ("ffffffff-ffff-ffff-ffff-ffffffffffff\n", ""),
+        ("Not Settable\n", ""),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_the_firmware_s_uuid_is_reported_where_there_is_one(tmp_path: Path, text: str | None, uuid: str) -> None:
+    if text is not None:
+        (tmp_path / "product_uuid").write_text(text)
+    assert Watch(1000, dict, dmi=tmp_path).measure(None).uuid == uuid
+
+
+@pytest.mark.parametrize(
     ("change", "news"),
     [
         ({}, False),

@@ -98,6 +98,7 @@ REPORT = Report(
     errors=3,
     clock_skew_s=-1.5,
     layers={"seccomp": True, "bpf": False},
+    uuid="6695eb01-f6a4-4304-89aa-97f2502e193f",
 )
 
 
@@ -122,6 +123,9 @@ def test_reports_survive_the_wire(report: Report) -> None:
         ({"clock_skew_s": float("inf")}, "clock_skew_s"),
         ({"clock_skew_s": True}, "clock_skew_s"),
         ({"layers": {"seccomp": "yes"}}, "layers['seccomp']"),
+        ({"uuid": "6695EB01-F6A4-4304-89AA-97F2502E193F"}, "uuid"),
+        ({"uuid": "6" * 10_000}, "uuid"),
+        ({"uuid": None}, "uuid"),
         ({"layers": {str(n): True for n in range(20)}}, "layers"),
     ],
 )

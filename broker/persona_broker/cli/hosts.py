@@ -56,9 +56,9 @@ def coverage(arguments: argparse.Namespace, settings: Settings) -> int:
     guests, seen = store.guests(), SeenHosts(store)
     seen.look()
     bindings = {guest: binding.uuid for guest, binding in store.bindings().items()}
-    reported_at = {guest: reported.at for guest, reported in Reports(store).look(guests).items()}
+    reports = Reports(store).look(guests)
     ages = Ages(time.time(), settings.load_max_age_s, settings.health_max_age_s)
-    found = gaps(seen.seen, bindings, guests, reported_at, ages)
+    found = gaps(seen.seen, bindings, guests, reports, ages)
     items = [
         {"lack": str(gap.lack), "vm": gap.vm, "host": gap.host, "uuid": gap.uuid, "detail": gap.detail} for gap in found
     ]

@@ -78,11 +78,18 @@ class Journal:
 class Watch:
     """Measures; each figure that cannot be had is left out, and says nothing of the others."""
 
-    def __init__(self, uid_min: int, layers: Callable[[], Mapping[str, bool]], proc: Path = Path("/proc")) -> None:
+    def __init__(
+        self,
+        uid_min: int,
+        layers: Callable[[], Mapping[str, bool]],
+        proc: Path = Path("/proc"),
+        dmi: Path = Path("/sys/class/dmi/id"),
+    ) -> None:
         self._journal = Journal(uid_min)
         self._units = Units()
         self._layers = layers
         self._proc = proc
+        self._dmi = dmi
 
     def measure(self, clock_skew_s: float | None) -> Report:
         """All figures as they are now.  May wait, for systemd or a disk."""
@@ -98,7 +105,16 @@ class Watch:
             clock_skew_s=clock_skew_s,
             layers=dict(self._layers()),
             wire=wire.CURRENT,
+            uuid=self._uuid(),
         )
+
+    def _uuid(self) -> str:
+        """That of the firmware, which only root may read; nothing where there is none."""
+        try:
+            text = (self._dmi / "product_uuid").read_text("ascii").strip()
+        except (OSError, ValueError):
+            return ""
+        return rules.firmware_uuid(text)
 
     def _disks(self) -> dict[str, Space]:
         found = {}

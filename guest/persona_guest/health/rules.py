@@ -5,6 +5,7 @@ proc(5): mountinfo, meminfo, loadavg, pressure; systemd.journal-fields(7).
 
 import os
 import re
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -89,6 +90,15 @@ class Errors:
         while self._times and not now - WINDOW_S < self._times[0] <= now:
             self._times.popleft()
         return len(self._times)
+
+
+def firmware_uuid(text: str) -> str:
+    """A machine's UUID from /sys/class/dmi/id/product_uuid; empty where the firmware has none (SMBIOS: all 0 or all 1)."""
+    try:
+        found = uuid.UUID(text)
+    except ValueError:
+        return ""
+    return "" if found.int in (0, (1 << 128) - 1) else str(found)
 
 
 def counts(entry: Mapping[str, object], uid_min: int) -> bool:
