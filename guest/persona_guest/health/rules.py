@@ -93,7 +93,7 @@ class Errors:
 
 
 def firmware_uuid(text: str) -> str:
-    """A machine's UUID from /sys/class/dmi/id/product_uuid; empty where the firmware has none (SMBIOS: all 0 or all 1)."""
+    """A machine's UUID from product_uuid of /sys/class/dmi/id; empty where the firmware has none (all 0, or all 1)."""
     try:
         found = uuid.UUID(text)
     except ValueError:
