@@ -1,6 +1,6 @@
 """``make bench``: every figure beside its peer, a table and build/bench.json.  Needs root.
 
-Arguments pick parts: ``gate``, ``decide``, ``store``, ``audit``, ``net``, ``guest``.  Beside each figure stands what
+Arguments pick parts: ``gate``, ``decide``, ``store``, ``audit``, ``host``, ``net``, ``guest``.  Beside each figure stands what
 the machine itself took just then (``machine.Pace``).  A figure that could not be measured is named with the reason, and
 the exit code is 1.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.bench import audit, decide, gate, guest, net, store
+from tests.bench import audit, decide, gate, guest, host, net, store
 from tests.bench.machine import pace
 from tests.bench.row import Missing, Row, measured
 
@@ -20,6 +20,7 @@ PARTS: dict[str, Callable[[], Iterator[Row | Missing]]] = {
     "decide": decide.rows,
     "store": store.rows,
     "audit": audit.rows,
+    "host": host.rows,
     "net": lambda: measured(("net.*", net.rows)),
     "guest": guest.rows,
 }
