@@ -1,8 +1,8 @@
 """``make bench``: every figure beside its peer, a table and build/bench.json.  Needs root.
 
-Arguments pick parts: ``gate``, ``decide``, ``store``, ``audit``, ``host``, ``net``, ``guest``.  Beside each figure stands what
-the machine itself took just then (``machine.Pace``).  A figure that could not be measured is named with the reason, and
-the exit code is 1.
+Arguments pick parts: ``gate``, ``decide``, ``store``, ``audit``, ``host``, ``net``, ``guest``.  Beside each figure
+stands what the machine itself took just then (``machine.Pace``).  A figure that could not be measured is named with the
+reason, and the exit code is 1.
 """
 
 import json

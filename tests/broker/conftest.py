@@ -191,3 +191,12 @@ def ask(broker: Broker) -> Callable[..., tuple[int, Any]]:
         return broker.call("POST", "/v1/decisions", {"request": request, **fields})
 
     return decide
+
+
+@pytest.fixture
+def filled(cli: Broker) -> Broker:
+    """With an audit of four days."""
+    from tests.broker.filled import fill  # which needs this module
+
+    fill(cli)
+    return cli
