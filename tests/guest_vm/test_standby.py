@@ -155,7 +155,7 @@ def slow_start(guest: Machine) -> Iterator[None]:
         await_connected(guest)
 
 
-@pytest.mark.soak  # it hangs on how fast the emulated machine is; tests/guest/test_standby.py has the rule itself
+@pytest.mark.soak  # it depends on the emulated speed; tests/guest/test_standby_starts.py has the rule itself
 def test_a_start_that_takes_long_refuses_nothing_that_is_allowed(guest: Machine) -> None:
     with guest.session("alice") as session, contextlib.ExitStack() as stack:
         assert session.ask("ls -d /etc") == "/etc\n"

@@ -3,157 +3,37 @@
 import contextlib
 import json
 import os
-import pwd
-import select
 import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from persona_guest.core.pam_protocol import Caller, Groups, Op, PamVerdict, WireError, parse, reply
+from persona_guest.core.pam_protocol import Caller, Op, PamVerdict, WireError, reply
 from persona_guest.kernel import landlock, seccomp
 
-ROOT = Path(__file__).parents[2]
-MODULE = ROOT / "guest" / "pam" / "pam_persona.so"
-SUCCESS, PERM_DENIED, AUTHINFO_UNAVAIL, SESSION_ERR = 0, 6, 9, 14
-USER = "games"  # a system account of every Debian; uid_min decides whether it would be gated
-ENFORCE = "mode=enforce\nuid_min=1\n"
-UID = pwd.getpwnam(USER).pw_uid
+from tests.pam.stack import (
+    AUTHINFO_UNAVAIL,
+    MODULE,
+    PERM_DENIED,
+    ROOT,
+    SESSION_ERR,
+    SUCCESS,
+    UID,
+    USER,
+    FakeAgent,
+    Script,
+    Stack,
+    gate,
+    says,
+)
 
 pytestmark = [
     pytest.mark.root,
     pytest.mark.skipif(os.geteuid() != 0, reason="seccomp without no_new_privs needs root"),
 ]
-
-Script = Callable[["FakeAgent", socket.socket], None]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _module() -> None:
-    subprocess.run(["make", "-s", "-C", str(MODULE.parent)], check=True)
-
-
-class FakeAgent:
-    """One conversation at a time on a real socket; ``calls`` is what the module asked."""
-
-    def __init__(self, path: Path, script: Script) -> None:
-        self.calls: list[tuple[Op, Caller | Groups | None]] = []
-        self.notified = 0
-        path.unlink(missing_ok=True)
-        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._server.bind(str(path))
-        self._server.listen(8)
-        self._script = script
-        self._taken: list[int] = []
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._server.accept()
-            except OSError:
-                return
-            with connection, contextlib.suppress(OSError):  # the module hung up, as some tests want it to
-                self._script(self, connection)
-
-    def take(self, connection: socket.socket) -> list[int]:
-        packet, fds, _, _ = socket.recv_fds(connection, 8192, 4)
-        self.calls.append(parse(packet))
-        self._taken += fds
-        return fds
-
-    def close(self) -> None:
-        self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
-        self._thread.join(5)
-        self.let_go()
-
-    def let_go(self) -> None:
-        while self._taken:
-            os.close(self._taken.pop())
-
-    def serve_execs(self, listener: int) -> None:
-        def loop() -> None:
-            buffer = bytearray(seccomp.NOTIF_SIZE)
-            while True:
-                ((_, events),) = poll_one(listener)
-                if not events & select.POLLIN:
-                    return
-                notification = seccomp.receive(listener, buffer)
-                if notification:
-                    self.notified += 1
-                    seccomp.respond_continue(listener, notification.id)
-
-        threading.Thread(target=loop, daemon=True).start()
-
-
-def poll_one(fd: int) -> list[tuple[int, int]]:
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return poller.poll()
-
-
-class Stack:
-    """A private PAM configuration with the module in it as the package's profile puts it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.socket = directory / "pam.sock"
-        self.state = directory / "gate.state"
-        self.state.write_text(ENFORCE)
-        self.starting = directory / "starting"
-        self.agent: FakeAgent | None = None
-        self.options = "timeout=1500"
-
-    def serve(self, script: Script) -> FakeAgent:
-        self.agent = FakeAgent(self.socket, script)
-        return self.agent
-
-    def run(self, *steps: str, user: str = USER) -> dict[str, Any]:
-        control = "[success=ok new_authtok_reqd=ok ignore=ignore module_unknown=ignore default=bad]"
-        line = f"{control} {MODULE} socket={self.socket} state={self.state} starting={self.starting} {self.options}\n"
-        (self.directory / "test").write_text(f"account {line}session {line}")
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "drive.py"), str(self.directory), "test", user, *steps],
-            capture_output=True, text=True, timeout=30, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
-
-
-@pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Stack]:
-    stack = Stack(tmp_path)
-    yield stack
-    if stack.agent:
-        stack.agent.close()
-
-
-def says(*packets: bytes) -> Script:
-    def script(agent: FakeAgent, connection: socket.socket) -> None:
-        for packet in packets:
-            agent.take(connection)
-            connection.send(packet)
-        time.sleep(0.05)
-
-    return script
-
-
-def gate(agent: FakeAgent, connection: socket.socket) -> None:
-    agent.take(connection)
-    connection.send(reply(PamVerdict.GATE, instructions=seccomp.gate_filter()))
-    fds = agent.take(connection)
-    if fds:
-        agent.serve_execs(fds[0])
-    connection.send(reply(PamVerdict.DONE))
 
 
 def test_exports_are_the_modules_entry_points_and_nothing_else() -> None:
@@ -291,118 +171,6 @@ def test_the_deadline_holds(stack: Stack) -> None:
     started = time.monotonic()
     assert stack.run("account")["account"] == AUTHINFO_UNAVAIL
     assert 1.2 < time.monotonic() - started < 4
-
-
-@pytest.mark.parametrize("found", ["no socket", "a socket of nobody", "an agent that is about to end"])
-@pytest.mark.parametrize("step", ["account", "session"])
-def test_an_agent_that_is_restarted_refuses_nobody(stack: Stack, step: str, found: str) -> None:
-    stack.options = "timeout=6000"
-    stack.state.write_text("mode=enforce\nuid_min=1\n")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as before:
-        if found != "no socket":
-            before.bind(str(stack.socket))
-        if found == "an agent that is about to end":
-            before.listen(8)
-
-        def restart() -> None:
-            before.close()  # with what waits there unread
-            time.sleep(0.5)
-            stack.serve(says(reply(PamVerdict.PASS)))
-
-        later = threading.Timer(0.7, restart)
-        later.start()
-        try:
-            assert stack.run(step) == {"start": 0, step: SUCCESS, "messages": []}
-        finally:
-            later.join()
-
-
-def test_an_agent_that_ends_before_its_answer_is_asked_again(stack: Stack) -> None:
-    def script(agent: FakeAgent, connection: socket.socket) -> None:
-        agent.take(connection)
-        if len(agent.calls) > 1:
-            connection.send(reply(PamVerdict.PASS))
-
-    stack.state.write_text("mode=enforce\nuid_min=1\n")
-    agent = stack.serve(script)
-    assert stack.run("account")["account"] == SUCCESS
-    assert [op for op, _ in agent.calls] == [Op.ACCOUNT, Op.ACCOUNT]
-
-
-@pytest.mark.long
-def test_an_agent_that_does_not_come_back_is_not_waited_for_till_the_deadline(stack: Stack) -> None:
-    stack.options = "timeout=20000"
-    stack.state.write_text("mode=enforce\nuid_min=1\n")
-    started = time.monotonic()
-    assert stack.run("account")["account"] == AUTHINFO_UNAVAIL
-    assert 4.5 < time.monotonic() - started < 10
-
-
-class Starting:
-    """A start of the agent that makes progress for some seconds; ``process`` tells its number at each moment."""
-
-    def __init__(self, path: Path, seconds: float, process: Callable[[float], int | str] = lambda _at: 7) -> None:
-        self._path = path
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._go_on, args=(time.monotonic() + seconds, process))
-        self._thread.start()
-
-    def _go_on(self, until: float, process: Callable[[float], int | str]) -> None:
-        count = 0
-        while time.monotonic() < until and not self._end.wait(0.2):
-            count += 1
-            self._path.write_text(f"{process(time.monotonic())} {count}".ljust(31) + "\n")
-
-    def close(self) -> None:
-        self._end.set()
-        self._thread.join()
-
-
-@pytest.mark.long
-def test_a_start_that_makes_progress_is_waited_for_and_has_its_time_then(stack: Stack) -> None:
-    stack.options = "timeout=1000"
-    stack.state.write_text("mode=enforce\nuid_min=1\n")
-    began = time.monotonic()  # the kernel layer is loaded before the agent starts
-    starting = Starting(stack.starting, 12, lambda at: "kernel" if at < began + 5 else 7)
-    later = threading.Timer(12, lambda: stack.serve(says(reply(PamVerdict.PASS))))
-    later.start()
-    try:
-        assert stack.run("account") == {"start": 0, "account": SUCCESS, "messages": []}
-    finally:
-        later.join()
-        starting.close()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("seconds", "process"),
-    [(1, lambda _at: 7), (20, lambda at: int(at / 0.6))],
-    ids=["one that hangs", "one that fails again and again"],
-)
-def test_a_start_that_comes_to_nothing_is_not_waited_for(
-    stack: Stack, seconds: float, process: Callable[[float], int]
-) -> None:
-    stack.options = "timeout=60000"
-    stack.state.write_text("mode=enforce\nuid_min=1\n")
-    starting = Starting(stack.starting, seconds, process)
-    started = time.monotonic()
-    try:
-        assert stack.run("account")["account"] == AUTHINFO_UNAVAIL
-        assert time.monotonic() - started < 12
-    finally:
-        starting.close()
-
-
-def test_nobody_who_is_let_in_anyway_waits_for_a_start(stack: Stack) -> None:
-    stack.state.write_text(f"mode=enforce\nuid_min=1\nbreak_glass={USER}\n")
-    starting = Starting(stack.starting, 10)
-    started = time.monotonic()
-    try:
-        for user in ("root", USER):
-            assert stack.run("session", user=user)["session"] == SUCCESS
-        assert time.monotonic() - started < 3
-    finally:
-        starting.close()
 
 
 @pytest.mark.parametrize(
