@@ -17,7 +17,7 @@ import pytest
 from persona_broker.host.core.readings import Domain, DomainState
 from persona_broker.host.core.sample import HostSample
 from persona_broker.host.hypervisor import HypervisorError
-from persona_broker.host.libvirt_hypervisor import LibvirtHypervisor
+from persona_broker.host.libvirt_hypervisor import LibvirtHypervisor, _opening
 from persona_broker.host.sample_files import SampleFiles
 from persona_broker.store.sqlite import SqliteStore
 
@@ -204,6 +204,24 @@ def test_one_domain_s_error_costs_no_other_its_figures(libvirtd: Libvirtd, monke
 )
 def test_a_uri_that_nobody_answers_is_said_by_name(uri: str) -> None:
     with pytest.raises(HypervisorError, match="cannot be opened"):
+        LibvirtHypervisor(uri)
+
+
+def test_a_machine_that_dies_while_it_is_asked_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri, answers = "qemu+ssh://dead/system", threading.Event()
+    monkeypatch.setattr(libvirt, "openReadOnly", lambda _uri: answers.wait(60))
+    monkeypatch.setattr("persona_broker.host.libvirt_hypervisor._FIRST_S", 0.05)
+    try:
+        for _ in range(3):
+            with pytest.raises(HypervisorError, match=r"cannot be opened: no answer within 0\.05 s"):
+                LibvirtHypervisor(uri)
+        with pytest.raises(HypervisorError, match="3 attempts still wait"):
+            LibvirtHypervisor(uri)
+    finally:
+        answers.set()
+    monkeypatch.undo()
+    until(lambda: _opening[uri].late == 0)
+    with pytest.raises(HypervisorError, match="cannot be opened: "):  # it is tried again
         LibvirtHypervisor(uri)
 
 

@@ -35,6 +35,7 @@ _NOWAIT = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
 _CONTROL_OK, _CONTROL_ERROR = libvirt.VIR_DOMAIN_CONTROL_OK, libvirt.VIR_DOMAIN_CONTROL_ERROR
 _NOT_ANSWERING = "its monitor does not answer"
 
+_opening: dict[str, TimeLimit] = {}  # by URI: a machine that dies while it is asked may never answer
 _loop_lock = threading.Lock()
 _loop: list[threading.Thread] = []
 
@@ -65,9 +66,12 @@ class LibvirtHypervisor:
         start_event_loop()
         self._uri = uri
         self._calls = TimeLimit(f"libvirt {uri}")
+        opening = _opening.setdefault(uri, TimeLimit(f"opening {uri}"))
+        if opening.late >= _LATE_MAX:
+            raise HypervisorError(f"{uri} cannot be opened: {opening.late} attempts still wait for an answer")
         try:
-            self._connection: Any = libvirt.openReadOnly(uri)
-        except libvirt.libvirtError as error:
+            self._connection: Any = opening.call(partial(libvirt.openReadOnly, uri), _FIRST_S)
+        except (TookTooLongError, libvirt.libvirtError) as error:
             raise HypervisorError(f"{uri} cannot be opened: {error}") from error
         try:
             self._connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
