@@ -33,7 +33,7 @@ def ssh(tmp_path: Path) -> Path:
         ("Match User alice\n  ForceCommand internal-sftp", "x.conf:3: internal-sftp"),
         ('match=group sftp\n\tforceCommand "internal-sftp"', "x.conf:3: internal-sftp"),
         ("Match User alice\n  ForceCommand /bin/true", None),
-        ("Match User alice\n  X11Forwarding no\nMatch all\n  PermitUserEnvironment no", None),
+        ("Match User alice\n  X11Forwarding no\nMatch all # again\n  PermitUserEnvironment no", None),
     ],
 )
 def test_what_sshd_lets_past_the_gate_is_said(ssh: Path, text: str, where: str | None) -> None:

@@ -1,7 +1,7 @@
 """What in sshd's settings goes past the gate without starting a program.  Changes nothing.
 
-``sshd -T`` says what holds for everybody, with each Include and whatever wins; what is in a Match block it does not
-show, so that is read as text.
+``sshd -T`` says what holds for everybody, with each Include and whatever wins.  It does not show what is in a Match
+block: sshd_config and the files of sshd_config.d are read as text for those, and no other file.
 """
 
 import re
@@ -14,7 +14,7 @@ _LIMIT_S = 10.0
 _IS = r"[\s=]+\"?"  # between a word and its value, as sshd takes it
 _SFTP = re.compile(rf"\s*(subsystem{_IS}\S+|forcecommand){_IS}internal-sftp\b", re.IGNORECASE)
 _ENVIRONMENT = re.compile(rf"\s*permituserenvironment{_IS}(?!no\b)\w", re.IGNORECASE)
-_MATCH = re.compile(rf"\s*match{_IS}(?P<all>all\s*$)?", re.IGNORECASE)
+_MATCH = re.compile(rf"\s*match{_IS}(?P<all>all\s*(#.*)?$)?", re.IGNORECASE)
 
 
 def advice(ssh: Path = Path("/etc/ssh"), sshd: Path = _SSHD) -> list[str]:
@@ -52,7 +52,7 @@ def _for_everybody(config: Path, sshd: Path) -> Sequence[str]:
 
 
 def _in_match_blocks(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines, with their numbers, that are of no use to ``sshd -T``; none of a file that cannot be read."""
+    """The lines, with their numbers, that ``sshd -T`` does not show; none of a file that cannot be read."""
     try:
         lines = file.read_text(errors="replace").splitlines()
     except OSError:
