@@ -20,7 +20,7 @@ WORDS = {
     "network.unbind": "the network of {where} is under nobody",
     "network.rebuild": "the table inet persona was made anew",
     "network.remove": "the table inet persona was removed",
-    "network.spare": "the network of {where} stays free",
+    "network.exempt": "the network of {where} stays free",
     "routes.open": "the route via {via} was made",
     "routes.repair": "the route via {via} was made anew",
     "routes.close": "the route via {via} was removed",

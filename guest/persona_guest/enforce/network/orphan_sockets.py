@@ -98,7 +98,7 @@ class ExemptSlice:
     nobody: Callable[[], Bound | None] = field(repr=False, compare=False)
 
     def describe(self) -> Mapping[str, object]:
-        return {"op": "network.spare", "where": self.cgroup}
+        return {"op": "network.exempt", "where": self.cgroup}
 
     def apply(self) -> None:
         self.owners.exempt(self.number, self.cgroup)
