@@ -1,4 +1,4 @@
-"""Where the host's load comes from: an interface and its two sources.  libvirt joins them later."""
+"""Where the load of the broker's own machine comes from: an interface and its two sources."""
 
 import time
 from collections.abc import Callable, Mapping

@@ -16,14 +16,14 @@ from pathlib import Path
 
 from persona.shown import line as printable
 from persona_broker.host.core.sample import DOMAINS_MAX, HostSample, decode, encode
+from persona_broker.policy.conditions import AHEAD_MAX_S
 
 log = logging.getLogger("persona.host")
 
 _DOMAIN_BYTES = 512  # UUID, name, state and eight figures of 17 digits are about 430
 SIZE_MAX = 8192 + DOMAINS_MAX * _DOMAIN_BYTES
-_SIGNS_MAX = 64 + DOMAINS_MAX * 32  # of [ { and comma: 15 a domain, and those in its texts
+_JSON_VALUES_MAX = 64 + DOMAINS_MAX * 32  # of [ { and comma: 15 a domain, and those in its texts
 ROUND_MAX = 256 << 10  # bytes after which a round reads no further file: the watcher has guests to tell, too
-_AHEAD_MAX_S = 5.0  # as much as conditions let a clock be ahead
 _PROBLEM_MAX = 300  # characters
 _ENDING = ".json"
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -104,7 +104,7 @@ class SampleFiles:
             os.close(descriptor)
 
     def _sample(self, host: str, text: bytes) -> HostSample:
-        if sum(map(text.count, (b"[", b"{", b","))) > _SIGNS_MAX:  # each value costs a hundred times its bytes
+        if sum(map(text.count, (b"[", b"{", b","))) > _JSON_VALUES_MAX:  # each value costs a hundred times its bytes
             raise ValueError("more values than a sample has")
         try:
             sample = decode(json.loads(text))
@@ -112,7 +112,7 @@ class SampleFiles:
             raise ValueError(f"it is no JSON: {error.msg}") from error
         if sample.host != host:
             raise ValueError(f"it is of host {sample.host!r}")
-        latest = self._now() + _AHEAD_MAX_S
+        latest = self._now() + AHEAD_MAX_S
         for name, at in (("at", sample.at), ("domains_at", sample.domains_at)):
             if at is not None and at > latest:
                 raise ValueError(f"{name}: {at:.0f} is in the future: do both clocks go right?")

@@ -10,6 +10,7 @@ from persona.shown import amount
 from persona.shown import line as printable
 from persona_broker.host.core.readings import Domain
 from persona_broker.host.core.sample import HostSample
+from persona_broker.policy.conditions import is_fresh
 
 _BAR = 20  # characters of 100 %
 
@@ -66,7 +67,7 @@ class HostRow:
             yield f"  {printable(domain.name):24} {domain.state:9} {_described(domain)}"
 
     def _is_fresh(self, at: float | None) -> bool:
-        return at is not None and -5 <= self.now - at <= self.max_age_s
+        return is_fresh(at, self.now, self.max_age_s)
 
 
 _NEVER = "no sample of it; is 'persona-host run' running, and can it reach the host?"

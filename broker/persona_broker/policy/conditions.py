@@ -27,6 +27,7 @@ class Unmet:
     detail: str
 
 
+AHEAD_MAX_S = 5.0  # that another machine's clock may be ahead
 Latches = frozenset[Threshold]  # the thresholds that count as exceeded
 
 
@@ -81,14 +82,19 @@ def _within(hours: Hours, now: float) -> bool:
     return hours.contains(datetime.fromtimestamp(now, UTC))
 
 
+def is_fresh(at: float | None, now: float, max_age_s: float) -> bool:
+    """Whether what was seen at a moment still says anything; a clock may be ahead by some seconds."""
+    return at is not None and -AHEAD_MAX_S <= now - at <= max_age_s
+
+
 def _judge_load(threshold: Threshold, world: ConditionInputs) -> Unmet | None:
     name = {"cpu": "CPU"}.get(threshold.metric, threshold.metric)
     sample = world.sample
     if sample is None or world.latches is None or threshold.metric not in sample.load:
         return Unmet(Reason.LOAD_UNKNOWN, f"the host's {name} load is not known")
-    age = world.now - sample.at
-    if not -5 <= age <= world.max_age_s:
-        return Unmet(Reason.LOAD_UNKNOWN, f"the host's {name} load was last measured {age:.0f} s ago")
+    if not is_fresh(sample.at, world.now, world.max_age_s):
+        age_s = world.now - sample.at
+        return Unmet(Reason.LOAD_UNKNOWN, f"the host's {name} load was last measured {age_s:.0f} s ago")
     if threshold in world.latches:
         load = sample.load[threshold.metric]
         again = f", again below {threshold.again_below:g} %" if threshold.again_below != threshold.below else ""

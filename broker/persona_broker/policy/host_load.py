@@ -16,6 +16,7 @@ from persona_broker.policy.conditions import (
     Placed,
     Sample,
     Unmet,
+    is_fresh,
     judge_hours,
     judge_load,
 )
@@ -37,11 +38,6 @@ class HostState:
 
 Conditions = Mapping[When, Iterable[str]]  # and the names of the policies that have each
 _Loads = Mapping[When, Unmet]
-
-
-def is_fresh(at: float | None, now: float, max_age_s: float) -> bool:
-    """Whether what was seen at a moment still says anything."""
-    return at is not None and -5 <= now - at <= max_age_s
 
 
 class HostJudge:

@@ -7,7 +7,7 @@ from persona.health import Bound, Report, Space, VmHealth
 from persona.problems import Reason
 from persona.shown import amount
 from persona.wildcards import matches
-from persona_broker.policy.conditions import Unhealthy, Unmet
+from persona_broker.policy.conditions import Unhealthy, Unmet, is_fresh
 
 Past = frozenset[Bound]
 Conditions = Mapping[VmHealth, frozenset[str]]  # and the patterns of the VMs that each concerns
@@ -139,7 +139,7 @@ class HealthJudge:
         known = self._judged if conditions is self._conditions else {}
         judged: dict[str, tuple[Reported, bool, Mapping[VmHealth, Unmet]]] = {}
         for vm, reported in reports.items():
-            fresh = -5 <= now - reported.at <= self._max_age_s
+            fresh = is_fresh(reported.at, now, self._max_age_s)
             before = known.get(vm)
             if before is not None and before[0] is reported and before[1] is fresh:
                 judged[vm] = before

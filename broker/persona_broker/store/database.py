@@ -55,7 +55,8 @@ def read_write(path: Path) -> sqlite3.Connection:
 def make_private(path: Path) -> None:
     """Makes an empty file before SQLite does: who may read it knows every guest's commands.  Raises ``OSError``.
 
-    One that is there is not even opened: to close it would end the locks that SQLite has on it in this process.
+    One that is there is not even opened: when a process closes any descriptor of a file, it loses all its POSIX locks
+    on that file, SQLite's too.
     """
     with contextlib.suppress(FileExistsError):
         os.close(os.open(os.path.realpath(path), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
@@ -65,9 +66,9 @@ def make_private(path: Path) -> None:
 
 
 def write_ahead(db: sqlite3.Connection) -> None:
-    """Turns the write-ahead log on, which SQLite refuses at once while others do so too: it waits for no lock there.
+    """Turns the write-ahead log on.  Raises ``sqlite3.Error``.
 
-    Raises ``sqlite3.Error``.
+    While another connection does the same, SQLite refuses at once, whatever the timeout is: so this tries again.
     """
     until = time.monotonic() + TIMEOUT_S
     while True:

@@ -24,7 +24,7 @@ Link = tuple[int, Any, Any, Any, Any, Any, Any, Any, Any, Any]
 
 
 # at_us, guest, stream, counter, facts, salt and person in one, digest, hash, in a row without gaps; text as bytes.
-# Whoever reads them has seen that text is text, and that one that is not erased has a salt of SALT_BYTES.
+# The reader has checked that text is text, and that a record that is not erased has a salt of SALT_BYTES.
 Bare = tuple[Any, Any, Any, Any, Any, Any, Any, Any]
 
 

@@ -3,7 +3,7 @@
 Each returns ``None``, or leaves out a line, where the text is not as it should be.
 """
 
-_SECTOR_FIELDS = 13  # of a line of /proc/diskstats up to the time that the disk was busy
+_DISKSTATS_FIELDS = 13  # of a line of /proc/diskstats up to the time that the disk was busy
 
 
 def cpu_times(text: str) -> tuple[float, float] | None:
@@ -43,7 +43,7 @@ def disk_busy_ms(text: str) -> dict[str, int]:
     found = {}
     for line in text.splitlines():
         words = line.split()
-        if len(words) >= _SECTOR_FIELDS and words[12].isdecimal():
+        if len(words) >= _DISKSTATS_FIELDS and words[12].isdecimal():
             found[words[2]] = int(words[12])
     return found
 
