@@ -39,6 +39,7 @@ log = logging.getLogger("persona.watcher")
 _SAMPLE_EVERY_S = 2.0
 _TELL_EVERY_S = 2.0  # what streams were told: a transaction for all of them
 _HOSTS_EVERY_S = 0.25  # whether the poller put a new sample
+_BEHIND_EVERY_S = 0.1  # where samples were left: at most 2.5 MB a second, since each worker reads them too
 _LOOK_EVERY_S = 0.02  # how soon a change made by another process is pushed
 
 
@@ -160,7 +161,7 @@ class Watcher:
         if self._files is None or time.monotonic() < self._hosts_at:
             return []
         found = self._files.news()
-        self._hosts_at = time.monotonic() + (_LOOK_EVERY_S if self._files.is_behind else _HOSTS_EVERY_S)
+        self._hosts_at = time.monotonic() + (_BEHIND_EVERY_S if self._files.is_behind else _HOSTS_EVERY_S)
         return found
 
     def _put_hosts(self, samples: Iterable[HostSample]) -> None:
@@ -168,7 +169,8 @@ class Watcher:
         every, known = thresholds(self._snapshot.conditions), self._hosts.look()
         rows = []
         for sample in samples:
-            before = known[sample.host].latches if sample.host in known else frozenset()
+            unreadable = sample.host in self._hosts.unreadable
+            before = known[sample.host].latches if sample.host in known else None if unreadable else frozenset()
             load = Sample(sample.at, sample.load, sample.host)
             rows.append((sample, latch(every if before is None else before, every, load)))
         self._store.put_hosts(rows)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from persona_broker.host.core.readings import Domain, DomainState
-from persona_broker.policy.host_load import is_fresh
+from persona_broker.policy.conditions import is_fresh
 from persona_broker.policy.vm_health import Reported
 from persona_broker.store.hosts import SeenHost
 
@@ -44,22 +44,37 @@ class Ages:
     health_max_age_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A domain on a host; ``has_process``: it runs there, or is paused."""
+
+    host: str
+    domain: Domain
+    has_process: bool
+
+
 def gaps(
     hosts: Mapping[str, SeenHost],
     bindings: Mapping[str, str],
     guests: Iterable[str],
     reports: Mapping[str, Reported],
+    watched: Iterable[str],
     ages: Ages,
 ) -> list[Gap]:
-    """All of them, those of hosts first; ``bindings`` are UUIDs by guest, ``reports`` the newest by guest."""
-    found = list(_of_hosts(hosts, ages))
+    """All of them, those of hosts first.
+
+    ``hosts`` have a sample, ``watched`` are to have one; ``bindings`` are UUIDs by guest, ``reports`` the newest ones.
+    """
+    found = [Gap(Lack.HOST_NOT_SEEN, "it has no sample", host=name) for name in watched if name not in hosts]
+    found += _of_hosts(hosts, ages)
     fresh = [host for host in hosts.values() if is_fresh(host.state.domains_at, ages.now, ages.load_max_age_s)]
-    where: dict[str, list[tuple[str, Domain]]] = {}
+    where: dict[str, list[_Place]] = {}
     for host in fresh:
         for domain in host.sample.domains:
-            where.setdefault(domain.uuid, []).append((host.sample.host, domain))
+            has_process = host.state.runs.get(domain.uuid, False)
+            where.setdefault(domain.uuid, []).append(_Place(host.sample.host, domain, has_process))
     guest_of = {uuid: guest for guest, uuid in bindings.items()}
-    for uuid, places in sorted(where.items(), key=lambda item: item[1][0][1].name):
+    for uuid, places in sorted(where.items(), key=lambda item: item[1][0].domain.name):
         found += _of_domain(uuid, places, guest_of.get(uuid))
     for guest in guests:
         found += _of_guest(guest, bindings.get(guest), where, bool(hosts), reports.get(guest), ages)
@@ -76,25 +91,25 @@ def _of_hosts(hosts: Mapping[str, SeenHost], ages: Ages) -> Iterator[Gap]:
             yield Gap(Lack.HOST_NOT_SEEN, f"its domains are not known: {why}", host=name)
 
 
-def _of_domain(uuid: str, places: list[tuple[str, Domain]], guest: str | None) -> Iterator[Gap]:
-    running = [(host, domain) for host, domain in places if domain.state is DomainState.RUNNING]
-    host, domain = (running or places)[0]
-    if running and guest is None:
-        yield Gap(
-            Lack.DOMAIN_WITHOUT_AGENT, f"domain {domain.name} runs, and no guest is bound to it", None, host, uuid
-        )
-    if len(running) > 1:
-        names = ", ".join(name for name, _ in running)
-        yield Gap(Lack.DOMAIN_ON_SEVERAL_HOSTS, f"domain {domain.name} runs on {names}", guest, None, uuid)
-    for on, one in places:
-        if one.problem:
-            yield Gap(Lack.DOMAIN_UNKNOWN, f"domain {one.name}: {one.problem}", guest, on, uuid)
+def _of_domain(uuid: str, places: list[_Place], guest: str | None) -> Iterator[Gap]:
+    there = [place for place in places if place.has_process]
+    running = next((place for place in there if place.domain.state is DomainState.RUNNING), None)
+    if running is not None and guest is None:
+        detail = f"domain {running.domain.name} runs, and no guest is bound to it"
+        yield Gap(Lack.DOMAIN_WITHOUT_AGENT, detail, None, running.host, uuid)
+    if len(there) > 1:
+        names = ", ".join(f"{place.host} ({place.domain.state})" for place in there)
+        yield Gap(Lack.DOMAIN_ON_SEVERAL_HOSTS, f"domain {there[0].domain.name} is on {names}", guest, None, uuid)
+    for place in places:
+        if place.domain.problem:
+            detail = f"domain {place.domain.name}: {place.domain.problem}"
+            yield Gap(Lack.DOMAIN_UNKNOWN, detail, guest, place.host, uuid)
 
 
 def _of_guest(
     guest: str,
     uuid: str | None,
-    where: Mapping[str, list[tuple[str, Domain]]],
+    where: Mapping[str, list[_Place]],
     watched: bool,
     reported: Reported | None,
     ages: Ages,
@@ -104,7 +119,7 @@ def _of_guest(
         yield Gap(Lack.AGENT_WITHOUT_DOMAIN, f"'persona-broker guest bind {guest}' says which it is", guest)
     if uuid is not None and not places:
         yield Gap(Lack.DOMAIN_NOT_SEEN, "its domain is on no host that is seen", guest, None, uuid)
-    is_off = bool(places) and all(domain.state is not DomainState.RUNNING for _, domain in places)
+    is_off = bool(places) and not any(place.has_process for place in places)
     if reported is None or not is_fresh(reported.at, ages.now, ages.health_max_age_s):
         if not is_off:
             age = "" if reported is None else f"its last report is {ages.now - reported.at:.0f} s old"

@@ -13,6 +13,7 @@ from persona.problems import Fault, PersonaError
 
 WORKERS_MAX = 32
 HOSTS_MAX = 64
+_NAME_MAX = 63  # as of a DNS label
 _URI_MAX = 500
 KEEP_DAYS_MAX = 36_500
 T = TypeVar("T")
@@ -134,18 +135,23 @@ def hosts_of(host: Host) -> dict[str, str]:
             raise PersonaError(
                 Fault.BAD_DOCUMENT, f"host.uris: {uri!r}: expected a URI of libvirt, like 'qemu:///system'"
             )
-    names = host.names or tuple(map(_machine_of, host.uris))
+    names = host.names or tuple(_as_name(_machine_of(uri)) for uri in host.uris)
     if len(names) != len(host.uris):
         problem = f"host.names: {len(names)} names for {len(host.uris)} URIs: expected one for each, in their order"
         raise PersonaError(Fault.BAD_DOCUMENT, problem)
     for name in names:
-        if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z-]{0,62}", name):
-            fix = "letters, digits and '-', at most 63"
+        if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z-]*", name) or len(name) > _NAME_MAX:
+            fix = f"letters, digits and '-', at most {_NAME_MAX}"
             raise PersonaError(Fault.BAD_DOCUMENT, f"host.names: {name!r} is not a valid name of a host: {fix}")
         if names.count(name) > 1:
             fix = "names tells them apart" if not host.names else "each needs its own"
             raise PersonaError(Fault.BAD_DOCUMENT, f"host.names: {name!r} is the name of two hosts; {fix}")
     return dict(zip(names, host.uris, strict=True))
+
+
+def watched_hosts(host: Host) -> tuple[str, ...]:
+    """The names of the hosts that an operator wants to be watched: none where nobody wrote the table."""
+    return () if host == Host() else tuple(hosts_of(host))
 
 
 def is_local(uri: str) -> bool:
@@ -155,6 +161,11 @@ def is_local(uri: str) -> bool:
 
 def _authority(uri: str) -> str:
     return uri.partition("://")[2].partition("/")[0].partition("?")[0].rpartition("@")[2]
+
+
+def _as_name(machine: str) -> str:
+    """A machine's name made a host's: the broker starts whatever the machine is called."""
+    return re.sub(r"[^0-9A-Za-z-]", "-", machine).strip("-")[:_NAME_MAX] or "host"
 
 
 def _machine_of(uri: str) -> str:

@@ -38,6 +38,7 @@ class View:
     hosts: Mapping[str, SeenHost]
     bindings: Mapping[str, Binding]  # by guest, of those that are bound to a domain
     shared: int  # the newest generation that concerns every guest
+    watched: tuple[str, ...]  # hosts that are to have a sample
     load_max_age_s: float
     health_max_age_s: float
     written: int  # the database's ``data_version`` that this was made from
@@ -47,7 +48,7 @@ class View:
         """What is missing between domains and agents, at ``now`` (Unix seconds)."""
         bindings = {guest: binding.uuid for guest, binding in self.bindings.items()}
         ages = Ages(now, self.load_max_age_s, self.health_max_age_s)
-        return gaps(self.hosts, bindings, sorted(self.guests.values()), self.health, ages)
+        return gaps(self.hosts, bindings, sorted(self.guests.values()), self.health, self.watched, ages)
 
     def generation_for(self, guest: str) -> int:
         """The newest generation that concerns a guest: what it is told with every answer."""
@@ -60,8 +61,15 @@ class State:
     Its connection only reads, so that no decision waits for a lock that a writer waits for.
     """
 
-    def __init__(self, store: Store, load_max_age_s: float, health_max_age_s: float = MAX_AGE_S) -> None:
+    def __init__(
+        self,
+        store: Store,
+        load_max_age_s: float,
+        health_max_age_s: float = MAX_AGE_S,
+        watched: tuple[str, ...] = (),
+    ) -> None:
         self._store = store
+        self._watched = watched
         self._load_max_age_s = load_max_age_s
         self._health_max_age_s = health_max_age_s
         self._reports = Reports(store)
@@ -126,6 +134,7 @@ class State:
             self._hosts.seen,
             bindings,
             shared,
+            self._watched,
             self._load_max_age_s,
             self._health_max_age_s,
             written,

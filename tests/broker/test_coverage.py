@@ -20,19 +20,19 @@ from tests.broker.conftest import Broker
 
 NOW = 1000.0
 U1, U2, U3 = (f"0000000{number}-0000-4000-8000-000000000000" for number in (1, 2, 3))
-ON, OFF = DomainState.RUNNING, DomainState.SHUT_OFF
+ON, OFF, PAUSED = DomainState.RUNNING, DomainState.SHUT_OFF, DomainState.PAUSED
 
 
 def seen(name: str, *domains: Domain, at: float = NOW, domains_at: float | None = NOW, problem: str = "") -> SeenHost:
     sample = HostSample(name, "qemu:///system", at, {}, domains_at, domains, problem)
-    runs = {domain.uuid: domain.state is ON for domain in domains}
+    runs = {domain.uuid: domain.state is not OFF for domain in domains}
     return SeenHost(sample, HostState(name, Sample(at, {}, name), frozenset(), domains_at, runs))
 
 
 def found(
-    hosts: list[SeenHost], bindings: dict[str, str], reports: dict[str, Reported], guests: tuple[str, ...] = ("vm-1",)
+    hosts: list[SeenHost], bindings: dict[str, str], reports: dict[str, Reported], watched: tuple[str, ...] = ()
 ) -> list[Gap]:
-    return gaps({host.sample.host: host for host in hosts}, bindings, guests, reports, Ages(NOW, 15, 45))
+    return gaps({host.sample.host: host for host in hosts}, bindings, ("vm-1",), reports, watched, Ages(NOW, 15, 45))
 
 
 def heard(at: float = NOW, uuid: str = "", **layers: bool) -> dict[str, Reported]:
@@ -64,6 +64,11 @@ BOUND, HEARD = {"vm-1": U1}, heard()
             [Lack.DOMAIN_ON_SEVERAL_HOSTS],
         ),
         ([seen("a", Domain(U1, "one", ON)), seen("b", Domain(U1, "one", OFF))], BOUND, HEARD, []),  # it moved
+        (
+            [seen("a", Domain(U1, "one", ON)), seen("b", Domain(U1, "one", PAUSED))], BOUND, HEARD,  # or half
+            [Lack.DOMAIN_ON_SEVERAL_HOSTS],
+        ),
+        ([seen("a", Domain(U1, "one", PAUSED))], BOUND, heard(NOW - 46), [Lack.AGENT_SILENT]),
         ([seen("a", Domain(U1, "one", ON), at=NOW - 16, domains_at=NOW - 16)], BOUND, HEARD,
          [Lack.HOST_NOT_SEEN, Lack.DOMAIN_NOT_SEEN]),
         ([seen("a", Domain(U1, "one", ON), domains_at=None)], BOUND, HEARD, [Lack.HOST_NOT_SEEN, Lack.DOMAIN_NOT_SEEN]),
@@ -73,6 +78,11 @@ def test_each_gap_is_found_and_no_other(
     hosts: list[SeenHost], bindings: dict[str, str], reports: dict[str, Reported], lacks: list[Lack]
 ) -> None:
     assert [gap.lack for gap in found(hosts, bindings, reports)] == lacks
+
+
+def test_a_host_that_is_to_be_watched_and_has_no_sample_is_missing() -> None:
+    (gap,) = found([seen("a", Domain(U1, "one", ON))], BOUND, HEARD, ("a", "b"))
+    assert (gap.lack, gap.host, gap.detail) == (Lack.HOST_NOT_SEEN, "b", "it has no sample")
 
 
 def test_a_gap_says_what_it_is() -> None:

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import threading
-import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from persona_broker.host.poller import DomainPoller, HostPoller
 from persona_broker.host.sample_files import SIZE_MAX, SampleFiles
 from persona_broker.host.time_limit import TimeLimit, TookTooLongError
 from persona_broker.host.top import HostRow, bar
+
+from tests.waiting import until
 
 UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
 
@@ -181,8 +182,7 @@ def test_what_ends_it_closes_the_connection() -> None:
     lab, stop = Lab(), threading.Event()
     running = threading.Thread(target=lab.poller.run, args=(stop,))
     running.start()
-    while lab.domains.listed.at is None:
-        time.sleep(0.01)
+    until(lambda: lab.domains.listed.at is not None)
     stop.set()
     running.join(5)
     assert (lab.hypervisor.opened, lab.hypervisor.closed) == (1, 1)
@@ -194,9 +194,12 @@ def test_a_hypervisor_that_hangs_does_not_hold_up_the_host() -> None:
     running = threading.Thread(target=lab.poller.run, args=(stop,))
     running.start()
     lab.clock.at_s += 1
-    while not lab.samples:
+
+    def seen() -> bool:
         lab.clock.at_s += 0.1
-        time.sleep(0.05)
+        return bool(lab.samples)
+
+    until(seen)
     assert (lab.samples[0].load, lab.samples[0].domains_at) == ({"cpu": 25.0}, None)
     stop.set()
     hang.set()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from persona_broker import settings
-from persona_broker.settings import Host, hosts_of, is_local
+from persona_broker.settings import Host, hosts_of, is_local, watched_hosts
 
 from persona.problems import PersonaError
 
@@ -25,6 +25,19 @@ HERE = socket.gethostname().partition(".")[0]
 )
 def test_a_host_is_called_as_the_machine_in_its_uri(uri: str, name: str, local: bool) -> None:
     assert (hosts_of(Host((uri,))), is_local(uri)) == ({name: uri}, local)
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [("my_host.example", "my-host"), ("x" * 64, "x" * 63), ("_", "host"), ("-a", "a"), ("h\u00e4user", "h-user")],
+)
+def test_the_broker_starts_whatever_its_machine_is_called(
+    monkeypatch: pytest.MonkeyPatch, machine: str, name: str
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: machine)
+    assert hosts_of(Host()) == {name: "qemu:///system"}
+    assert watched_hosts(Host()) == ()
+    assert watched_hosts(Host(("qemu:///x",))) == (name,)
 
 
 @pytest.mark.parametrize(

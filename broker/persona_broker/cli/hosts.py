@@ -12,7 +12,7 @@ from persona_broker.cli.chain import hand_over
 from persona_broker.cli.store import existing, for_reading, say
 from persona_broker.coverage import Ages, gaps
 from persona_broker.host.core.readings import Domain, DomainState
-from persona_broker.settings import Settings
+from persona_broker.settings import Settings, watched_hosts
 from persona_broker.store.health import Reports
 from persona_broker.store.hosts import SeenHost, SeenHosts
 
@@ -58,7 +58,7 @@ def coverage(arguments: argparse.Namespace, settings: Settings) -> int:
     bindings = {guest: binding.uuid for guest, binding in store.bindings().items()}
     reports = Reports(store).look(guests)
     ages = Ages(time.time(), settings.load_max_age_s, settings.health_max_age_s)
-    found = gaps(seen.seen, bindings, guests, reports, ages)
+    found = gaps(seen.seen, bindings, guests, reports, watched_hosts(settings.host), ages)
     items = [
         {"lack": str(gap.lack), "vm": gap.vm, "host": gap.host, "uuid": gap.uuid, "detail": gap.detail} for gap in found
     ]

@@ -19,7 +19,7 @@ from persona_broker.condition_watcher import Watcher
 from persona_broker.host.load import LoadSource, MachineSource, SetSource
 from persona_broker.host.sample_files import SampleFiles
 from persona_broker.serve.worker import at_exit
-from persona_broker.settings import Settings, hosts_of
+from persona_broker.settings import Settings, hosts_of, watched_hosts
 from persona_broker.spread import Newest
 from persona_broker.store.database import Access
 from persona_broker.store.sqlite import SqliteStore
@@ -61,7 +61,8 @@ def base(settings: Settings, blueprints: Iterable[Blueprint]) -> Flask:
     """These routes over the database; the streams need more to be served."""
     app = Flask("persona_broker", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
-    app.extensions["state"] = State(SqliteStore(Path(settings.db)), settings.load_max_age_s, settings.health_max_age_s)
+    ages = settings.load_max_age_s, settings.health_max_age_s
+    app.extensions["state"] = State(SqliteStore(Path(settings.db)), *ages, watched_hosts(settings.host))
     app.extensions["asked"] = Asked()
     app.extensions["store"] = SqliteStore(Path(settings.db))
     chain = Chain(beside(Path(settings.db)))

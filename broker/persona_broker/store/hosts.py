@@ -3,7 +3,6 @@
 import json
 import logging
 import sqlite3
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -19,9 +18,8 @@ from persona_broker.store.pending import note
 
 log = logging.getLogger("persona.record")
 
-_KEPT_S = 86_400.0  # of a host that nobody watches any more
-_HERE = (DomainState.RUNNING, DomainState.PAUSED, DomainState.OTHER)  # it has a process on the host
-_NARROW = "generation_narrow"  # (G, S): while the generation is G, what concerns every guest is S
+_HAS_PROCESS = (DomainState.RUNNING, DomainState.PAUSED, DomainState.OTHER)
+_NARROW = "generation_narrow"  # [G, S]: generation G concerned some guests only; S is the newest that concerns all
 
 
 class Hosts(Database):
@@ -32,7 +30,6 @@ class Hosts(Database):
         rows = [(sample.host, sample.at, json.dumps(encode(sample)), _text(latches)) for sample, latches in samples]
         with self.writing() as db:
             db.executemany("INSERT OR REPLACE INTO hosts (name, at, sample, latches) VALUES (?, ?, ?, ?)", rows)
-            db.execute("DELETE FROM hosts WHERE at < ?", (time.time() - _KEPT_S,))
 
     def keep_hosts(self, names: Iterable[str]) -> None:
         """Deletes the samples of all hosts but these."""
@@ -127,6 +124,7 @@ class SeenHosts:
         self._number = 0
         self._seen: Mapping[str, SeenHost] = {}
         self._states: Mapping[str, HostState] = {}
+        self.unreadable: set[str] = set()  # hosts that have a sample which cannot be read
 
     def look(self) -> Mapping[str, HostState]:
         """By host, what conditions are judged from; the same object while nothing is new."""
@@ -138,9 +136,11 @@ class SeenHosts:
                 self._number = row.number
                 try:
                     seen[row.name] = _seen(row)
+                    self.unreadable.discard(row.name)
                 except (PersonaError, ValueError, TypeError, RecursionError) as error:  # another version wrote it
                     log.error("the sample of host %s cannot be read: %s", row.name, error)
                     seen.pop(row.name, None)
+                    self.unreadable.add(row.name)
             self._seen = seen
             self._states = {name: host.state for name, host in seen.items()}
         return self._states
@@ -159,5 +159,5 @@ def _seen(row: HostRow) -> SeenHost:
         log.error("what host %s had exceeded cannot be read, and no load is below anything: %s", row.name, error)
         latches = None
     load = Sample(sample.at, sample.load, sample.host)
-    runs = {domain.uuid: domain.state in _HERE for domain in sample.domains}
+    runs = {domain.uuid: domain.state in _HAS_PROCESS for domain in sample.domains}
     return SeenHost(sample, HostState(sample.host, load, latches, sample.domains_at, runs))
