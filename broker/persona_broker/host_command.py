@@ -20,6 +20,7 @@ from persona_broker import settings as configuration
 from persona_broker.host import top
 from persona_broker.host.sample_files import SIZE_MAX, SampleFiles
 from persona_broker.settings import Settings
+from persona_broker.store.interface import StoreError
 
 CONFIG = "/etc/persona/broker.toml"
 
@@ -35,11 +36,15 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.run(arguments, settings))
     except PersonaError as error:
         return _refused(arguments, 1, str(error.code), error.message)
+    except StoreError as error:
+        return _refused(arguments, 3, str(Fault.NOT_READY), f"the database cannot be used: {error}")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing more
         return 0
     except OSError as error:
         return _refused(arguments, 3, str(Fault.NOT_READY), str(error))
+    except KeyboardInterrupt:
+        return 130
 
 
 def _refused(arguments: argparse.Namespace, code: int, why: str, message: str) -> int:
@@ -143,7 +148,8 @@ def _plan(arguments: argparse.Namespace, settings: Settings) -> int:
         names = [arguments.host]
     with closing(for_reading(settings)) as store:
         view = State(store, settings.load_max_age_s, settings.health_max_age_s).current()
-        plans = [plan.of(name, view, live_sessions(view, store.sessions()), time.time()) for name in names]
+        sessions, now = live_sessions(view, store.sessions()), time.time()
+        plans = [plan.of(name, view, sessions, now) for name in names]
     if arguments.json:
         print(as_json([one.as_json() for one in plans]))
     else:

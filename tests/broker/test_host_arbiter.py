@@ -136,7 +136,6 @@ def test_a_noisy_load_changes_a_vm_once_in_its_hold_time() -> None:
 )
 def test_only_a_gap_makes_another_class(priorities: tuple[int, ...], ranks: tuple[int, ...]) -> None:
     vms = [vm(f"vm-{at}", LiveSession(priority)) for at, priority in enumerate(priorities)]
-    assert tuple(classes(RULES, vms).values()) or not priorities
     assert [classes(RULES, vms)[one.name] for one in vms] == list(ranks)
 
 

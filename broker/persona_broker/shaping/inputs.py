@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from persona.documents import Persona
 from persona_broker.host.core.arbiter import WEIGHT, Host, LiveSession, Shape, Vm
 from persona_broker.host.core.readings import Domain, DomainState
-from persona_broker.policy.host_load import is_fresh
+from persona_broker.policy.conditions import is_fresh
 from persona_broker.store.hosts import SeenHost
 from persona_broker.store.interface import SessionRow
 from persona_broker.view import View
@@ -54,11 +54,11 @@ def _vm(
     name = domain.uuid if guest is None else guest
     left_alone = _NOT_BOUND if guest is None else ""
     live = () if guest is None else sessions.get(guest, ())
-    if cpus is None or balloon is None or not most:
+    if cpus is None or balloon is None or int(most or 0) == 0:
         return Vm(name, int(cpus or 0), int(most or 0), live, left_alone=left_alone)
     used = None if guest is None else _used(view, guest, now)
     shape = Shape(WEIGHT, None, int(balloon))
-    return Vm(name, int(cpus), int(most), live, shape, int(balloon), used, left_alone)
+    return Vm(name, int(cpus), int(most or 0), live, shape, int(balloon), used, left_alone)
 
 
 def _used(view: View, guest: str, now: float) -> int | None:

@@ -63,7 +63,7 @@ class HostPlan:
     def lines(self) -> Iterator[str]:
         """The same for people."""
         if not self.is_seen:
-            yield f"{self.host}: not seen: 'persona-host top' says why"
+            yield f"{self.host}: the broker does not see it; persona-broker and persona-host have to run"
             return
         yield f"{self.host}: {len(self.rows) or 'no'} running VM{'' if len(self.rows) == 1 else 's'}"
         if self.rows:
