@@ -11,6 +11,7 @@ from persona.problems import AnyReason, Fault, PersonaError, Reason, UnknownReas
 
 NAME_MAX, PATH_MAX, HELP_MAX, TAG_MAX = 256, 4096, 2000, 64  # characters
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 T = TypeVar("T")
 
@@ -46,6 +47,13 @@ def string(value: object, path: str, limit: int = NAME_MAX) -> str:
     """A string of at most ``limit`` characters.  Raises ``CodecError``."""
     if not isinstance(value, str) or len(value) > limit:
         raise CodecError(path, f"expected a string of at most {limit} characters")
+    return value
+
+
+def uuid(value: object, path: str) -> str:
+    """A UUID in small letters, with its hyphens.  Raises ``CodecError``."""
+    if not isinstance(value, str) or not _UUID.fullmatch(value):
+        raise CodecError(path, "expected a UUID in small letters, with its hyphens")
     return value
 
 

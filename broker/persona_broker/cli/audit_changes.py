@@ -18,11 +18,9 @@ from persona_broker.audit.prune import prune as prune_days
 from persona_broker.cli.audit import given_keys, known_holds
 from persona_broker.cli.author import author
 from persona_broker.cli.chain import changeable, opened_both
-from persona_broker.cli.store import plural, say
+from persona_broker.cli.store import UNCONFIRMED, plural, say
 from persona_broker.settings import Settings
 from persona_broker.store.sqlite import SqliteStore
-
-UNCONFIRMED = 4
 
 
 def prune(arguments: argparse.Namespace, settings: Settings) -> int:

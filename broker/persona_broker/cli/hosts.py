@@ -4,17 +4,17 @@ import argparse
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import closing
 
 from persona.problems import Fault, PersonaError
 from persona.shown import line as printable
 from persona_broker.cli.author import author
 from persona_broker.cli.chain import hand_over
 from persona_broker.cli.store import existing, for_reading, say
-from persona_broker.coverage import Ages, gaps
 from persona_broker.host.core.readings import Domain, DomainState
 from persona_broker.settings import Settings, watched_hosts
-from persona_broker.store.health import Reports
 from persona_broker.store.hosts import SeenHost, SeenHosts
+from persona_broker.view import State
 
 _OFFERED_MAX = 20
 
@@ -52,13 +52,9 @@ def unbind(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def coverage(arguments: argparse.Namespace, settings: Settings) -> int:
     """``coverage``: 0 each domain has its agent and each agent its domain, 1 not."""
-    store = for_reading(settings)
-    guests, seen = store.guests(), SeenHosts(store)
-    seen.look()
-    bindings = {guest: binding.uuid for guest, binding in store.bindings().items()}
-    reports = Reports(store).look(guests)
-    ages = Ages(time.time(), settings.load_max_age_s, settings.health_max_age_s)
-    found = gaps(seen.seen, bindings, guests, reports, watched_hosts(settings.host), ages)
+    with closing(for_reading(settings)) as store:
+        state = State(store, settings.load_max_age_s, settings.health_max_age_s, watched_hosts(settings.host))
+        found = state.current().gaps(time.time())
     items = [
         {"lack": str(gap.lack), "vm": gap.vm, "host": gap.host, "uuid": gap.uuid, "detail": gap.detail} for gap in found
     ]

@@ -1,6 +1,5 @@
 """A host's sample: its load and its domains, as the poller writes them and the broker reads them."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,6 @@ DOMAINS_MAX = 2_000  # of one host; the broker reads that many in some hundredth
 FIGURES = ("cpu", "cpus", "memory", "memory_max", "read", "write", "receive", "send")
 CAPACITY = ("memory", "memory_free")
 _TEXT_MAX = 1000
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # as libvirt writes one
 _FIGURE_MAX = 1e18
 
 
@@ -84,11 +82,8 @@ def _domain(value: object, path: str) -> Domain:
         state = DomainState(_text(fields["state"], f"{path}.state"))
     except ValueError:
         raise json_fields.CodecError(f"{path}.state", f"expected one of {', '.join(DomainState)}") from None
-    uuid = _text(fields["uuid"], f"{path}.uuid")
-    if not _UUID.fullmatch(uuid):
-        raise json_fields.CodecError(f"{path}.uuid", "expected a UUID in small letters, with its hyphens")
     return Domain(
-        uuid,
+        json_fields.uuid(fields["uuid"], f"{path}.uuid"),
         _text(fields["name"], f"{path}.name"),
         state,
         _numbers(fields["figures"], f"{path}.figures", FIGURES, _FIGURE_MAX),
