@@ -346,6 +346,28 @@ def test_whatever_fails_in_the_audit_s_process_ends_no_other_part(
         assert newest is not None and newest.number == chain.head()[0]
 
 
+@pytest.mark.parametrize("broken", ["checkpoints.put", "keys.load_or_make"])
+def test_a_step_that_fails_is_not_covered_up_by_one_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def fails(*_values: object) -> None:
+        raise OSError("no more room")
+
+    monkeypatch.setattr(f"persona_broker.audit.{broken}", fails)
+    worker = Worker(replace(Settings(), db=str(tmp_path / "db")))
+    for _ in range(5):
+        worker.look()
+        assert metrics.is_audit_failing()
+    assert caplog.text.count("the audit does not work: no more room") == 1
+    monkeypatch.undo()
+    worker._checkpoint_at = 0.0
+    worker.look()
+    assert not metrics.is_audit_failing()
+    with closing(Chain(tmp_path / "audit")) as chain:
+        told = [json.loads(row.facts)["event"] for row in chain.read(0, 100)]
+    assert told == ["segment_opened", "broker_started", "audit_key_made"]
+
+
 def test_a_chain_that_is_gone_is_told_at_the_next_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         worker = Worker(replace(Settings(), db=str(tmp_path / "db")))

@@ -180,7 +180,7 @@ def test_the_broker_warns_of_a_loss_until_it_is_acknowledged(lost: Broker, caplo
     for warned in (True, False):
         caplog.clear()
         worker = Worker(Settings(db=str(lost.directory / "db")))
-        worker._started()
+        worker.look()
         assert ("records are gone" in caplog.text) is warned
         assert acknowledge(lost).returncode in (0, 1)
 
@@ -200,7 +200,7 @@ def test_a_cut_end_is_told_also_where_an_older_day_is_damaged(cli: Broker, caplo
     with closing(sqlite3.connect(paths[2])) as db, db:
         db.execute("DELETE FROM records WHERE number > ?", (made.number - 8,))
     put(cli, 900)  # and of a chain before it, of which nobody can read whether it was acknowledged
-    Worker(Settings(db=str(cli.directory / "db")))._started()
+    Worker(Settings(db=str(cli.directory / "db"))).look()
     assert f"ends before record {made.number}, of which there is a checkpoint: records are gone" in caplog.text
     assert "ends before record 900, of which" in caplog.text
     assert "cannot be read" in caplog.text and paths[0].name in caplog.text
@@ -216,7 +216,7 @@ def test_the_first_take_over_waits_for_no_search_of_the_chain(lost: Broker, monk
         return []
 
     monkeypatch.setattr("persona_broker.serve.audit_process.acknowledged", searched)
-    Worker(Settings(db=str(lost.directory / "db")))._started()
+    Worker(Settings(db=str(lost.directory / "db"))).look()
     assert order[-2:] == ["broker_started", "audit_held"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from persona_broker import metrics
 from persona_broker.audit import checkpoints, holds, keys
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.format import link, message, person_digest
@@ -49,7 +50,7 @@ def keeping(broker: Broker, keep_days: int, *, recent: bool = True) -> Worker:
         with closing(Chain(broker.directory / "audit")) as chain:
             chain.add([])
     worker = Worker(Settings(db=str(broker.directory / "db"), audit=Audit(keep_days=keep_days)))
-    worker._started()
+    worker.look()
     return worker
 
 
@@ -79,6 +80,21 @@ def test_the_broker_deletes_no_evidence_and_says_so(filled: Broker, caplog: pyte
     assert "what was tampered with is evidence" in caplog.text
     assert "2026-09-23 stays: " in caplog.text
     assert days(filled)[:3] == ["21", "23", "24"]
+
+
+def test_a_day_that_cannot_be_pruned_fails_until_it_is_gone(filled: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(Segment(filled.directory / "audit" / "2026-09-21.db", writable=True)) as segment:
+        segment.rows("UPDATE records SET guest = 'vm-3' WHERE number = 2")
+    worker = keeping(filled, 1)
+    for _ in range(6):
+        worker.look()
+    assert days(filled)[:1] == ["21"] and "23" not in days(filled)
+    assert metrics.is_audit_failing()
+    assert caplog.text.count("what was tampered with is evidence") == 1
+    (filled.directory / "audit" / "2026-09-21.db").unlink()
+    worker._prune_at = 0.0
+    worker.look()
+    assert not metrics.is_audit_failing()
 
 
 def test_a_new_chain_is_no_clock_that_is_off(cli: Broker, caplog: pytest.LogCaptureFixture) -> None:

@@ -42,6 +42,7 @@ _LOOK_EVERY_S = 0.5
 _PRUNE_EVERY_S = 86_400.0
 _CLOCK_OFF_MAX_S = 7 * 86_400
 _SAY_EVERY_S = 60.0
+_PRUNE = "prune "  # the name of a step, before that of the day
 _SINKS_END_S = 1.5  # of the 5 s that a part has to end
 
 
@@ -74,7 +75,15 @@ class Worker:
         self._old: list[str] = []  # days that are still to be looked at
         self._newest = (0.0, 0.0)  # when the newest record from before this start came, and monotonic: when it was read
         self._clock_said = False
-        self._said_at = 0.0  # monotonic; 0: all works
+        self._failing: dict[str, float] = {}  # steps that failed when last tried, and monotonic: when that was said
+        # what a start does once: before the first record is taken over, and after the first checkpoint
+        self._first: list[tuple[str, Callable[[], object]]] = [
+            ("start", self._say_started),
+            ("sweep", self._chain.sweep),
+            ("compare", self._compare),
+            ("key", self._load_key),
+        ]
+        self._then: list[tuple[str, Callable[[], object]]] = [("compare earlier", self._compare_earlier)]
         self._indexer = Indexer(self._chain)
         self._runners = [
             Runner(sink, self._chain, SqliteStore(db), partial(metrics.sink, sink.name))
@@ -83,40 +92,42 @@ class Worker:
 
     def begin(self) -> None:
         """The first look, which says that the broker started."""
-        self._try(self._started)
+        self.look()
         self._indexer.start()
         for runner in self._runners:
             runner.start()
 
     def look(self) -> None:
-        """Takes over what waits, and makes a checkpoint where one is due."""
-        self._try(self._take_over)
-        if time.monotonic() >= self._checkpoint_at:
-            self._try(self._checkpoint)
+        """Takes over what waits, and makes a checkpoint where one is due; first what the start has still to do."""
+        self._do(self._first)
+        self._try("take over", self._take_over)
+        if self._key is not None and time.monotonic() >= self._checkpoint_at:
+            self._try("checkpoint", partial(self._checkpoint, self._key))
+        if not self._first:
+            self._do(self._then)
         if self._keep_days and (self._old or time.monotonic() >= self._prune_at):
-            self._try(self._prune)
+            self._prune()
+        self._try("number", self._tell_number)
 
     def end(self) -> None:
         """Takes over what waits still, and makes the last checkpoint; the sinks get it where they are quick."""
         self._indexer.stop(_SINKS_END_S)
-        self._try(self._take_over)
-        self._try(lambda: self._chain.add([event("broker_stopped", time.time())]))
-        self._try(self._checkpoint)
+        self._do(self._first)
+        self._try("take over", self._take_over)
+        self._try("stop", lambda: self._chain.add([event("broker_stopped", time.time())]))
+        if self._key is not None:
+            self._try("checkpoint", partial(self._checkpoint, self._key))
         for runner in self._runners:
             runner.stop(_SINKS_END_S)
 
-    def _started(self) -> None:
+    def _say_started(self) -> None:
         self._newest = (self._chain.newest_at() or time.time(), time.monotonic())  # a new chain has none
-        entries = [event("broker_started", time.time(), version=VERSION)]
+        self._chain.add([event("broker_started", time.time(), version=VERSION)])
+
+    def _load_key(self) -> None:
         self._key, made = keys.load_or_make(keys.key_file(self._chain.directory))
         if made:
-            entries.append(event("audit_key_made", time.time(), key=self._key.public.id))
-        self._chain.add(entries)
-        self._chain.sweep()
-        self._compare()
-        self._take_over()
-        self._checkpoint()
-        self._compare_earlier()
+            self._chain.add([event("audit_key_made", time.time(), key=self._key.public.id)])
 
     def _compare(self) -> None:
         """Says at once where the chain does not reach the last checkpoint: somebody took its end away."""
@@ -159,18 +170,19 @@ class Worker:
             take_over(self._store, self._chain)
             self._seen = written
 
-    def _checkpoint(self) -> None:
-        if self._key is None:
-            self._key, _ = keys.load_or_make(keys.key_file(self._chain.directory))
+    def _checkpoint(self, key: keys.SigningKey) -> None:
         self._checkpoint_at = time.monotonic() + CHECKPOINT_EVERY_S
         metrics.audit_missing(self._chain.missing())
         self._chain.settle()
-        made = checkpoints.make(self._chain, self._key)
+        made = checkpoints.make(self._chain, key)
         if made is None or made.number == self._checkpointed:
             return
         checkpoints.put(self._store, [made])
         self._checkpointed = made.number
         metrics.checkpoint_made(made.at_us / 1e6)
+
+    def _tell_number(self) -> None:
+        metrics.audit_number(self._chain.head()[0])
 
     def _prune(self) -> None:
         """Looks at the next day that is older than ``audit.keep_days``; one, since records and SIGTERM wait for it."""
@@ -178,10 +190,17 @@ class Worker:
             self._old = []
             self._prune_at = time.monotonic() + _PRUNE_EVERY_S
         elif self._old:
-            self._prune_day(self._key, self._old.pop(0))
+            name = self._old.pop(0)
+            self._try(_PRUNE + name, partial(self._prune_day, self._key, name))
         else:
-            self._prune_at = time.monotonic() + _PRUNE_EVERY_S
-            self._old = older(self._chain, self._keep_days, time.time())
+            self._try("look for old days", self._look_for_old)
+
+    def _look_for_old(self) -> None:
+        self._prune_at = time.monotonic() + _PRUNE_EVERY_S
+        self._old = older(self._chain, self._keep_days, time.time())
+        for step in list(self._failing):
+            if step.startswith(_PRUNE) and step.removeprefix(_PRUNE) not in self._old:
+                del self._failing[step]  # the day is gone, by other hands
 
     def _prune_day(self, key: keys.SigningKey, name: str) -> None:
         day = prune_one(self._store, self._chain, key, name, self._keep_days, time.time())
@@ -202,19 +221,26 @@ class Worker:
             )
         return False
 
-    def _try(self, step: Callable[[], object]) -> None:
+    def _do(self, steps: list[tuple[str, Callable[[], object]]]) -> None:
+        """Each of these in turn, once; the one that fails, and those after it, are left for the next look."""
+        while steps and self._try(*steps[0]):
+            steps.pop(0)
+
+    def _try(self, name: str, step: Callable[[], object]) -> bool:
+        """Whether it worked; the audit fails while any step does, and each says so by itself."""
         try:
             step()
-            metrics.audit_number(self._chain.head()[0])
         except Exception as error:  # a bug here must not end the parts that decide, as the end of this one would
-            metrics.audit_failing(True)
-            if not self._said_at or time.monotonic() - self._said_at > _SAY_EVERY_S:
-                self._said_at = time.monotonic()
+            now, said = time.monotonic(), self._failing.get(name)
+            if said is None or now - said > _SAY_EVERY_S:
+                said = now
                 foreseen = isinstance(error, sqlite3.Error | OSError | PersonaError)
                 log.critical("the audit does not work: %s", error, exc_info=None if foreseen else error)
-            return
-        metrics.audit_failing(False)
-        self._said_at = 0.0
+            self._failing[name] = said
+        else:
+            self._failing.pop(name, None)
+        metrics.audit_failing(bool(self._failing))
+        return name not in self._failing
 
 
 def sinks_of(audit: Audit) -> list[Sink]:
