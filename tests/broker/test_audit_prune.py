@@ -104,6 +104,32 @@ def test_a_new_chain_is_no_clock_that_is_off(cli: Broker, caplog: pytest.LogCapt
     assert "nothing is deleted" not in caplog.text
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_newest_record_that_could_not_be_read_at_the_start_is_read_later(
+    filled: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, right: bool
+) -> None:
+    """What came meanwhile says nothing of a clock that is far off."""
+
+    def fails(_chain: Chain, _began: float) -> float:
+        raise OSError("no such disk")
+
+    monkeypatch.setattr(Chain, "newest_before", fails)
+    worker = keeping(filled, 1, recent=right)
+    with closing(Chain(filled.directory / "audit")) as chain:
+        chain.add([])
+        chain.deliver([Delivery("vm-9", numbered(1), STREAM)])
+    for _ in range(3):
+        worker.look()
+    assert days(filled)[:4] == ["21", "22", "23", "24"]
+    assert metrics.is_audit_failing()
+    assert "nothing is deleted" not in caplog.text
+    monkeypatch.undo()
+    for _ in range(6):
+        worker.look()
+    assert ("21" in days(filled), "nothing is deleted" in caplog.text) == (not right, not right)
+    assert not metrics.is_audit_failing()
+
+
 @pytest.mark.parametrize("jumps", ["before the start", "after it", "back"])
 def test_a_clock_that_is_far_off_deletes_nothing(
     filled: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, jumps: str

@@ -84,12 +84,18 @@ class Chain:
                 return segment.head()
         return 0, b""
 
-    def newest_at(self) -> float:
-        """When the newest record came, in Unix seconds; 0 where there is none yet.  Raises ``sqlite3.Error``."""
-        for path in self.segments()[:-2:-1]:
+    def newest_before(self, began: float) -> float:
+        """When the newest record came that was there at a moment, in Unix seconds; 0 where there was none yet.
+
+        The clock may have been wrong before: what came since ``began`` is what has a time from then until now.
+        Raises ``sqlite3.Error``.
+        """
+        query = "SELECT at_us FROM records WHERE at_us NOT BETWEEN ? AND ? ORDER BY number DESC LIMIT 1"
+        for path in self.segments()[::-1]:
             with closing(Segment(path)) as segment:
-                rows = segment.rows("SELECT at_us FROM records ORDER BY number DESC LIMIT 1")
-                return float(rows[0][0]) / 1e6 if rows else 0.0
+                rows = segment.rows(query, int(began * 1e6), int(self._clock() * 1e6))
+                if rows:
+                    return float(rows[0][0]) / 1e6
         return 0.0
 
     def id(self) -> str:

@@ -73,11 +73,14 @@ class Worker:
         self._keep_days = settings.audit.keep_days
         self._prune_at = 0.0  # monotonic: when old days are looked for next
         self._old: list[str] = []  # days that are still to be looked at
-        self._newest = (0.0, 0.0)  # when the newest record from before this start came, and monotonic: when it was read
+        self._began = time.time()
+        # when the newest record from before this start came, and monotonic: when it was read; None: not yet
+        self._newest: tuple[float, float] | None = None
         self._clock_said = False
         self._failing: dict[str, float] = {}  # steps that failed when last tried, and monotonic: when that was said
         # what a start does once: before the first record is taken over, and after the first checkpoint
         self._first: list[tuple[str, Callable[[], object]]] = [
+            ("newest", self._read_newest),
             ("start", self._say_started),
             ("sweep", self._chain.sweep),
             ("compare", self._compare),
@@ -105,8 +108,9 @@ class Worker:
             self._try("checkpoint", partial(self._checkpoint, self._key))
         if not self._first:
             self._do(self._then)
-        if self._keep_days and (self._old or time.monotonic() >= self._prune_at):
-            self._prune()
+        due = self._old or time.monotonic() >= self._prune_at
+        if self._keep_days and due and self._key is not None and self._newest is not None:
+            self._prune(self._key, *self._newest)
         self._try("number", self._tell_number)
 
     def end(self) -> None:
@@ -120,8 +124,11 @@ class Worker:
         for runner in self._runners:
             runner.stop(_SINKS_END_S)
 
+    def _read_newest(self) -> None:
+        at = self._chain.newest_before(self._began)  # records may have come before it could be read
+        self._newest = (at or time.time(), time.monotonic())  # a new chain has none
+
     def _say_started(self) -> None:
-        self._newest = (self._chain.newest_at() or time.time(), time.monotonic())  # a new chain has none
         self._chain.add([event("broker_started", time.time(), version=VERSION)])
 
     def _load_key(self) -> None:
@@ -184,14 +191,14 @@ class Worker:
     def _tell_number(self) -> None:
         metrics.audit_number(self._chain.head()[0])
 
-    def _prune(self) -> None:
+    def _prune(self, key: keys.SigningKey, newest_at: float, since: float) -> None:
         """Looks at the next day that is older than ``audit.keep_days``; one, since records and SIGTERM wait for it."""
-        if self._key is None or not self._clock_is_right():
+        if not self._clock_is_right(newest_at, since):
             self._old = []
             self._prune_at = time.monotonic() + _PRUNE_EVERY_S
         elif self._old:
             name = self._old.pop(0)
-            self._try(_PRUNE + name, partial(self._prune_day, self._key, name))
+            self._try(_PRUNE + name, partial(self._prune_day, key, name))
         else:
             self._try("look for old days", self._look_for_old)
 
@@ -207,10 +214,9 @@ class Worker:
         if day is not None:
             log.warning("audit.keep_days: %s %s", name, f"stays: {day.stays}" if day.stays else "was deleted")
 
-    def _clock_is_right(self) -> bool:
+    def _clock_is_right(self, newest_at: float, since: float) -> bool:
         """Whether it agrees with the newest record from before this start: by a wrong one everything would go."""
-        at, since = self._newest
-        if abs(time.time() - at - (time.monotonic() - since)) <= _CLOCK_OFF_MAX_S:
+        if abs(time.time() - newest_at - (time.monotonic() - since)) <= _CLOCK_OFF_MAX_S:
             return True
         if not self._clock_said:
             self._clock_said = True
