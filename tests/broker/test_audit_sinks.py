@@ -399,3 +399,37 @@ def test_a_set_back_that_fails_once_is_done_and_told_once(
     assert [one["user"] for one in records if "user" in one] == ["one", "two"]
     assert [(one["from"], one["to"]) for one in records if one.get("event") == "sink_set_back"] == [(2, 0)]
     assert [row for row in chain.read(0, 100) if "sink_set_back" in row.facts][1:] == []
+
+
+def test_a_set_back_is_told_by_who_comes_after_one_that_was_killed(
+    tmp_path: Path, chain: Chain, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the record and the cursor, whichever comes first."""
+    append(chain, "one", "two")
+    path, cursor = tmp_path / "audit.jsonl", chain.directory / "sink-json_lines.json"
+    cursor.write_text(json.dumps({"number": 2, "checkpoint_at_us": 0, "hash": "ab" * 32}))
+    written: list[str] = []
+
+    def dies_second(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any) -> Any:
+            if written:
+                raise KeyboardInterrupt
+            written.append(name)
+            return real(*values)
+
+        return call
+
+    monkeypatch.setattr(chain, "add", dies_second("record", chain.add))
+    monkeypatch.setattr("persona_broker.audit.sinks.runner.replace_file", dies_second("cursor", replace_file))
+    runner = Runner(JsonLines(path), chain, store, lambda _failing, _number: None)
+    with pytest.raises(KeyboardInterrupt):
+        while runner._send_next():
+            pass
+    monkeypatch.undo()
+    with running(JsonLines(path), chain, store):
+        append(chain, "last")
+        until(lambda: path.exists() and "last" in path.read_text())
+    records = [json.loads(line)["record"] for line in path.read_text().splitlines()]
+    assert [one["user"] for one in records if "user" in one] == ["one", "two", "last"]
+    told = [(one["from"], one["to"]) for one in records if one.get("event") == "sink_set_back"]
+    assert told in ([(2, 0)], [(2, 0)] * 2)

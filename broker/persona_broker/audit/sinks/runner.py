@@ -9,7 +9,6 @@ from collections.abc import Callable
 from persona_broker.audit import checkpoints
 from persona_broker.audit.chain import Chain
 from persona_broker.audit.core.events import event
-from persona_broker.audit.core.format import Entry
 from persona_broker.audit.files import replace_file
 from persona_broker.audit.sinks.interface import Line, Sink, line_of, line_of_checkpoint
 from persona_broker.store.sqlite import SqliteStore
@@ -36,7 +35,7 @@ class Runner:
         self._stop = threading.Event()
         self._said_at = 0.0  # monotonic; 0: it works
         self._compared = False  # whether what arrived last is in the chain
-        self._untold: Entry | None = None  # that it was set back, until the chain has it
+        self._back: int | None = None  # where it was set back to, from when the chain has that until the cursor has it
         self._thread = threading.Thread(target=self._run, name=f"sink {sink.name}", daemon=True)
 
     def start(self) -> None:
@@ -69,18 +68,17 @@ class Runner:
 
     def _send_next(self) -> bool:
         """The next batch; whether there was one."""
-        if self._untold is not None:
-            self._chain.add([self._untold])
-            self._untold = None
         number, at_us, hashed = self._where()
         rows = self._chain.read(number, _BATCH)
-        if not self._compared or (not rows and self._chain.head()[0] < number):
+        if self._back is None and (not self._compared or (not rows and self._chain.head()[0] < number)):
             back = self._common(number, at_us, hashed)
             if back is not None:
-                self._set_back(number, back, at_us)
-            self._compared = True
-            if back is not None:
-                return True
+                self._say_set_back(number, back)
+            self._back, self._compared = back, True
+        if self._back is not None:
+            self._arrived(self._back, at_us, self._hash(self._back) or "")
+            self._back = None
+            return True
         lines: list[Line] = [line_of(row) for row in rows]
         if len(rows) < _BATCH:
             new = checkpoints.made_after(self._store, at_us)
@@ -123,15 +121,15 @@ class Runner:
                 return row.hash.hex()
         return None
 
-    def _set_back(self, number: int, back: int, at_us: int) -> None:
+    def _say_set_back(self, number: int, back: int) -> None:
+        """Before the cursor goes back: who is killed in between says it twice, which harms nobody, and not never."""
+        self._chain.add([event("sink_set_back", time.time(), sink=self._sink.name, to=back, **{"from": number})])
         log.warning(
             "sink %s had record %d, and the chain was put back to before that: it goes on after record %d",
             self._sink.name,
             number,
             back,
         )
-        self._arrived(back, at_us, self._hash(back) or "")
-        self._untold = event("sink_set_back", time.time(), sink=self._sink.name, to=back, **{"from": number})
 
     def _where(self) -> tuple[int, int, str]:
         """The number, the time of the checkpoint, and the hash of the record that arrived last.
