@@ -35,10 +35,7 @@ def site(cli: Broker) -> Iterator[Broker]:
         holds.add(store, "user", "bob", ANN)
         take_over(store, chain)
         chain.deliver([Delivery("vm-1", [split(said())])])
-        key, _ = keys.load_or_make(cli.directory / "audit.key")
-        made = checkpoints.make(chain, key)
-        assert made is not None
-        checkpoints.put(store, [made])
+        checkpoint(cli, store, chain)
         store.put_set_load({"cpu": 1.0}, ANN)  # it waits, in the backup too
         assert cli.run("backup", str(cli.directory / "backup")).returncode == 0
         store.remove_guest("vm-2", ANN)
@@ -49,6 +46,13 @@ def site(cli: Broker) -> Iterator[Broker]:
         holds.add(store, "session", "s-9", ANN)
         take_over(store, chain)
     yield cli
+
+
+def checkpoint(broker: Broker, store: SqliteStore, chain: Chain) -> None:
+    key, _ = keys.load_or_make(broker.directory / "audit.key")
+    made = checkpoints.make(chain, key)
+    assert made is not None
+    checkpoints.put(store, [made])
 
 
 def lose(broker: Broker) -> None:
@@ -86,6 +90,37 @@ def test_what_the_audit_says_was_taken_is_taken_again(site: Broker, kept: bool) 
     assert site.run("guest", "list").stdout.startswith("vm-1" if kept else "vm-1  quarantined")
     assert revoked(site) == (frozenset({"s-vm-1"}), frozenset({"s-vm-1"}))
     assert holds_of(site) == [("session", "s-9")]
+
+
+def test_each_guest_is_bound_to_the_domain_that_it_was_bound_to_last(cli: Broker) -> None:
+    with closing(SqliteStore(cli.directory / "db")) as store, closing(Chain(cli.directory / "audit")) as chain:
+        for number in range(1, 8):
+            store.add_guest(f"vm-{number}")
+        for number in (1, 2, 3, 5, 6, 7):
+            store.bind(f"vm-{number}", f"U{number}", ANN)
+        store.remove_guest("vm-7", ANN)  # so shortly before the backup that it may be without it
+        store.add_guest("vm-7", author=ANN)
+        take_over(store, chain)
+        checkpoint(cli, store, chain)
+        assert cli.run("backup", str(cli.directory / "backup")).returncode == 0
+        store.unbind("vm-2", ANN)  # two were mixed up
+        store.bind("vm-1", "U2", ANN)
+        store.bind("vm-2", "U1", ANN)
+        store.unbind("vm-3", ANN)
+        store.bind("vm-4", "U9", ANN)
+        store.bind("vm-4", "U3", ANN)
+        store.bind("vm-5", "U10", ANN)
+        store.remove_guest("vm-5", ANN)
+        store.add_guest("vm-8", author=ANN)  # with a token that no backup has
+        store.bind("vm-8", "U8", ANN)
+        take_over(store, chain)
+    lose(cli)
+    done = restore(cli, "--audit-kept")
+    assert (done["gone"], done["quarantined"]) == (["vm-5", "vm-8"], [])
+    with closing(SqliteStore(cli.directory / "db")) as store:
+        found = {guest: binding.uuid for guest, binding in store.bindings().items()}
+        assert "vm-7" in store.guests()
+    assert found == {"vm-1": "U2", "vm-2": "U1", "vm-4": "U3", "vm-6": "U6"}
 
 
 def test_the_chain_goes_on_after_a_restore_and_tells_of_it_once(site: Broker) -> None:

@@ -1,5 +1,7 @@
 """What operators took since a backup, as the audit tells it: a restore of a lost database takes it again.
 
+So it does with which domain a guest is: by that of the backup, another host's load might be taken for the guest's.
+
 That is all that was taken only if the audit was not lost as well: a copy of it that is older than the loss looks whole.
 No program can tell, so the operator says it (``refuse_another`` checks what can be checked).
 """
@@ -40,12 +42,17 @@ def recall(chain: Chain, backup: sqlite3.Connection) -> Removals:
     revoked: set[str] = set()
     ending: set[str] = set()
     held: dict[tuple[str, str], tuple[float, str, str] | None] = {}
+    bound: dict[str, str | None] = {}
     told: set[tuple[str, float]] = set()
     for said in _said(chain, min([since, *waits])):
         event, at = str(said["event"]), float(said["at"])
         told.add((event, at))
         if at < since:
             continue
+        if event in ("guest_bound", "guest_unbound", "guest_removed"):
+            name = str(said.get("vm"))
+            bound.pop(name, None)  # the last one comes last
+            bound[name] = str(said.get("uuid")) if event == "guest_bound" else None
         if event == "guest_added" and made is not None and at < made and said.get("renewed") is False:
             guests.discard(str(said.get("vm")))  # the backup has it, or had not had it before either
         elif event in ("guest_added", "guest_removed"):  # the token of one that was added anew is not the backup's
@@ -55,7 +62,7 @@ def recall(chain: Chain, backup: sqlite3.Connection) -> Removals:
         elif event in ("audit_held", "audit_released") and "name" in said:
             why = (at, str(said.get("author")), str(said.get("message")))
             held[str(said.get("kind")), str(said["name"])] = why if event == "audit_held" else None
-    return Removals(frozenset(guests), frozenset(revoked), frozenset(ending), held, frozenset(told))
+    return Removals(frozenset(guests), frozenset(revoked), frozenset(ending), held, bound, frozenset(told))
 
 
 def refuse_another(chain: Chain, backup: sqlite3.Connection, progress: Progress) -> None:

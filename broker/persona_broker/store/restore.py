@@ -43,6 +43,7 @@ class Removals:
     """What was taken since a backup: guests that were removed or given another token, and sessions revoked.
 
     ``held``: by kind and name what is held in the audit since then (when, by whom, why), ``None`` = not any more.
+    ``bound``: by guest the UUID of the domain that it was bound to last, ``None`` = to none any more, in that order.
     ``told``: events and their times that the audit has already.  ``complete``: nothing else was taken.
     """
 
@@ -50,6 +51,7 @@ class Removals:
     revoked: frozenset[str] = frozenset()
     ending: frozenset[str] = frozenset()
     held: Mapping[tuple[str, str], tuple[float, str, str] | None] = field(default_factory=dict)
+    bound: Mapping[str, str | None] = field(default_factory=dict)
     told: frozenset[tuple[str, float]] = frozenset()
     complete: bool = False
 
@@ -243,6 +245,7 @@ def _take_again(db: sqlite3.Connection, known: Removals) -> None:
         db.execute("UPDATE sessions SET revoked = 1 WHERE id = ?", (ident,))
     for ident in sorted(known.ending):
         db.execute("INSERT OR IGNORE INTO ending SELECT id FROM sessions WHERE id = ?", (ident,))
+    _bind(db, known.bound)
     for key, why in known.held.items():
         db.execute("DELETE FROM audit_holds WHERE kind = ? AND name = ?", key)
         if why is not None:
@@ -253,6 +256,16 @@ def _take_again(db: sqlite3.Connection, known: Removals) -> None:
     for number, event, at in db.execute(query).fetchall():
         if (event, at) in known.told:
             db.execute("DELETE FROM audit_pending WHERE id = ?", (number,))
+
+
+def _bind(db: sqlite3.Connection, bound: Mapping[str, str | None]) -> None:
+    """After guests were removed.  First each lets go of what it had: a domain is one guest's, and two may swap."""
+    for guest in bound:
+        db.execute("DELETE FROM bindings WHERE guest = ?", (guest,))
+    for guest, uuid in bound.items():
+        if uuid is not None:  # another guest that has it still lost it before, untold
+            query = "INSERT OR REPLACE INTO bindings (guest, uuid) SELECT name, ? FROM guests WHERE name = ?"
+            db.execute(query, (uuid, guest))
 
 
 # --- both ---------------------------------------------------------------------------------------------
