@@ -134,6 +134,9 @@ class Past:
     is_stuck: bool = False
 
 
+_NEW = Past()
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """What the arbiter keeps from one call to the next."""
@@ -175,7 +178,7 @@ def arbitrate(
     targets: dict[str, Target] = {}
     past: dict[str, Past] = {}
     for vm in sorted(vms, key=lambda vm: (-ranks.get(vm.name, 0), _satisfied(vm), vm.name)):
-        was, rank = memory.past.get(vm.name, Past()), ranks.get(vm.name, 0)
+        was, rank = memory.past.get(vm.name, _NEW), ranks.get(vm.name, 0)
         if vm.in_force is None or vm.left_alone:
             why = Why.LEFT_ALONE if vm.left_alone else Why.UNKNOWN
             targets[vm.name], past[vm.name] = Target(None, why, vm.left_alone), was
@@ -267,6 +270,8 @@ class _Shaper:
 
     def step(self, vm: Vm, have: Shape, wanted: Shape, rank: int, was: Past) -> tuple[Shape, Past]:
         """What the VM is to have now, and what is to be known of that later."""
+        if have == wanted and was.asked is None:
+            return have, was
         was = self._seen(vm, was)
         may_take = not vm.sessions or self._may_take(was)
         shape = Shape(
