@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -205,6 +206,25 @@ def test_room_is_given_to_the_higher_first_and_to_equals_in_turn() -> None:
     assert lab.shape("high").memory == 4 * GIB
     assert abs(lab.shape("a").memory - lab.shape("b").memory) <= 0.4 * GIB + 1
     assert sum(lab.shape(name).memory for name in lab.vms) <= 9 * GIB
+
+
+def test_memory_trickles_to_nobody() -> None:
+    lab = Lab(replace(vm("a", LiveSession(50)), in_force=Shape(100, None, 2 * GIB), balloon=2 * GIB))
+    for second in range(100):  # something on the host lets go of its memory
+        lab.round(Host({"memory": 85.0}, RULES.host_reserve + ((second << 20) % (10 << 20))))
+    assert lab.changes == {"a": 0}
+
+
+def test_no_step_is_smaller_than_what_memory_is_counted_in() -> None:
+    lab = Lab(vm("low", LiveSession(20)), vm("high", LiveSession(80)))
+    sizes = []
+    for host, seconds in ((SHORT, 100), (QUIET, 200)):
+        for _ in range(seconds):
+            lab.round(host)
+            sizes.append(lab.shape("low").memory)
+    steps = [abs(after - before) for before, after in pairwise(sizes) if after != before]
+    assert (len(steps), min(sizes), sizes[-1]) == (10, 2 * GIB, 4 * GIB)
+    assert min(steps) >= 64 << 20
 
 
 sessions = st.builds(

@@ -254,7 +254,9 @@ class _Room:
         """How much a VM gets that lacks so much; asked in the order of the ranks, the highest first."""
         if rank != self._rank:
             self._left, self._owed, self._rank = max(0, self._left - self._owed), 0, rank
-        given = min(lacks, at_once, self._left)
+        given = min(lacks, at_once)
+        if given > self._left:
+            given = self._left // _QUANTUM * _QUANTUM
         self._left -= given
         self._owed += lacks - given
         return given
@@ -307,10 +309,12 @@ class _Shaper:
         return max(wants, has - self._rules.cpu_step * vm.cpus) if may_take else have
 
     def _size(self, vm: Vm, have: int, wanted: int, rank: int, may_take: bool) -> int:
-        step = int(self._rules.memory_step * vm.memory)
-        if wanted > have:
-            return have + self._room.give(rank, wanted - have, step)
-        return max(wanted, have - step) if may_take else have
+        step, lacks = int(self._rules.memory_step * vm.memory), wanted - have
+        if abs(lacks) < step + _QUANTUM:  # what would be left is no step of its own
+            step = abs(lacks)
+        if lacks > 0:
+            return have + self._room.give(rank, lacks, step)
+        return have - step if may_take else have
 
 
 def _cores(vm: Vm, cap: float | None) -> float:
