@@ -227,6 +227,17 @@ def test_no_step_is_smaller_than_what_memory_is_counted_in() -> None:
     assert min(steps) >= 64 << 20
 
 
+def test_a_use_that_is_noisy_changes_nothing_for_ever() -> None:
+    lab = Lab(vm("low", LiveSession(20)), vm("high", LiveSession(80)))
+    lab.vms["low"] = replace(lab.vms["low"], used=3 * GIB)
+    lab.seconds(SHORT, 100)
+    before = lab.changes["low"]
+    for second in range(3600):
+        lab.vms["low"] = replace(lab.vms["low"], used=3 * GIB + (second % 2 << 20))
+        lab.round(SHORT)
+    assert lab.changes["low"] - before == 1
+
+
 sessions = st.builds(
     LiveSession,
     st.integers(0, 1000),

@@ -314,7 +314,8 @@ class _Shaper:
             step = abs(lacks)
         if lacks > 0:
             return have + self._room.give(rank, lacks, step)
-        return have - step if may_take else have
+        # less than that is not worth a change: what a VM uses goes up and down
+        return have - step if may_take and -lacks > _QUANTUM else have
 
 
 def _cores(vm: Vm, cap: float | None) -> float:
