@@ -202,7 +202,7 @@ def test_room_is_given_to_the_higher_first_and_to_equals_in_turn() -> None:
     free = RULES.host_reserve + 3 * GIB
     for _ in range(30):
         held = sum(one.balloon or 0 for one in lab.vms.values())
-        lab.round(Host({"memory": 85.0}, free + 6 * GIB - held))
+        lab.round(Host({"memory": 50.0}, free + 6 * GIB - held))
     assert lab.shape("high").memory == 4 * GIB
     assert abs(lab.shape("a").memory - lab.shape("b").memory) <= 0.4 * GIB + 1
     assert sum(lab.shape(name).memory for name in lab.vms) <= 9 * GIB
@@ -236,6 +236,17 @@ def test_a_use_that_is_noisy_changes_nothing_for_ever() -> None:
         lab.vms["low"] = replace(lab.vms["low"], used=3 * GIB + (second % 2 << 20))
         lab.round(SHORT)
     assert lab.changes["low"] - before == 1
+
+
+def test_what_is_given_back_does_not_make_it_short_again() -> None:
+    lab = Lab(vm("a", LiveSession(20)), vm("b", LiveSession(20)), vm("high", LiveSession(80)))
+    total, own = 20 * GIB, 7 * GIB
+    for second in range(3600):
+        used = own + sum(one.balloon or 0 for one in lab.vms.values())
+        lab.round(Host({"memory": 100.0 * used / total}, total - used))
+        if second == 600:
+            before = dict(lab.changes)
+    assert lab.changes == before
 
 
 sessions = st.builds(

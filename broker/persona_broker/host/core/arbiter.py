@@ -8,6 +8,8 @@ The rules, in the order in which they win:
    by ``gap`` or less are equal, and equals take nothing from each other.
 4. What is given is given at once; what is taken is taken in steps, never below the floor, not while what was given
    is younger than ``hold_s``, and the next step only after the last one was seen to work.
+5. Who has a lower priority gets back only what leaves the host halfway below where memory counts as short: else it
+   would be taken again.
 
 Units: cores, bytes, percent, seconds (monotonic).
 """
@@ -185,6 +187,8 @@ def arbitrate(
             continue
         gives_way = short.holds and rank < highest and bool(vm.sessions)
         wanted = _wanted(rules, vm, rank if cpu.holds else 0, gives_way)
+        if rank < highest and vm.sessions:
+            wanted = shaper.bearable(vm, vm.in_force, wanted)
         shape, was = shaper.step(vm, vm.in_force, wanted, rank, was)
         targets[vm.name] = Target(shape, _why(vm, shape, was, gives_way))
         past[vm.name] = was
@@ -247,8 +251,14 @@ class _Room:
             max(0, vm.in_force.memory - vm.balloon) for vm in vms if vm.in_force is not None and vm.balloon is not None
         )
         self._left = 0 if host.free is None else max(0, host.free - rules.host_reserve - coming)
+        self._spare = min(self._left, _spare(rules, host) - coming)
         self._owed = 0
         self._rank: int | None = None
+
+    @property
+    def spare(self) -> int:
+        """What can be given without making the host short."""
+        return max(0, self._spare) // _QUANTUM * _QUANTUM
 
     def give(self, rank: int, lacks: int, at_once: int) -> int:
         """How much a VM gets that lacks so much; asked in the order of the ranks, the highest first."""
@@ -258,8 +268,20 @@ class _Room:
         if given > self._left:
             given = self._left // _QUANTUM * _QUANTUM
         self._left -= given
+        self._spare -= given
         self._owed += lacks - given
         return given
+
+
+def _spare(rules: Rules, host: Host) -> int:
+    """How much less than its free memory a host may have before it is halfway to being short."""
+    load, free = host.load.get("memory"), host.free or 0
+    if load is None:
+        return free
+    if load >= 100:
+        return 0
+    keep = 1 - (rules.memory_enter + rules.memory_leave) / 200
+    return free - int(keep * free / (1 - load / 100))
 
 
 class _Shaper:
@@ -269,6 +291,13 @@ class _Shaper:
         self._rules = rules
         self._now = now
         self._room = room
+
+    def bearable(self, vm: Vm, have: Shape, wanted: Shape) -> Shape:
+        """The same with no more memory than it needs, or than makes the host short."""
+        if wanted.memory <= have.memory:
+            return wanted
+        most = max(vm.floor(self._rules), have.memory + self._room.spare)
+        return replace(wanted, memory=min(wanted.memory, most))
 
     def step(self, vm: Vm, have: Shape, wanted: Shape, rank: int, was: Past) -> tuple[Shape, Past]:
         """What the VM is to have now, and what is to be known of that later."""
