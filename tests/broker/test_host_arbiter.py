@@ -249,6 +249,14 @@ def test_what_is_given_back_does_not_make_it_short_again() -> None:
     assert lab.changes == before
 
 
+def test_who_lacks_little_does_not_get_what_is_too_little_for_an_equal() -> None:
+    much = replace(vm("much", LiveSession(50)), in_force=Shape(100, None, 2 * GIB), balloon=2 * GIB)
+    little = replace(vm("little", LiveSession(50)), in_force=Shape(100, None, 4 * GIB - (32 << 20)))
+    lab = Lab(much, replace(little, balloon=4 * GIB - (32 << 20)))
+    lab.seconds(Host({"memory": 50.0}, RULES.host_reserve + (40 << 20)), 10)
+    assert lab.changes == {"much": 0, "little": 0}
+
+
 sessions = st.builds(
     LiveSession,
     st.integers(0, 1000),

@@ -266,7 +266,8 @@ class _Room:
             self._left, self._owed, self._rank = max(0, self._left - self._owed), 0, rank
         given = min(lacks, at_once)
         if given > self._left:
-            given = self._left // _QUANTUM * _QUANTUM
+            # the rest is nobody's: else an equal that has more, and lacks only a little, would get it
+            given = self._left = self._left // _QUANTUM * _QUANTUM
         self._left -= given
         self._spare -= given
         self._owed += lacks - given
