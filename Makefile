@@ -1,7 +1,7 @@
 # Every target in one place; 'make help' lists them.  scripts/test sets up what they need.
 PYTHON ?= $(if $(wildcard build/venv/bin/python),build/venv/bin/python,python3)
 
-.PHONY: help check lint format pictures test-fast test soak bench deb lab demo clean
+.PHONY: help check lint format pictures simulate test-fast test soak bench deb lab demo clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -24,6 +24,9 @@ format: ## ruff, in place
 
 pictures: ## docs/*.svg from their sources; needs apt's graphviz
 	dot -Tsvg docs/pieces.dot -o docs/pieces.svg
+
+simulate: ## docs/simulation-*: a day of 1,000 VMs under three rules; needs apt's python3-matplotlib
+	$(PYTHON) scripts/simulate.py
 
 test-fast: ## tests that need no guest and take no seconds of their own, in a minute and a half
 	$(PYTHON) -m pytest -q -n 4 -m "not guest and not long"
