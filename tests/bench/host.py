@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
-from persona_broker.host.core.arbiter import Host, LiveSession, Memory, Rules, Shape, Vm, arbitrate
+from persona_broker.host.core.arbiter import Host, Kept, LiveSession, Rules, Shape, Vm, arbitrate
 from persona_broker.host.core.readings import DomainReading, DomainState, HostReading
 from persona_broker.host.poller import DomainPoller, HostPoller
 from persona_broker.host.sample_files import SampleFiles
@@ -111,7 +111,7 @@ def plans() -> Row:
         found = vms(count)
 
         def measure() -> float:
-            memory = Memory()
+            memory = Kept()
             began = time.perf_counter()
             for number in range(times):
                 _, memory = arbitrate(_RULES, float(number), busy, found, memory)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from persona_broker.host.core.arbiter import (
     Host,
+    Kept,
     LiveSession,
-    Memory,
     Rules,
     Shape,
     Target,
@@ -35,7 +35,7 @@ class Lab:
 
     def __init__(self, *vms: Vm, rules: Rules = RULES) -> None:
         self.vms = {one.name: one for one in vms}
-        self.rules, self.memory, self.now = rules, Memory(), 1000.0
+        self.rules, self.memory, self.now = rules, Kept(), 1000.0
         self.changes = dict.fromkeys(self.vms, 0)
         self.deaf: set[str] = set()  # whose balloon does not move
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from persona_broker.host.core.arbiter import Host, Memory, Rules, Shape, Vm, arbitrate
+from persona_broker.host.core.arbiter import Host, Kept, Rules, Shape, Vm, arbitrate
 
 _MIB = 1 << 20
 
@@ -48,7 +48,7 @@ class Arbiter:
 
     def __init__(self, rules: Rules | None = None) -> None:
         self.rules = rules or Rules()
-        self._memory = Memory()
+        self._memory = Kept()
 
     def shapes(self, now: int, seen: Seen, vms: Sequence[Vm]) -> tuple[Mapping[str, Shape], float]:
         """Its targets; it is asked again when a time is up that it waits for."""

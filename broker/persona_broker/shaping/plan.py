@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from persona.shown import amount
-from persona_broker.host.core.arbiter import LiveSession, Memory, Rules, Shape, Target, Vm, arbitrate, classes
+from persona_broker.host.core.arbiter import Kept, LiveSession, Rules, Shape, Target, Vm, arbitrate, classes
 from persona_broker.shaping.inputs import is_seen, of_host
 from persona_broker.view import View
 
@@ -77,7 +77,7 @@ def of(name: str, view: View, sessions: Mapping[str, tuple[LiveSession, ...]], n
     if seen is None or not is_seen(seen, view, now):
         return HostPlan(name, is_seen=False)
     host, vms = of_host(seen, view, sessions, now)
-    targets, _ = arbitrate(_AT_ONCE, 0.0, host, vms, Memory())
+    targets, _ = arbitrate(_AT_ONCE, 0.0, host, vms, Kept())
     ranks = classes(_AT_ONCE, vms)
     rows = [Row(vm, ranks.get(vm.name), targets[vm.name]) for vm in vms]
     rows.sort(key=lambda row: (-1 if row.rank is None else row.rank, row.vm.name), reverse=True)

@@ -2,12 +2,14 @@
 
 The rules, in the order in which they win:
 
-1. A VM without live sessions gets its baseline back at once, as far as the host has the memory.
+1. A VM without live sessions gets its baseline back, without waiting, as far as the host has the memory.
 2. Without contention the limits of its sessions' personas, together, cap a VM.
 3. Under contention a VM with a higher priority gains at the cost of those with a lower one.  Priorities that differ
-   by ``gap`` or less are equal, and equals take nothing from each other.
-4. What is given is given at once; what is taken is taken in steps, never below the floor, not while what was given
-   is younger than ``hold_s``, and the next step only after the last one was seen to work.
+   by ``gap`` or less are equal, and equals take nothing from each other.  Only sessions that do something have a
+   priority: a VM whose sessions all do nothing is one of the lowest class, and one without sessions has rule 1.
+4. What is given is given soon, weight and cap at once and memory in steps of a second; what is taken is taken slowly,
+   in steps, never below the floor, not while what was given is younger than ``hold_s``, and the next step only after
+   the last one was seen to work.
 5. Who has a lower priority gets back only what leaves the host halfway below where memory counts as short: else it
    would be taken again.
 
@@ -19,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 WEIGHT = 100  # of a VM that nobody shapes
-_CLASS_FACTOR = 4  # between neighbouring classes, so that twice the CPU is left of it on any number of cores
+_CLASS_FACTOR = 4  # between neighbouring classes: at least twice the CPU, whatever else runs on the same cores
 _WEIGHT_MAX = 6400
 _QUANTUM = 64 << 20  # in which memory is given and taken: what a VM uses changes all the time
 _SEEN = 0.02  # of a VM's memory, by which a balloon may miss its target
@@ -109,20 +111,20 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
-class Latch:
-    """Whether something is contended, and since when the load says the contrary."""
+class Contention:
+    """Whether CPU or memory is contended, and since when (seconds) the load says the contrary."""
 
     holds: bool = False
     contrary_since: float | None = None
 
-    def after(self, load: float | None, enter: float, leave: float, now: float, rules: Rules) -> "Latch":
+    def after(self, load: float | None, enter: float, leave: float, now: float, rules: Rules) -> "Contention":
         """As of now.  A load that is not known is neither high nor low."""
         contrary = load is not None and (load <= leave if self.holds else load >= enter)
         if not contrary:
-            return Latch(self.holds)
+            return Contention(self.holds)
         since = now if self.contrary_since is None else self.contrary_since
         hold_s = rules.leave_hold_s if self.holds else rules.enter_hold_s
-        return Latch(not self.holds) if now - since >= hold_s else Latch(self.holds, since)
+        return Contention(not self.holds) if now - since >= hold_s else Contention(self.holds, since)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +142,11 @@ _NEW = Past()
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """What the arbiter keeps from one call to the next."""
+class Kept:
+    """What one call leaves for the next."""
 
-    cpu: Latch = Latch()
-    memory: Latch = Latch()
+    cpu: Contention = Contention()
+    memory: Contention = Contention()
     past: Mapping[str, Past] = field(default_factory=dict)
 
 
@@ -168,31 +170,29 @@ class Target:
     detail: str = ""
 
 
-def arbitrate(
-    rules: Rules, now: float, host: Host, vms: Sequence[Vm], memory: Memory
-) -> tuple[dict[str, Target], Memory]:
+def arbitrate(rules: Rules, now: float, host: Host, vms: Sequence[Vm], kept: Kept) -> tuple[dict[str, Target], Kept]:
     """The targets by VM, and what to keep for the next call."""
-    cpu = memory.cpu.after(host.load.get("cpu"), rules.cpu_enter, rules.cpu_leave, now, rules)
-    short = memory.memory.after(host.load.get("memory"), rules.memory_enter, rules.memory_leave, now, rules)
+    cpu = kept.cpu.after(host.load.get("cpu"), rules.cpu_enter, rules.cpu_leave, now, rules)
+    memory = kept.memory.after(host.load.get("memory"), rules.memory_enter, rules.memory_leave, now, rules)
     ranks = classes(rules, vms)
     highest = max(ranks.values(), default=0)
     shaper = _Shaper(rules, now, _Room(rules, host, vms))
     targets: dict[str, Target] = {}
     past: dict[str, Past] = {}
     for vm in sorted(vms, key=lambda vm: (-ranks.get(vm.name, 0), _satisfied(vm), vm.name)):
-        was, rank = memory.past.get(vm.name, _NEW), ranks.get(vm.name, 0)
+        was, rank = kept.past.get(vm.name, _NEW), ranks.get(vm.name, 0)
         if vm.in_force is None or vm.left_alone:
             why = Why.LEFT_ALONE if vm.left_alone else Why.UNKNOWN
             targets[vm.name], past[vm.name] = Target(None, why, vm.left_alone), was
             continue
-        gives_way = short.holds and rank < highest and bool(vm.sessions)
+        gives_way = memory.holds and rank < highest and bool(vm.sessions)
         wanted = _wanted(rules, vm, rank if cpu.holds else 0, gives_way)
         if rank < highest and vm.sessions:
             wanted = shaper.bearable(vm, vm.in_force, wanted)
         shape, was = shaper.step(vm, vm.in_force, wanted, rank, was)
         targets[vm.name] = Target(shape, _why(vm, shape, was, gives_way))
         past[vm.name] = was
-    return targets, Memory(cpu, short, past)
+    return targets, Kept(cpu, memory, past)
 
 
 def classes(rules: Rules, vms: Iterable[Vm]) -> dict[str, int]:
@@ -252,7 +252,7 @@ class _Room:
         )
         self._left = 0 if host.free is None else max(0, host.free - rules.host_reserve - coming)
         self._spare = min(self._left, _spare(rules, host) - coming)
-        self._owed = 0
+        self._owed = 0  # bytes that VMs of this rank still miss: none of them is for a lower one
         self._rank: int | None = None
 
     @property
@@ -260,17 +260,17 @@ class _Room:
         """What can be given without making the host short."""
         return max(0, self._spare) // _QUANTUM * _QUANTUM
 
-    def give(self, rank: int, lacks: int, at_once: int) -> int:
-        """How much a VM gets that lacks so much; asked in the order of the ranks, the highest first."""
+    def give(self, rank: int, missing: int, step: int) -> int:
+        """Bytes for a VM that misses so many, one step at most; asked in the order of the ranks, the highest first."""
         if rank != self._rank:
             self._left, self._owed, self._rank = max(0, self._left - self._owed), 0, rank
-        given = min(lacks, at_once)
+        given = min(missing, step)
         if given > self._left:
             # the rest is nobody's: else an equal that has more, and lacks only a little, would get it
             given = self._left = self._left // _QUANTUM * _QUANTUM
         self._left -= given
         self._spare -= given
-        self._owed += lacks - given
+        self._owed += missing - given
         return given
 
 
