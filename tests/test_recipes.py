@@ -84,6 +84,7 @@ REPORT = Report(
     clock_skew_s=0.5,
     layers={"seccomp": True, "bpf": True},
     wire=2,
+    uuid="6695eb01-f6a4-4304-89aa-97f2502e193f",
 )
 
 
