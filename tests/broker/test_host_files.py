@@ -128,7 +128,7 @@ def test_the_largest_sample_fits_and_a_larger_one_is_not_put(tmp_path: Path) -> 
     (found,) = files.news()
     assert len(found.domains) == DOMAINS_MAX
     with pytest.raises(OSError, match="has at most"):
-        files.put(sample("lab", domains=(Domain("x", "y" * SIZE_MAX, DomainState.OTHER, {}),) * DOMAINS_MAX))
+        files.put(sample("lab", domains=(Domain("x", "y" * SIZE_MAX, DomainState.OTHER, {}),)))
     assert files.news() == []  # the one before is still there
 
 

@@ -269,6 +269,7 @@ def next_agent(home: Path) -> Iterator[None]:
             agent.wait(15)
 
 
+@pytest.mark.long
 def test_a_real_agent_that_is_killed_is_followed_by_one_that_counts_on_and_may_deny(
     documents: Path, gated: Run, tmp_path: Path
 ) -> None:
