@@ -58,7 +58,7 @@ def unequal(figures: Figures, least_s: int = 1200) -> list[object]:
 @pytest.mark.parametrize(
     "fleet",
     [
-        pytest.param(Fleet(), id="day", marks=pytest.mark.timeout(300)),
+        pytest.param(Fleet(), id="day", marks=pytest.mark.timeout(600)),
         pytest.param(
             Fleet(seed=2, days=14, leaks=True), id="leaks", marks=[pytest.mark.soak, pytest.mark.timeout(7200)]
         ),
