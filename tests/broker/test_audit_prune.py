@@ -123,6 +123,10 @@ def test_a_newest_record_that_could_not_be_read_at_the_start_is_read_later(
     assert days(filled)[:4] == ["21", "22", "23", "24"]
     assert metrics.is_audit_failing()
     assert "nothing is deleted" not in caplog.text
+    with closing(SqliteStore(filled.directory / "db")) as store:  # only pruning waits for it
+        assert store.rows("SELECT max(number) FROM audit_checkpoints WHERE pruned_from = 0")[0][0] > 12
+        started = [one.record["event"] for one in each(Chain(filled.directory / "audit"), Wanted(guests_only=False))]
+    assert "broker_started" in started
     monkeypatch.undo()
     for _ in range(6):
         worker.look()

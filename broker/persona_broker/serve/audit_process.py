@@ -80,7 +80,6 @@ class Worker:
         self._failing: dict[str, float] = {}  # steps that failed when last tried, and monotonic: when that was said
         # what a start does once: before the first record is taken over, and after the first checkpoint
         self._first: list[tuple[str, Callable[[], object]]] = [
-            ("newest", self._read_newest),
             ("start", self._say_started),
             ("sweep", self._chain.sweep),
             ("compare", self._compare),
@@ -104,6 +103,8 @@ class Worker:
         """Takes over what waits, and makes a checkpoint where one is due; first what the start has still to do."""
         self._do(self._first)
         self._try("take over", self._take_over)
+        if self._newest is None:  # only pruning waits for it
+            self._try("newest", self._read_newest)
         if self._key is not None and time.monotonic() >= self._checkpoint_at:
             self._try("checkpoint", partial(self._checkpoint, self._key))
         if not self._first:
