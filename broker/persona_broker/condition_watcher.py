@@ -39,7 +39,7 @@ log = logging.getLogger("persona.watcher")
 _SAMPLE_EVERY_S = 2.0
 _TELL_EVERY_S = 2.0  # what streams were told: a transaction for all of them
 _HOSTS_EVERY_S = 0.25  # whether the poller put a new sample
-_BEHIND_EVERY_S = 0.1  # where samples were left: at most 2.5 MB a second, since each worker reads them too
+_BEHIND_EVERY_S = 0.1  # where samples were left: each worker reads what this takes, too
 _LOOK_EVERY_S = 0.02  # how soon a change made by another process is pushed
 
 

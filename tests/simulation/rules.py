@@ -39,7 +39,7 @@ class Nobody:
     """Leaves every VM as it is defined."""
 
     def shapes(self, now: int, seen: Seen, vms: Sequence[Vm]) -> tuple[Mapping[str, Shape], float]:
-        """Nothing."""
+        """Asks for no change, at no time."""
         return {}, float("inf")
 
 

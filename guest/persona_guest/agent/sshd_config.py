@@ -18,7 +18,10 @@ _MATCH = re.compile(rf"\s*match{_IS}(?P<all>all\s*(#.*)?$)?", re.IGNORECASE)
 
 
 def advice(ssh: Path = Path("/etc/ssh"), sshd: Path = _SSHD) -> list[str]:
-    """One sentence for each thing found; none where there is no sshd.  Says so where sshd cannot be asked."""
+    """Returns a sentence for each setting that goes past the gate, and one where sshd does not answer.
+
+    It is empty where sshd is not installed.
+    """
     if not sshd.exists():
         return []
     found: list[str] = []

@@ -340,7 +340,7 @@ class _Shaper:
 
     def _size(self, vm: Vm, have: int, wanted: int, rank: int, may_take: bool) -> int:
         step, lacks = int(self._rules.memory_step * vm.memory), wanted - have
-        if abs(lacks) < step + _QUANTUM:  # what would be left is no step of its own
+        if abs(lacks) < step + _QUANTUM:  # take a small rest along: it is not worth another step
             step = abs(lacks)
         if lacks > 0:
             return have + self._room.give(rank, lacks, step)
