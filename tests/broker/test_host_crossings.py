@@ -157,9 +157,10 @@ def test_latches_of_a_host_outlive_the_watcher_and_are_its_own(world: World, tmp
     assert [len(found[host].latches or ()) for host in ("a", "b")] == [1, 0]
 
 
-def test_latches_that_cannot_be_read_count_as_all_exceeded(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", ["latches", "sample"])
+def test_latches_that_cannot_be_read_count_as_all_exceeded(world: World, tmp_path: Path, column: str) -> None:
     with world.operator.writing() as db:
-        db.execute("UPDATE hosts SET latches = 'x' WHERE name = 'a'")
+        db.execute(f"UPDATE hosts SET {column} = 'x' WHERE name = 'a'")  # noqa: S608 - one of the two above
     world.watcher = Watcher(world.store, SetSource(world.store.set_load), 15, hosts=SampleFiles(tmp_path, ("a", "b")))
     world.moved(lambda: world.loads("a", 65))
     assert world.holds()[1] is False
