@@ -34,7 +34,7 @@ def changed(*patterns: str, kind: str = "Persona") -> list[str]:
     [r"kill -9 \*", "kill '*'", 'kill "[0-9]"', "less /var/log/*", "less --file=/var/log/*", "grep x /a/?",
      "cat a/[bc]",
      "!cat /etc/shadow", "!cat /etc/* **", "ls [^a]", "cat ../*", r"/opt/\*", "/usr/bin/[a-c]x", "less /a/** **",
-     "!marked */wrong-*", "tool ***", "!tool ****"],
+     "!marked */wrong-*", "tool ***", "!tool ****", r"tool [\!]", r"tool [\!a]"],
 )  # fmt: skip
 def test_what_changed(pattern: str) -> None:
     (found,) = compare("Persona", {"command_whitelist": ["ls", pattern]}).differences

@@ -120,6 +120,16 @@ def _of_argument(word: Word, negative: bool) -> Iterator[tuple[str, str]]:
         yield "it matches this text only", f"'{word}' also matches each argument with '..', '//' and '/./' as well"
     elif any(isinstance(token, Among) and "^" in word.text for token in word.tokens):
         yield "'^' is a character of its set", f"in '{word}' '^' at the beginning of a set means 'not one of these'"
+    elif any(isinstance(token, Among) for token in word.tokens) and not _is_read_alike(word):
+        yield "its quotes in a set change nothing", f"in '{word}' what is quoted in a set is one of its characters"
+
+
+def _is_read_alike(word: Word) -> bool:
+    """Whether a word means the same without its quotes, which 0.1 took away before it looked for sets."""
+    try:
+        return [again.tokens for again in split(word.text)] == [word.tokens]
+    except ValueError:  # it has a quote among its characters
+        return False
 
 
 def _names(text: str) -> Iterator[tuple[str, str]]:
